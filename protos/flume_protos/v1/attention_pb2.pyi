@@ -1,0 +1,118 @@
+from flume_protos.v1 import common_pb2 as _common_pb2
+from google.protobuf.internal import containers as _containers
+from google.protobuf import descriptor as _descriptor
+from google.protobuf import message as _message
+from collections.abc import Iterable as _Iterable, Mapping as _Mapping
+from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
+
+DESCRIPTOR: _descriptor.FileDescriptor
+
+class AttachRequest(_message.Message):
+    __slots__ = ("weight_node", "epoch", "protocol_version", "layout", "worker_address", "lane", "max_step_tokens", "max_step_sequences", "kv_frame_bytes")
+    WEIGHT_NODE_FIELD_NUMBER: _ClassVar[int]
+    EPOCH_FIELD_NUMBER: _ClassVar[int]
+    PROTOCOL_VERSION_FIELD_NUMBER: _ClassVar[int]
+    LAYOUT_FIELD_NUMBER: _ClassVar[int]
+    WORKER_ADDRESS_FIELD_NUMBER: _ClassVar[int]
+    LANE_FIELD_NUMBER: _ClassVar[int]
+    MAX_STEP_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    MAX_STEP_SEQUENCES_FIELD_NUMBER: _ClassVar[int]
+    KV_FRAME_BYTES_FIELD_NUMBER: _ClassVar[int]
+    weight_node: str
+    epoch: int
+    protocol_version: int
+    layout: _common_pb2.KvLayout
+    worker_address: bytes
+    lane: int
+    max_step_tokens: int
+    max_step_sequences: int
+    kv_frame_bytes: int
+    def __init__(self, weight_node: _Optional[str] = ..., epoch: _Optional[int] = ..., protocol_version: _Optional[int] = ..., layout: _Optional[_Union[_common_pb2.KvLayout, _Mapping]] = ..., worker_address: _Optional[bytes] = ..., lane: _Optional[int] = ..., max_step_tokens: _Optional[int] = ..., max_step_sequences: _Optional[int] = ..., kv_frame_bytes: _Optional[int] = ...) -> None: ...
+
+class AttachReply(_message.Message):
+    __slots__ = ("node", "epoch", "worker_address", "lane", "capacity_blocks")
+    NODE_FIELD_NUMBER: _ClassVar[int]
+    EPOCH_FIELD_NUMBER: _ClassVar[int]
+    WORKER_ADDRESS_FIELD_NUMBER: _ClassVar[int]
+    LANE_FIELD_NUMBER: _ClassVar[int]
+    CAPACITY_BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    node: str
+    epoch: int
+    worker_address: bytes
+    lane: int
+    capacity_blocks: int
+    def __init__(self, node: _Optional[str] = ..., epoch: _Optional[int] = ..., worker_address: _Optional[bytes] = ..., lane: _Optional[int] = ..., capacity_blocks: _Optional[int] = ...) -> None: ...
+
+class DetachRequest(_message.Message):
+    __slots__ = ("weight_node", "epoch")
+    WEIGHT_NODE_FIELD_NUMBER: _ClassVar[int]
+    EPOCH_FIELD_NUMBER: _ClassVar[int]
+    weight_node: str
+    epoch: int
+    def __init__(self, weight_node: _Optional[str] = ..., epoch: _Optional[int] = ...) -> None: ...
+
+class DetachReply(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class StatsRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class LaneStats(_message.Message):
+    __slots__ = ("weight_node", "epoch", "granted_blocks", "held_blocks", "sequences", "ranges", "steps")
+    WEIGHT_NODE_FIELD_NUMBER: _ClassVar[int]
+    EPOCH_FIELD_NUMBER: _ClassVar[int]
+    GRANTED_BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    HELD_BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    SEQUENCES_FIELD_NUMBER: _ClassVar[int]
+    RANGES_FIELD_NUMBER: _ClassVar[int]
+    STEPS_FIELD_NUMBER: _ClassVar[int]
+    weight_node: str
+    epoch: int
+    granted_blocks: int
+    held_blocks: int
+    sequences: int
+    ranges: int
+    steps: int
+    def __init__(self, weight_node: _Optional[str] = ..., epoch: _Optional[int] = ..., granted_blocks: _Optional[int] = ..., held_blocks: _Optional[int] = ..., sequences: _Optional[int] = ..., ranges: _Optional[int] = ..., steps: _Optional[int] = ...) -> None: ...
+
+class StatsReply(_message.Message):
+    __slots__ = ("node", "state", "capacity_tokens", "used_tokens", "capacity_blocks", "used_blocks", "kv_bytes", "epoch_rejected", "lanes", "safe_to_delete")
+    NODE_FIELD_NUMBER: _ClassVar[int]
+    STATE_FIELD_NUMBER: _ClassVar[int]
+    CAPACITY_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    USED_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    CAPACITY_BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    USED_BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    KV_BYTES_FIELD_NUMBER: _ClassVar[int]
+    EPOCH_REJECTED_FIELD_NUMBER: _ClassVar[int]
+    LANES_FIELD_NUMBER: _ClassVar[int]
+    SAFE_TO_DELETE_FIELD_NUMBER: _ClassVar[int]
+    node: str
+    state: _common_pb2.NodeState
+    capacity_tokens: int
+    used_tokens: int
+    capacity_blocks: int
+    used_blocks: int
+    kv_bytes: int
+    epoch_rejected: int
+    lanes: _containers.RepeatedCompositeFieldContainer[LaneStats]
+    safe_to_delete: bool
+    def __init__(self, node: _Optional[str] = ..., state: _Optional[_Union[_common_pb2.NodeState, str]] = ..., capacity_tokens: _Optional[int] = ..., used_tokens: _Optional[int] = ..., capacity_blocks: _Optional[int] = ..., used_blocks: _Optional[int] = ..., kv_bytes: _Optional[int] = ..., epoch_rejected: _Optional[int] = ..., lanes: _Optional[_Iterable[_Union[LaneStats, _Mapping]]] = ..., safe_to_delete: _Optional[bool] = ...) -> None: ...
+
+class DrainRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class DrainReply(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class UndrainRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class UndrainReply(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...

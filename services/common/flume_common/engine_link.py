@@ -1,0 +1,156 @@
+"""The link between a supervisor and its engine: msgpack messages over a Unix socket pair.
+
+The supervisor is asyncio and never touches the device; the engine is a plain loop that never waits
+for the control plane. Messages are tagged `msgspec.Struct`s, framed by a four-byte length, a handful
+per step at most. Either end closing the socket ends the other: an engine never outlives its supervisor.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import socket
+import struct
+import sys
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from typing import Any, Generic, TypeVar
+
+import msgspec
+
+M = TypeVar("M")
+_LENGTH = struct.Struct("<I")
+_MAX_MESSAGE_BYTES = 64 << 20
+
+
+class LinkClosed(Exception):
+    """The other end of the link is gone."""
+
+
+class EngineLink(Generic[M]):
+    """The engine's end: never blocks on receive, so the loop decides when to look.
+
+    `inbox` is the union of message types the supervisor may send.
+    """
+
+    def __init__(self, fd: int, inbox: Any) -> None:
+        self._socket = socket.socket(fileno=fd)
+        self._socket.setblocking(False)
+        self._decoder = msgspec.msgpack.Decoder(inbox)
+        self._encoder = msgspec.msgpack.Encoder()
+        self._buffer = bytearray()
+
+    def fileno(self) -> int:
+        return self._socket.fileno()
+
+    def receive(self) -> list[M]:
+        """Every whole message that has arrived. Raises LinkClosed when the supervisor is gone."""
+        closed = False
+        while True:
+            try:
+                data = self._socket.recv(1 << 20)
+            except BlockingIOError:
+                break
+            except ConnectionResetError:
+                data = b""
+            if not data:
+                closed = True
+                break
+            self._buffer += data
+        messages: list[M] = []
+        at = 0
+        while len(self._buffer) - at >= _LENGTH.size:
+            (size,) = _LENGTH.unpack_from(self._buffer, at)
+            if len(self._buffer) - at - _LENGTH.size < size:
+                break
+            start = at + _LENGTH.size
+            messages.append(self._decoder.decode(memoryview(self._buffer)[start : start + size].tobytes()))
+            at = start + size
+        del self._buffer[:at]
+        if closed and not messages:
+            raise LinkClosed("the supervisor closed the link")
+        return messages
+
+    def send(self, message: object) -> None:
+        """Queue into the socket; blocks only when the supervisor is megabytes behind."""
+        data = self._encoder.encode(message)
+        self._socket.setblocking(True)
+        try:
+            self._socket.sendall(_LENGTH.pack(len(data)) + data)
+        except (BrokenPipeError, ConnectionResetError) as error:
+            raise LinkClosed("the supervisor closed the link") from error
+        finally:
+            self._socket.setblocking(False)
+
+
+class Engine(Generic[M]):
+    """The supervisor's end, with the process behind it."""
+
+    def __init__(
+        self,
+        process: asyncio.subprocess.Process,
+        reader: asyncio.StreamReader,
+        writer: asyncio.StreamWriter,
+        inbox: Any,
+    ) -> None:
+        self.process = process
+        self._reader = reader
+        self._writer = writer
+        self._decoder = msgspec.msgpack.Decoder(inbox)
+        self._encoder = msgspec.msgpack.Encoder()
+
+    @property
+    def pid(self) -> int:
+        return self.process.pid
+
+    def send(self, message: object) -> None:
+        """Raises LinkClosed when the engine is gone."""
+        if self._writer.is_closing():
+            raise LinkClosed(f"engine {self.pid} is gone")
+        data = self._encoder.encode(message)
+        self._writer.write(_LENGTH.pack(len(data)) + data)
+
+    async def receive(self) -> M:
+        """The next message. Raises LinkClosed when the engine closed its end or died."""
+        try:
+            (size,) = _LENGTH.unpack(await self._reader.readexactly(_LENGTH.size))
+            if size > _MAX_MESSAGE_BYTES:
+                raise LinkClosed(f"engine {self.pid} sent a frame of {size} bytes")
+            message: M = self._decoder.decode(await self._reader.readexactly(size))
+        except (asyncio.IncompleteReadError, ConnectionResetError) as error:
+            raise LinkClosed(f"engine {self.pid} closed the link") from error
+        return message
+
+
+@asynccontextmanager
+async def run_engine(
+    module: str, args: Sequence[str], *, inbox: Any, env: dict[str, str] | None = None, stop_s: float = 5.0
+) -> AsyncIterator[Engine[Any]]:
+    """Run `python -m module --link-fd N args…` for as long as the body lasts.
+
+    Leaving the body closes the link, which asks the engine to stop; after `stop_s` it is killed.
+    """
+    ours, theirs = socket.socketpair()
+    ours.setblocking(False)
+    try:
+        process = await asyncio.create_subprocess_exec(
+            sys.executable, "-m", module, "--link-fd", str(theirs.fileno()), *args,
+            pass_fds=(theirs.fileno(),),
+            env={**os.environ, **(env or {})},
+        )  # fmt: skip
+    except BaseException:
+        ours.close()
+        raise
+    finally:
+        theirs.close()
+    reader, writer = await asyncio.open_connection(sock=ours, limit=_MAX_MESSAGE_BYTES)
+    try:
+        yield Engine(process, reader, writer, inbox)
+    finally:
+        writer.close()
+        try:
+            async with asyncio.timeout(stop_s):
+                await process.wait()
+        except TimeoutError:
+            process.kill()
+            await process.wait()

@@ -1,0 +1,206 @@
+"""The messages of a lane: what their bytes mean. Pure numpy; `lanes` moves them.
+
+A lane joins one weight node (W) and one attention node (A). Every message is a frame: a header of
+eight int64 words, then a body. Per step:
+
+    W -> A  PLAN     ops on slots, the rows of this step, and the credit W would like to have
+    W -> A  QUERY    one per layer: the queries of the rows, [query_tokens, query_heads, head_dim]
+    A -> W  PARTIAL  one per layer: o like the queries, then lse float32 [query_tokens, query_heads]
+    W -> A  KV       the appended keys and values of layers [first, last),
+                     [last - first, 2, append_tokens, kv_heads, head_dim]; several per step
+    A -> W  CREDIT   what W may still append, and how A is doing; whenever that changes
+
+A *slot* is a small integer W chooses for one sequence on one lane. It holds that sequence's ranges on
+this node, in order; one of them may be open. A row asks about all tokens of its slot at once, so a
+sequence has at most one row per lane and step however often its tail came by. Keys arrive after RoPE
+and every held token lies in the past of every query, so A never masks and knows no position.
+
+A PLAN with rows starts a step; QUERY messages follow if any row has queries and KV messages if any
+row appends. A step is committed when KV of all its layers is in; a PLAN that arrives before that
+abandons the step, and nothing of it is kept. Ops take effect when the PLAN arrives, before its rows.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from enum import IntEnum
+
+import numpy as np
+from numpy.typing import NDArray
+
+from flume_common.layout import KvLayout
+
+PROTOCOL_VERSION = 1
+
+Words = NDArray[np.int64]
+
+
+class Kind(IntEnum):
+    """The five kinds of message; each is one channel of a lane."""
+
+    PLAN = 1
+    QUERY = 2
+    PARTIAL = 3
+    KV = 4
+    CREDIT = 5
+
+
+class Op(IntEnum):
+    """What a PLAN does to a slot before its rows run: [op, slot, argument, key]."""
+
+    OPEN = 1  # argument: start, the sequence position of the new range's first token; key: sequence_key
+    CLOSE = 2  # argument: length of the whole slot; the open range becomes immutable
+    RELEASE = 3  # drops the slot and its ranges
+
+
+class Header(IntEnum):
+    """Words of a frame's header. Words not named are zero."""
+
+    STEP = 0  # step number of the sending weight node, counting up; on PARTIAL the step it answers
+    BODY_BYTES = 1
+    EPOCH = 2  # of the sender
+    LAYER = 3  # QUERY, PARTIAL: the layer; KV: the first layer
+    LAYER_END = 4  # KV: one past the last layer
+
+
+HEADER_WORDS = 8
+HEADER_BYTES = 8 * HEADER_WORDS
+PLAN_HEAD_WORDS = 8
+CREDIT_WORDS = 8
+OP_WORDS = 4
+ROW_WORDS = 4
+MAX_OPS = 256  # in one PLAN; W sends several when it has more
+
+
+class Refusal(IntEnum):
+    """Why A refused a step (word of CREDIT). The step is abandoned."""
+
+    NONE = 0
+    UNKNOWN_SLOT = 1
+    LENGTH_MISMATCH = 2  # the slot holds another number of tokens than W believes
+    OVER_CREDIT = 3
+    STALE_EPOCH = 4
+    NO_OPEN_RANGE = 5
+    TOO_LARGE = 6  # more rows or tokens than the lane was attached for
+
+
+def sequence_key(sequence: str) -> int:
+    """A sequence's name as one signed 64-bit word, the same on every node."""
+    return int.from_bytes(hashlib.blake2b(sequence.encode(), digest_size=8).digest(), "little", signed=True)
+
+
+@dataclass(frozen=True, slots=True)
+class LaneShape:
+    """Sizes that both ends derive the same buffers from."""
+
+    layout: KvLayout
+    max_step_tokens: int  # most query tokens and most appended tokens of one step
+    max_step_sequences: int
+    kv_frame_bytes: int  # body of one KV message
+
+    def body_bytes(self, kind: Kind) -> int:
+        """The largest body of a message of this kind."""
+        heads = self.max_step_tokens * self.layout.num_query_heads
+        queries = heads * self.layout.head_dim * self.layout.itemsize
+        match kind:
+            case Kind.PLAN:
+                return 8 * (PLAN_HEAD_WORDS + OP_WORDS * MAX_OPS + ROW_WORDS * self.max_step_sequences)
+            case Kind.QUERY:
+                return queries
+            case Kind.PARTIAL:
+                return queries + 4 * heads
+            case Kind.KV:
+                return self.kv_frame_bytes
+            case Kind.CREDIT:
+                return 8 * CREDIT_WORDS
+
+    def layers_per_kv(self, append_tokens: int) -> int:
+        """How many layers of `append_tokens` tokens travel in one KV message.
+
+        Raises ValueError when not even one layer fits the frame.
+        """
+        layer_bytes = append_tokens * self.layout.layer_token_bytes
+        layers = self.kv_frame_bytes // max(layer_bytes, 1)
+        if layers < 1:
+            raise ValueError(
+                f"{append_tokens} tokens need {layer_bytes} bytes a layer, the KV frame holds {self.kv_frame_bytes}"
+            )
+        return min(layers, self.layout.num_layers)
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """A PLAN message. `ops` [n, 4]: op, slot, argument, key. `rows` [n, 4]: slot, queries, append, held.
+
+    `held` is the number of committed tokens W believes the slot has before the step; A refuses
+    another number. Queries of the rows follow one another in QUERY in row order, appended tokens in KV.
+    """
+
+    step: int
+    epoch: int
+    ops: Words
+    rows: Words
+    layers_per_kv: int  # of this step's KV messages; 0 when nothing is appended
+    want_blocks: int  # unused credit W would like to have; A grants up to it, now or later
+    returned_blocks: int  # credit W has given back so far, a running total
+
+    def encode(self, header: Words, body: Words) -> int:
+        """Write into a frame's header and body (int64 views); returns the body's bytes."""
+        num_ops, num_rows = len(self.ops), len(self.rows)
+        body[:PLAN_HEAD_WORDS] = (
+            num_ops, num_rows, self.layers_per_kv, self.want_blocks, self.returned_blocks, 0, 0, 0,
+        )  # fmt: skip
+        rows_at = PLAN_HEAD_WORDS + OP_WORDS * num_ops
+        end = rows_at + ROW_WORDS * num_rows
+        body[PLAN_HEAD_WORDS:rows_at] = self.ops.reshape(-1)
+        body[rows_at:end] = self.rows.reshape(-1)
+        header[Header.STEP] = self.step
+        header[Header.EPOCH] = self.epoch
+        return 8 * end
+
+    @classmethod
+    def decode(cls, header: Words, body: Words) -> Plan:
+        """Arrays are copies: the frame may be given back at once."""
+        num_ops, num_rows, layers_per_kv, want, returned = (int(word) for word in body[:5])
+        rows_at = PLAN_HEAD_WORDS + OP_WORDS * num_ops
+        end = rows_at + ROW_WORDS * num_rows
+        return cls(
+            step=int(header[Header.STEP]),
+            epoch=int(header[Header.EPOCH]),
+            ops=body[PLAN_HEAD_WORDS:rows_at].reshape(num_ops, OP_WORDS).copy(),
+            rows=body[rows_at:end].reshape(num_rows, ROW_WORDS).copy(),
+            layers_per_kv=layers_per_kv,
+            want_blocks=want,
+            returned_blocks=returned,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Credit:
+    """A CREDIT message. Totals only grow, so a lost or repeated one does no harm.
+
+    Unused credit of W = granted − returned − every block W's slots ever took on this lane.
+    A block is taken when a range's first token enters it; blocks of a released slot go back to A
+    and not into W's unused credit.
+    """
+
+    granted_blocks: int  # running total for this lane
+    capacity_blocks: int  # of the node
+    free_blocks: int  # of the node: neither held nor granted to anyone
+    draining: bool  # A opens no new ranges and grants nothing more
+    committed_step: int  # the last step of this lane whose KV is all in
+    refused_step: int = 0
+    refusal: Refusal = Refusal.NONE
+
+    def encode(self, body: Words) -> int:
+        body[:CREDIT_WORDS] = (
+            self.granted_blocks, self.capacity_blocks, self.free_blocks, self.draining,
+            self.committed_step, self.refused_step, self.refusal, 0,
+        )  # fmt: skip
+        return 8 * CREDIT_WORDS
+
+    @classmethod
+    def decode(cls, body: Words) -> Credit:
+        granted, capacity, free, draining, committed, refused, why, _ = (int(w) for w in body[:CREDIT_WORDS])
+        return cls(granted, capacity, free, bool(draining), committed, refused, Refusal(why))
