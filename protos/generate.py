@@ -18,7 +18,13 @@ def generate(out: Path) -> list[Path]:
     """Write stubs for every .proto under `out`; returns their paths relative to it."""
     sources = sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("flume_protos/*/*.proto"))
     include = Path(protoc.__file__).parent / "_proto"
-    flags = [f"-I{ROOT}", f"-I{include}", f"--python_out={out}", f"--pyi_out={out}", f"--grpc_python_out={out}"]
+    flags = [
+        f"-I{ROOT}",
+        f"-I{include}",
+        f"--python_out={out}",
+        f"--pyi_out={out}",
+        f"--grpc_python_out={out}",
+    ]
     if protoc.main(["protoc", *flags, *sources]) != 0:
         raise SystemExit("protoc failed")
     return sorted(path.relative_to(out) for path in out.rglob("*_pb2*"))

@@ -64,7 +64,9 @@ class Route:
         """
         tail = self.tail
         if length < tail.start:
-            raise ValueError(f"route of {self.sequence}: cannot close at {length}, the tail starts at {tail.start}")
+            raise ValueError(
+                f"route of {self.sequence}: cannot close at {length}, the tail starts at {tail.start}"
+            )
         if node == tail.node:
             return self
         if length == tail.start:
