@@ -16,8 +16,10 @@ sequence has at most one row per lane and step however often its tail came by. K
 and every held token lies in the past of every query, so A never masks and knows no position.
 
 A PLAN with rows starts a step; QUERY messages follow if any row has queries and KV messages if any
-row appends. A step is committed when KV of all its layers is in; a PLAN that arrives before that
-abandons the step, and nothing of it is kept. Ops take effect when the PLAN arrives, before its rows.
+row appends. A step is committed when KV of all its layers is in. Messages of one kind arrive in order, of
+different kinds in any: a PLAN may overtake KV sent before it. So a PLAN names the last step whose KV was
+sent whole, and A finishes that step before it looks at the PLAN. A step that is unfinished and newer than
+that is abandoned, and nothing of it is kept. Ops take effect then, before the PLAN's rows.
 """
 
 from __future__ import annotations
@@ -144,12 +146,15 @@ class Plan:
     layers_per_kv: int  # of this step's KV messages; 0 when nothing is appended
     want_blocks: int  # unused credit W would like to have; A grants up to it, now or later
     returned_blocks: int  # credit W has given back so far, a running total
+    kv_sent_step: int = (
+        0  # the last step whose KV W has sent whole on this lane; A awaits it, abandons newer ones
+    )
 
     def encode(self, header: Words, body: Words) -> int:
         """Write into a frame's header and body (int64 views); returns the body's bytes."""
         num_ops, num_rows = len(self.ops), len(self.rows)
         body[:PLAN_HEAD_WORDS] = (
-            num_ops, num_rows, self.layers_per_kv, self.want_blocks, self.returned_blocks, 0, 0, 0,
+            num_ops, num_rows, self.layers_per_kv, self.want_blocks, self.returned_blocks, self.kv_sent_step, 0, 0,
         )  # fmt: skip
         rows_at = PLAN_HEAD_WORDS + OP_WORDS * num_ops
         end = rows_at + ROW_WORDS * num_rows
@@ -162,7 +167,7 @@ class Plan:
     @classmethod
     def decode(cls, header: Words, body: Words) -> Plan:
         """Arrays are copies: the frame may be given back at once."""
-        num_ops, num_rows, layers_per_kv, want, returned = (int(word) for word in body[:5])
+        num_ops, num_rows, layers_per_kv, want, returned, kv_sent_step = (int(word) for word in body[:6])
         rows_at = PLAN_HEAD_WORDS + OP_WORDS * num_ops
         end = rows_at + ROW_WORDS * num_rows
         return cls(
@@ -173,6 +178,7 @@ class Plan:
             layers_per_kv=layers_per_kv,
             want_blocks=want,
             returned_blocks=returned,
+            kv_sent_step=kv_sent_step,
         )
 
 
@@ -181,14 +187,14 @@ class Credit:
     """A CREDIT message. Totals only grow, so a lost or repeated one does no harm.
 
     Unused credit of W = granted − returned − every block W's slots ever took on this lane.
-    A block is taken when a range's first token enters it; blocks of a released slot go back to A
-    and not into W's unused credit.
+    A block is taken when a step is committed whose first token enters it (an abandoned or refused
+    step takes none); blocks of a released slot go back to A and not into W's unused credit.
     """
 
     granted_blocks: int  # running total for this lane
     capacity_blocks: int  # of the node
     free_blocks: int  # of the node: neither held nor granted to anyone
-    draining: bool  # A opens no new ranges and grants nothing more
+    draining: bool  # A grants nothing more; W opens no new ranges here (one already on its way is served)
     committed_step: int  # the last step of this lane whose KV is all in
     refused_step: int = 0
     refusal: Refusal = Refusal.NONE
