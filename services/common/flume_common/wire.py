@@ -146,15 +146,14 @@ class Plan:
     layers_per_kv: int  # of this step's KV messages; 0 when nothing is appended
     want_blocks: int  # unused credit W would like to have; A grants up to it, now or later
     returned_blocks: int  # credit W has given back so far, a running total
-    kv_sent_step: int = (
-        0  # the last step whose KV W has sent whole on this lane; A awaits it, abandons newer ones
-    )
+    kv_sent_step: int = 0  # the last step whose KV W has sent whole on this lane
 
     def encode(self, header: Words, body: Words) -> int:
         """Write into a frame's header and body (int64 views); returns the body's bytes."""
         num_ops, num_rows = len(self.ops), len(self.rows)
         body[:PLAN_HEAD_WORDS] = (
-            num_ops, num_rows, self.layers_per_kv, self.want_blocks, self.returned_blocks, self.kv_sent_step, 0, 0,
+            num_ops, num_rows, self.layers_per_kv,
+            self.want_blocks, self.returned_blocks, self.kv_sent_step, 0, 0,
         )  # fmt: skip
         rows_at = PLAN_HEAD_WORDS + OP_WORDS * num_ops
         end = rows_at + ROW_WORDS * num_rows
