@@ -1,0 +1,100 @@
+"""One lane: an endpoint to one peer and the channels that run over it.
+
+It has no thread and no lock; the engine that owns the port drives it. When it goes down it says why,
+once, and stays down: reconnecting is a new lane with new numbers.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from flume_common.lanes.channel import Receiver, Sender
+from flume_common.lanes.errors import LaneDown
+from flume_common.lanes.frames import Allocate, Frame, block_bytes, cut
+from flume_common.lanes.tags import Side, tag_of
+from flume_common.wire import Kind, LaneShape
+
+if TYPE_CHECKING:
+    from flume_common.lanes.port import Port
+
+
+class Lane:
+    """A joined weight node and attention node, seen from one end. Made by `Port.connect`."""
+
+    def __init__(
+        self,
+        port: Port,
+        endpoint: Any,
+        peer: str,
+        shape: LaneShape,
+        side: Side,
+        send_lane: int,
+        receive_lane: int,
+        allocate: Allocate,
+    ) -> None:
+        self.peer = peer
+        self.shape = shape
+        self.receive_lane = receive_lane
+        self._port = port
+        self._endpoint = endpoint
+        self._error: str | None = None
+        self._block = allocate(block_bytes(shape, Kind))
+        frames = cut(self._block, shape, Kind)
+        self._senders = {
+            kind: Sender(self, endpoint, kind, tag_of(send_lane, kind), frames[kind]) for kind in side.sends
+        }
+        self._receivers = {
+            kind: Receiver(self, endpoint, kind, tag_of(receive_lane, kind), frames[kind])
+            for kind in side.receives
+        }
+
+    @property
+    def alive(self) -> bool:
+        """False for good once the peer is known to be gone or the lane was closed."""
+        if self._error is None and not self._endpoint.alive:
+            self.fail("the peer is gone")
+        return self._error is None
+
+    @property
+    def error(self) -> str | None:
+        """Why the lane is down; None while it is up."""
+        return None if self.alive else self._error
+
+    def sender(self, kind: Kind) -> Sender:
+        """Raises KeyError for a kind this side does not send."""
+        return self._senders[kind]
+
+    def receiver(self, kind: Kind) -> Receiver:
+        """Raises KeyError for a kind this side does not receive."""
+        return self._receivers[kind]
+
+    def require_up(self) -> None:
+        """Raises LaneDown."""
+        if not self.alive:
+            assert self._error is not None
+            raise LaneDown(self.peer, self._error)
+
+    def fail(self, reason: str) -> None:
+        """Take the lane down; the first reason is the one that stays."""
+        if self._error is None:
+            self._error = reason
+
+    def close(self) -> None:
+        """Cancel what is in flight and let the endpoint go. Idempotent; the peer is not told."""
+        self.fail("closed by this end")
+        endpoint, self._endpoint = self._endpoint, _CLOSED
+        if endpoint is not _CLOSED:
+            self._port.retire(self, endpoint)
+
+    def in_flight(self) -> list[Frame]:
+        """Frames whose transfer has not completed: their memory must outlive it."""
+        sending = [frame for sender in self._senders.values() for frame in sender.in_flight()]
+        receiving = [frame for receiver in self._receivers.values() for frame in receiver.in_flight()]
+        return sending + receiving
+
+
+class _Closed:
+    alive = False
+
+
+_CLOSED = _Closed()
