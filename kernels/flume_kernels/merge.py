@@ -25,9 +25,9 @@ def merge_partials(o: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
     assert lse.shape == o.shape[:3], (o.shape, lse.shape)
     assert lse.dtype is torch.float32, lse.dtype
     total = torch.logsumexp(lse, dim=0)
-    # Not lse - total: -inf minus -inf is nan.
-    weights = torch.exp(lse - total.masked_fill(total == -torch.inf, 0.0)).unsqueeze(-1)
-    # Select, as 0 * nan is nan.
+    # softmax divides by the sum itself: exp(lse - total) would be off by the rounding of a large total.
+    # Where every lse is -inf it is nan, so both lines select; 0 * nan is nan, too.
+    weights = torch.softmax(lse, dim=0).masked_fill_(total == -torch.inf, 0.0).unsqueeze(-1)
     values = torch.where(weights > 0, o.float(), 0.0)
     return (weights * values).sum(dim=0).to(o.dtype), total
 
