@@ -38,8 +38,10 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Ten
 
 def merge_partials(o: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
     """o [P, T, H, D], lse [P, T, H] -> o [T, H, D], lse [T, H], both float64. Formula in `merge`."""
-    total = torch.logsumexp(lse.double(), dim=0)
-    empty = lse == -torch.inf
-    weights = torch.where(empty, 0.0, torch.exp(lse.double() - total))
-    values = torch.where(empty.unsqueeze(-1), 0.0, o.double())
-    return (weights.unsqueeze(-1) * values).sum(dim=0), total
+    top = lse.double().amax(dim=0)
+    # Not lse - top where nothing was seen: -inf minus -inf is nan.
+    weights = torch.exp(lse.double() - torch.where(top == -torch.inf, 0.0, top))
+    sums = weights.sum(dim=0)
+    values = torch.where((lse == -torch.inf).unsqueeze(-1), 0.0, o.double())
+    merged = (weights.unsqueeze(-1) * values).sum(dim=0) / torch.where(sums > 0, sums, 1.0).unsqueeze(-1)
+    return merged, top + torch.log(sums)
