@@ -1,0 +1,186 @@
+"""`config.json` and `generation_config.json` of a Hugging Face directory -> ModelConfig.
+
+Reads both spellings: `rope_theta` + `rope_scaling` + `torch_dtype` (transformers 4) and
+`rope_parameters` + `dtype` (transformers 5). Whatever the forward pass does not compute is refused
+by name here, before a weight is read.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from flume_weight.model.config import (
+    ARCHITECTURES,
+    LinearScaling,
+    Llama3Scaling,
+    ModelConfig,
+    RopeScaling,
+)
+from flume_weight.model.errors import (
+    BadConfig,
+    DamagedFile,
+    MissingFile,
+    UnknownArchitecture,
+    UnsupportedFeature,
+)
+from flume_weight.model.fields import Fields
+
+CLASSES = tuple(f"{name}ForCausalLM" for name in ("Llama", "Mistral", "Qwen2", "Qwen3"))
+ROPE_TYPES = "default, linear, llama3"
+
+
+def read_config(directory: Path) -> ModelConfig:
+    """Raises a ModelError that names the field."""
+    fields = read_json(directory / "config.json", "a Hugging Face model directory has one")
+    architecture = _architecture(fields)
+    _refuse_what_is_not_computed(fields, architecture)
+    heads = fields.integer("num_attention_heads")
+    hidden = fields.integer("hidden_size")
+    context = fields.integer("max_position_embeddings")
+    _refuse_sliding_window(fields, architecture, context)
+    theta, scaling = _rope(fields, context)
+    bias = fields.flag("attention_bias", False) if architecture in ("llama", "qwen3") else False
+    config = ModelConfig(
+        architecture=architecture,
+        vocab_size=fields.integer("vocab_size"),
+        context_tokens=context,
+        eos_token_ids=_eos(fields, directory),
+        hidden_size=hidden,
+        intermediate_size=fields.integer("intermediate_size"),
+        num_layers=fields.integer("num_hidden_layers"),
+        num_query_heads=heads,
+        num_kv_heads=fields.integer("num_key_value_heads", heads),
+        head_dim=fields.integer("head_dim", _head_dim(architecture, hidden, heads)),
+        rms_norm_eps=fields.number("rms_norm_eps", 1e-6),
+        rope_theta=theta,
+        rope_scaling=scaling,
+        tie_word_embeddings=fields.flag("tie_word_embeddings", False),
+        qkv_bias=bias or architecture == "qwen2",
+        output_bias=bias,
+        mlp_bias=architecture == "llama" and fields.flag("mlp_bias", False),
+        qk_norm=architecture == "qwen3",
+    )
+    require_consistent(fields, config, "num_attention_heads", "num_key_value_heads", "head_dim")
+    return config
+
+
+def read_json(path: Path, wanted_by: str) -> Fields:
+    """Raises MissingFile or DamagedFile."""
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
+        raise MissingFile(path, wanted_by) from None
+    except ValueError as error:
+        raise DamagedFile(path, f"is not JSON: {error}") from error
+    if not isinstance(values, dict):
+        raise DamagedFile(path, f"is not a JSON object but a {type(values).__name__}")
+    return Fields(path, values)
+
+
+def require_consistent(fields: Fields, config: ModelConfig, heads: str, kv_heads: str, head_dim: str) -> None:
+    """Raises BadConfig when the heads do not fit together; the last three name the file's fields."""
+    if config.num_query_heads % config.num_kv_heads:
+        expected = f"a divisor of {fields.name_of(heads)} {config.num_query_heads}"
+        raise BadConfig(fields.path, fields.name_of(kv_heads), expected, config.num_kv_heads)
+    if config.head_dim % 2:
+        raise BadConfig(fields.path, fields.name_of(head_dim), "an even number", config.head_dim)
+    for token in config.eos_token_ids:
+        if token >= config.vocab_size:
+            expected = f"token ids below the vocabulary size {config.vocab_size}"
+            raise BadConfig(fields.path, "eos_token_id", expected, token)
+
+
+def _architecture(fields: Fields) -> str:
+    found = fields.text("model_type")
+    if found not in ARCHITECTURES:
+        raise UnknownArchitecture(fields.path, "model_type", found, ARCHITECTURES)
+    for name in _list(fields, "architectures"):
+        if name not in CLASSES:
+            raise UnknownArchitecture(fields.path, "architectures", name, CLASSES)
+    return found
+
+
+def _list(fields: Fields, name: str) -> list[object]:
+    value = fields.raw(name)
+    if value is None:
+        return []
+    if not isinstance(value, list):
+        raise fields.bad(name, "a list")
+    return value
+
+
+def _refuse_what_is_not_computed(fields: Fields, architecture: str) -> None:
+    if fields.has("quantization_config"):
+        quantization = fields.sub("quantization_config")
+        method = quantization.raw("quant_method") if quantization else None
+        raise UnsupportedFeature(fields.path, "quantization_config", method, "float32, float16, bfloat16")
+    activation = fields.text("hidden_act", "silu")
+    if activation not in ("silu", "swish"):
+        raise UnsupportedFeature(fields.path, "hidden_act", activation, "silu")
+    rotary = fields.number("partial_rotary_factor", 1.0)
+    if rotary != 1.0:
+        raise UnsupportedFeature(fields.path, "partial_rotary_factor", rotary, "1.0")
+
+
+def _refuse_sliding_window(fields: Fields, architecture: str, context: int) -> None:
+    """Windows need masks at range edges. A window that no position can leave is no window."""
+    if not fields.has("sliding_window") or architecture == "llama":
+        return
+    window = fields.integer("sliding_window")
+    layers = _list(fields, "layer_types")
+    active = architecture == "mistral" or fields.flag("use_sliding_window", False)
+    if layers:
+        active = any(kind != "full_attention" for kind in layers)
+    if active and window < context:
+        supported = f"full attention (a window of at least max_position_embeddings {context})"
+        raise UnsupportedFeature(fields.path, "sliding_window", window, supported)
+
+
+def _rope(fields: Fields, context: int) -> tuple[float, RopeScaling | None]:
+    parameters = fields.sub("rope_parameters")
+    scaling = parameters or fields.sub("rope_scaling")
+    theta = fields.number("rope_theta", 10000.0)
+    if parameters:
+        theta = parameters.number("rope_theta", theta)
+    return theta, _scaling(scaling, context) if scaling else None
+
+
+def _scaling(fields: Fields, context: int) -> RopeScaling | None:
+    kind = fields.text("rope_type", fields.text("type", "default"))
+    rotary = fields.number("partial_rotary_factor", 1.0)
+    if rotary != 1.0:
+        raise UnsupportedFeature(fields.path, fields.name_of("partial_rotary_factor"), rotary, "1.0")
+    match kind:
+        case "default":
+            return None
+        case "linear":
+            return LinearScaling(fields.number("factor"))
+        case "llama3":
+            return _llama3(fields, context)
+    raise UnsupportedFeature(fields.path, fields.name_of("rope_type"), kind, ROPE_TYPES)
+
+
+def _llama3(fields: Fields, context: int) -> Llama3Scaling:
+    scaling = Llama3Scaling(
+        factor=fields.number("factor"),
+        low_freq_factor=fields.number("low_freq_factor"),
+        high_freq_factor=fields.number("high_freq_factor"),
+        original_context_tokens=fields.integer("original_max_position_embeddings", context),
+    )
+    if scaling.high_freq_factor <= scaling.low_freq_factor:
+        raise fields.bad("high_freq_factor", f"more than low_freq_factor {scaling.low_freq_factor}")
+    return scaling
+
+
+def _head_dim(architecture: str, hidden: int, heads: int) -> int:
+    # Qwen3's head size is independent of the hidden size; 128 is what its config defaults to.
+    return 128 if architecture == "qwen3" else max(1, hidden // heads)
+
+
+def _eos(fields: Fields, directory: Path) -> tuple[int, ...]:
+    ids = fields.token_ids("eos_token_id")
+    path = directory / "generation_config.json"
+    if path.exists():
+        ids += read_json(path, "").token_ids("eos_token_id")
+    return tuple(dict.fromkeys(ids))

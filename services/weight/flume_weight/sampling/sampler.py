@@ -1,0 +1,134 @@
+"""Choosing the next token of one sequence, and when its answer ends.
+
+The order of operations is the one vLLM documents, on float32 logits:
+
+1. log-probabilities, where asked for, of the raw logits: natural log, before all that follows;
+2. min_tokens (end and stop tokens forbidden until then), then logit_bias;
+3. repetition penalty (over prompt and answer: divides positive logits, multiplies negative ones), then
+   frequency (· times in the answer) and presence (once, if in the answer), both subtracted;
+4. temperature 0: the largest logit, the lowest token id among equals;
+5. otherwise divide by the temperature, keep by min-p, then top-k, then top-p, and draw from what is left.
+
+A draw depends on (seed, number of the token in the answer, token id) only: see `noise.py`. numpy only, on
+the host: a row is tens of thousands of numbers, and torch's threads would be fought over.
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from flume_weight.sampling.candidates import candidates, largest
+from flume_weight.sampling.noise import gumbels, stream_key
+from flume_weight.sampling.params import SamplingParams
+from flume_weight.sampling.penalties import Penalties
+
+if TYPE_CHECKING:
+    from torch import Tensor  # the supervisor imports this package and must not load torch
+
+
+class FinishReason(StrEnum):
+    STOP = "STOP"
+    LENGTH = "LENGTH"
+
+
+@dataclass(frozen=True, slots=True)
+class Sampled:
+    """One chosen token; log-probabilities where they were asked for."""
+
+    token_id: int
+    logprob: float | None = None
+    top: list[tuple[int, float]] = field(default_factory=list)  # (token id, logprob), most likely first
+
+
+class Sampler:
+    """State of one sequence: what it has said, and the seed of its draws.
+
+    `output_token_ids` is an answer begun elsewhere: the rest then comes out as it would have there.
+    """
+
+    def __init__(
+        self,
+        params: SamplingParams,
+        prompt_token_ids: Sequence[int],
+        vocab_size: int,
+        eos_token_ids: Sequence[int],
+        output_token_ids: Sequence[int] = (),
+    ) -> None:
+        self.params = params
+        self.seed = secrets.randbits(63) if params.seed is None else params.seed
+        self.num_output_tokens = len(output_token_ids)
+        self._ends = frozenset(params.stop_token_ids) | frozenset(() if params.ignore_eos else eos_token_ids)
+        self._forbidden_at_first = np.array(sorted(self._ends | set(eos_token_ids)), dtype=np.int64)
+        self._bias_ids = np.array(list(params.logit_bias), dtype=np.int64)
+        self._bias = np.array(list(params.logit_bias.values()), dtype=np.float32)
+        self._penalties = Penalties(params, prompt_token_ids, output_token_ids, vocab_size)
+
+    @property
+    def takes_the_largest(self) -> bool:
+        """Whether the next token is the plain argmax of the raw logits, and nothing else is wanted."""
+        params = self.params
+        return (
+            params.temperature == 0
+            and params.logprobs is None
+            and not params.logit_bias
+            and not self._penalties.active
+            and self.num_output_tokens >= params.min_tokens
+        )
+
+    def sample(self, logits_row: Tensor | NDArray[np.float32]) -> Sampled:
+        """Chooses and records the next token. logits_row [V] float32 on the host; it is left unchanged."""
+        logits: NDArray[np.float32] = np.asarray(logits_row)
+        token_id = self._choose(self._adjusted(logits))
+        self.accept(token_id)
+        if self.params.logprobs is None:
+            return Sampled(token_id)
+        return Sampled(token_id, *log_probabilities(logits, token_id, self.params.logprobs))
+
+    def accept(self, token_id: int) -> None:
+        """Records a token chosen elsewhere (`sample` does it itself)."""
+        self.num_output_tokens += 1
+        self._penalties.add(token_id)
+
+    def finish_reason(self, token_id: int) -> FinishReason | None:
+        """Whether the token just recorded ends the answer. A token that stops it is not part of the text."""
+        if token_id in self._ends and self.num_output_tokens > self.params.min_tokens:
+            return FinishReason.STOP
+        if 0 < self.params.max_tokens <= self.num_output_tokens:
+            return FinishReason.LENGTH
+        return None
+
+    def _adjusted(self, logits: NDArray[np.float32]) -> NDArray[np.float32]:
+        adjusted = logits.copy()
+        if self.num_output_tokens < self.params.min_tokens:
+            adjusted[self._forbidden_at_first] = -np.inf
+        adjusted[self._bias_ids] += self._bias
+        self._penalties.apply(adjusted)
+        return adjusted
+
+    def _choose(self, logits: NDArray[np.float32]) -> int:
+        params = self.params
+        if params.temperature == 0:
+            return int(logits.argmax())
+        # The largest is taken off first: the smallest temperature then overflows to -inf, never to NaN.
+        scaled = (logits - logits.max()).astype(np.float64) / params.temperature
+        ids = candidates(scaled, params.top_k, params.top_p, params.min_p)
+        key = stream_key(self.seed, self.num_output_tokens)
+        return int(ids[(scaled[ids] + gumbels(key, ids.astype(np.uint64))).argmax()])
+
+
+def log_probabilities(
+    logits: NDArray[np.float32], token_id: int, count: int
+) -> tuple[float, list[tuple[int, float]]]:
+    """Of one token, and of the `count` most likely ones, under softmax(logits)."""
+    wide = logits.astype(np.float64)
+    wide -= wide.max()
+    wide -= np.log(np.exp(wide).sum())
+    best = largest(logits, count)
+    return float(wide[token_id]), [(int(token), float(wide[token])) for token in best]
