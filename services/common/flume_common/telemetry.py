@@ -1,0 +1,68 @@
+"""Logs of one service: an event word and fields, for people on a terminal, JSON elsewhere. Our version."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from importlib.metadata import version as distribution_version
+from typing import TextIO
+
+import structlog
+from structlog.typing import EventDict, Processor, WrappedLogger
+
+LEVELS = ("debug", "info", "warning", "error")
+
+
+def version() -> str:
+    """Of the installed distribution."""
+    return distribution_version("kernelflume")
+
+
+def configure_logging(service: str, node: str, level: str = "info", stream: TextIO | None = None) -> None:
+    """Log to `stream` (standard error by default), each line with `service` and `node`.
+
+    The standard library's loggers come out in the same form. Raises ValueError for an unknown level.
+    """
+    if level not in LEVELS:
+        raise ValueError(f"log level {level!r} is not one of {', '.join(LEVELS)}")
+    out = stream or sys.stderr
+    shared = _shared_processors(service, node)
+    structlog.configure(
+        processors=[
+            structlog.stdlib.filter_by_level,
+            *shared,
+            structlog.stdlib.ProcessorFormatter.wrap_for_formatter,
+        ],
+        logger_factory=structlog.stdlib.LoggerFactory(),
+        wrapper_class=structlog.stdlib.BoundLogger,
+        cache_logger_on_first_use=False,
+    )
+    handler = logging.StreamHandler(out)
+    handler.setFormatter(
+        structlog.stdlib.ProcessorFormatter(
+            foreign_pre_chain=shared,
+            processors=[structlog.stdlib.ProcessorFormatter.remove_processors_meta, *_renderer(out.isatty())],
+        )
+    )
+    root = logging.getLogger()
+    root.handlers = [handler]
+    root.setLevel(level.upper())
+
+
+def _shared_processors(service: str, node: str) -> list[Processor]:
+    def identify(_: WrappedLogger, __: str, event: EventDict) -> EventDict:
+        return {"service": service, "node": node, **event}
+
+    return [
+        structlog.contextvars.merge_contextvars,
+        structlog.stdlib.add_log_level,
+        structlog.processors.TimeStamper(fmt="iso", utc=True),
+        identify,
+        structlog.processors.StackInfoRenderer(),
+    ]
+
+
+def _renderer(terminal: bool) -> list[Processor]:
+    if terminal:
+        return [structlog.dev.ConsoleRenderer()]
+    return [structlog.processors.format_exc_info, structlog.processors.JSONRenderer()]
