@@ -1,0 +1,34 @@
+"""What can go wrong on an attention node.
+
+* StepRefused     a PLAN asks for something that does not fit what the lane holds; the weight node is told
+* AttachRefused   two nodes cannot be joined: layout, protocol version, epoch, memory or sizes
+* ProtocolError   a weight node's messages contradict each other; its lane is closed
+
+`blocks.OutOfBlocks` and `blocks.StaleBlock` are bugs of the node itself and end the engine.
+"""
+
+from __future__ import annotations
+
+from flume_common.wire import Refusal
+
+
+class StepRefused(Exception):
+    """Answered with a CREDIT message carrying `refusal`."""
+
+    def __init__(self, refusal: Refusal, detail: str) -> None:
+        super().__init__(f"{refusal.name}: {detail}")
+        self.refusal = refusal
+        self.detail = detail
+
+
+class AttachRefused(Exception):
+    """Answered with FAILED_PRECONDITION. `field` is the field of AttachRequest that is to blame."""
+
+    def __init__(self, field: str, detail: str) -> None:
+        super().__init__(detail)
+        self.field = field
+        self.detail = detail
+
+
+class ProtocolError(Exception):
+    """The lane is closed with this reason, and everything it holds is freed."""

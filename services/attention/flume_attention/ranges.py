@@ -1,0 +1,138 @@
+"""Ranges and slots: which blocks hold the tokens of a sequence, and where in memory they lie.
+
+A *range* grows while it is open and never changes once closed. It is reference-counted, so that later
+several slots may share a closed one. A *slot* is one sequence on one lane: its ranges in order. Nothing
+here knows tensors: a `Run` counts in tokens of the node's KV memory.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from flume_attention.blocks import Block, BlockPool
+
+
+class Run(NamedTuple):
+    """Tokens that lie next to each other in KV memory."""
+
+    first: int
+    tokens: int
+
+
+class Range:
+    """Tokens from sequence position `start`, `length` of them committed. Made with one reference."""
+
+    def __init__(self, blocks: BlockPool, block_tokens: int, start: int) -> None:
+        self.start = start
+        self.length = 0
+        self.closed = False
+        self._pool = blocks
+        self._block_tokens = block_tokens
+        self._blocks: list[Block] = []
+        self._spans: list[list[int]] = []  # [first block, number of blocks], as _blocks lie in memory
+        self._references = 1
+
+    @property
+    def num_blocks(self) -> int:
+        """Blocks the committed tokens fill."""
+        return self._blocks_of(self.length)
+
+    @property
+    def reserved_blocks(self) -> int:
+        """Blocks taken by `reserve` and neither committed nor dropped."""
+        return len(self._blocks) - self.num_blocks
+
+    def new_blocks(self, tokens: int) -> int:
+        """How many blocks `reserve(tokens)` would take."""
+        return self._blocks_of(self.length + tokens) - len(self._blocks)
+
+    def reserve(self, tokens: int) -> list[Run]:
+        """Take blocks for `tokens` more and say where they go. Lengths move only with `commit`."""
+        assert not self.closed
+        count = self.new_blocks(tokens)
+        if count > 0:
+            self._extend(self._pool.allocate(count, after=self._blocks[-1] if self._blocks else None))
+        return self._runs(self.length, self.length + tokens)
+
+    def commit(self, tokens: int) -> None:
+        """The reserved tokens are in."""
+        self.length += tokens
+
+    def drop_reserved(self) -> None:
+        """Give back what was reserved and not committed."""
+        kept, dropped = self._blocks[: self.num_blocks], self._blocks[self.num_blocks :]
+        self._pool.release(dropped)
+        self._blocks, self._spans = [], []
+        self._extend(kept)
+
+    def runs(self) -> list[Run]:
+        """Where the committed tokens lie, in order."""
+        return self._runs(0, self.length)
+
+    def retain(self) -> None:
+        """One more slot holds this range. Only a closed range may be shared."""
+        assert self.closed
+        self._references += 1
+
+    def release(self) -> None:
+        """One slot less holds it; the last one frees its blocks."""
+        assert self._references > 0
+        self._references -= 1
+        if self._references == 0:
+            self._pool.release(self._blocks)
+            self._blocks, self._spans = [], []
+
+    def _blocks_of(self, tokens: int) -> int:
+        return -(-tokens // self._block_tokens)
+
+    def _extend(self, blocks: list[Block]) -> None:
+        self._blocks += blocks
+        for number, _ in blocks:
+            if self._spans and sum(self._spans[-1]) == number:
+                self._spans[-1][1] += 1
+            else:
+                self._spans.append([number, 1])
+
+    def _runs(self, begin: int, end: int) -> list[Run]:
+        """Tokens [begin, end) of this range as runs of memory."""
+        runs = []
+        at = 0
+        for first, count in self._spans:
+            tokens = count * self._block_tokens
+            low, high = max(begin, at), min(end, at + tokens)
+            if low < high:
+                runs.append(Run(first * self._block_tokens + low - at, high - low))
+            at += tokens
+        return runs
+
+
+@dataclass(slots=True)
+class Slot:
+    """One sequence on one lane. `held` is the number of its committed tokens."""
+
+    key: int  # wire.sequence_key of the sequence
+    ranges: list[Range] = field(default_factory=list)
+    held: int = 0
+
+    @property
+    def open_range(self) -> Range | None:
+        """The range that tokens are appended to: the last one, unless it is closed."""
+        if self.ranges and not self.ranges[-1].closed:
+            return self.ranges[-1]
+        return None
+
+    @property
+    def num_blocks(self) -> int:
+        return sum(item.num_blocks for item in self.ranges)
+
+    def runs(self) -> list[Run]:
+        """Where all held tokens lie; ranges that happen to meet in memory make one run."""
+        joined: list[Run] = []
+        for item in self.ranges:
+            for run in item.runs():
+                if joined and joined[-1].first + joined[-1].tokens == run.first:
+                    joined[-1] = Run(joined[-1].first, joined[-1].tokens + run.tokens)
+                else:
+                    joined.append(run)
+        return joined
