@@ -1,0 +1,152 @@
+"""Keeps a lane to every attention node that is listed. Level-triggered: every pass looks again.
+
+A lane belongs to a process, not to a lease: a node that lost its lease and registered again keeps its
+lane, a node that was restarted gets a new one. A node that is no longer listed is given a grace time,
+since a lost lease is no proof of death; a dead process takes its lane down much sooner.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import grpc
+import structlog
+from flume_common.layout import KvLayout
+from flume_common.membership import Member, State
+from flume_common.wire import PROTOCOL_VERSION
+from flume_protos.v1 import attention_pb2 as pb
+from flume_protos.v1 import attention_pb2_grpc as rpc
+
+from flume_weight import messages as m
+
+log = structlog.get_logger()
+
+_UNLISTED_GRACE_S = 5.0
+_ATTACH_TIMEOUT_S = 5.0
+_RETRY_S = (0.1, 0.2, 0.5, 1.0, 2.0)
+
+
+@dataclass(slots=True)
+class Attachment:
+    """One node's lane, or the attempts at one."""
+
+    process: tuple[str, int]  # address and pid: what a lane belongs to
+    up: bool = False
+    draining: bool = False
+    failures: int = 0
+    retry_at_s: float = 0.0
+    unlisted_since_s: float | None = None
+
+
+class Attachments:
+    """One pass is `reconcile`; whoever owns it calls that on every change and now and then."""
+
+    def __init__(
+        self, node: str, ready: m.Ready, send: Callable[[m.Inbound], None], epoch: Callable[[], int]
+    ) -> None:
+        self._node = node
+        self._ready = ready
+        self._send = send
+        self._epoch = epoch
+        self._lane_numbers = itertools.count(1)
+        self._nodes: dict[str, Attachment] = {}
+
+    @property
+    def up(self) -> list[str]:
+        return sorted(node for node, attachment in self._nodes.items() if attachment.up)
+
+    def lost(self, node: str) -> None:
+        """The engine closed this lane; the next pass sets up another if the node is still listed."""
+        if node in self._nodes:
+            self._nodes[node].up = False
+
+    async def reconcile(self, members: Iterable[Member]) -> None:
+        """Attach what is listed and not attached, detach what has been gone for a while."""
+        listed = {member.id: member for member in members if member.state is not State.PREPARING}
+        self._forget_unlisted(listed)
+        due = [member for member in listed.values() if self._is_due(member)]
+        await asyncio.gather(*(self._attach(member) for member in due))
+        for member in listed.values():
+            self._tell_draining(member)
+
+    def _forget_unlisted(self, listed: dict[str, Member]) -> None:
+        now = time.monotonic()
+        for node, attachment in list(self._nodes.items()):
+            if node in listed:
+                attachment.unlisted_since_s = None
+                continue
+            attachment.unlisted_since_s = attachment.unlisted_since_s or now
+            if not attachment.up or now - attachment.unlisted_since_s > _UNLISTED_GRACE_S:
+                self._send(m.Detach(node, "no longer listed"))
+                del self._nodes[node]
+
+    def _is_due(self, member: Member) -> bool:
+        process = (member.address, member.pid)
+        attachment = self._nodes.get(member.id)
+        if attachment is None or attachment.process != process:
+            self._nodes[member.id] = attachment = Attachment(process)
+        return not attachment.up and time.monotonic() >= attachment.retry_at_s
+
+    async def _attach(self, member: Member) -> None:
+        attachment = self._nodes[member.id]
+        try:
+            lane = next(self._lane_numbers)
+            reply = await self._call(member, lane)
+        except grpc.aio.AioRpcError as error:
+            delay_s = _RETRY_S[min(attachment.failures, len(_RETRY_S) - 1)]
+            attachment.failures += 1
+            attachment.retry_at_s = time.monotonic() + delay_s
+            log.warning("attach_failed", attention_node=member.id, code=error.code().name,
+                        reason=error.details(), retry_s=delay_s)  # fmt: skip
+            return
+        attachment.up, attachment.failures, attachment.draining = True, 0, False
+        self._send(
+            m.Attach(
+                node=member.id,
+                worker_address=reply.worker_address,
+                send_lane=reply.lane,
+                receive_lane=lane,
+                capacity_blocks=reply.capacity_blocks,
+            )
+        )
+
+    async def _call(self, member: Member, lane: int) -> pb.AttachReply:
+        ready = self._ready
+        request = pb.AttachRequest(
+            weight_node=self._node,
+            epoch=self._epoch(),
+            protocol_version=PROTOCOL_VERSION,
+            layout=layout_of(ready).to_proto(),
+            worker_address=ready.worker_address,
+            lane=lane,
+            max_step_tokens=ready.max_step_tokens,
+            max_step_sequences=ready.max_step_sequences,
+            kv_frame_bytes=ready.kv_frame_bytes,
+        )
+        async with grpc.aio.insecure_channel(member.address) as channel:
+            stub = rpc.AttentionStub(channel)  # type: ignore[no-untyped-call]
+            reply: pb.AttachReply = await stub.Attach(request, timeout=_ATTACH_TIMEOUT_S)
+        return reply
+
+    def _tell_draining(self, member: Member) -> None:
+        attachment = self._nodes[member.id]
+        draining = member.state is State.DRAINING
+        if attachment.up and attachment.draining != draining:
+            attachment.draining = draining
+            self._send(m.NodeDraining(member.id, draining))
+
+
+def layout_of(ready: m.Ready) -> KvLayout:
+    """The KV layout of the engine's model."""
+    return KvLayout(
+        num_layers=ready.num_layers,
+        num_query_heads=ready.num_query_heads,
+        num_kv_heads=ready.num_kv_heads,
+        head_dim=ready.head_dim,
+        dtype=ready.dtype,
+        block_tokens=ready.block_tokens,
+    )

@@ -1,0 +1,91 @@
+"""Flags of a weight node. The supervisor and its engine share the second half; neither needs torch here."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import socket
+
+from flume_weight.errors import ConfigRefused
+
+_EXAMPLES = """examples:
+  python -m flume_weight --etcd 127.0.0.1:2379 --model ./SmolLM2-135M-Instruct.gguf
+  python -m flume_weight --etcd e1:2379,e2:2379 --model /models/Llama-3.2-1B --dtype float32
+"""
+
+
+def supervisor_flags() -> argparse.ArgumentParser:
+    flags = argparse.ArgumentParser(
+        prog="python -m flume_weight",
+        description="A weight node: holds a model's parameters, runs its dense path and samples.",
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    flags.add_argument("--cluster", default="default", help="name under which etcd holds this cluster")
+    flags.add_argument(
+        "--node", default=f"weight-{socket.gethostname()}", help="this node's id, unique in it"
+    )
+    flags.add_argument("--etcd", default="127.0.0.1:2379", help="endpoints, comma-separated")
+    flags.add_argument("--listen", default="127.0.0.1:0", help="gRPC address; port 0 takes a free one")
+    flags.add_argument("--advertise-host", default="", help="host that peers dial; default: that of --listen")
+    flags.add_argument("--model-name", default="", help="name it is served under; default: that of --model")
+    flags.add_argument("--lease-ttl-s", type=float, default=10.0, help="how long a silent node stays listed")
+    flags.add_argument("--log-level", default="info")
+    add_engine_flags(flags)
+    return flags
+
+
+def add_engine_flags(flags: argparse.ArgumentParser) -> None:
+    """What the engine needs to know; the supervisor passes these on."""
+    cores = os.cpu_count() or 1
+    flags.add_argument(
+        "--model", required=True, help="a Hugging Face directory, a .gguf file or smollm2-135m"
+    )
+    flags.add_argument("--dtype", default="bfloat16", choices=["float32", "bfloat16"])
+    flags.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    flags.add_argument("--block-tokens", type=int, default=16, help="tokens in one KV block")
+    flags.add_argument("--max-sequences", type=int, default=64, help="most sequences in one step")
+    flags.add_argument("--prefill-tokens", type=int, default=512, help="prompt tokens of a step of its own")
+    flags.add_argument(
+        "--mixed-prefill-tokens", type=int, default=128, help="prompt tokens of a step that also decodes"
+    )
+    flags.add_argument(
+        "--tail-margin-tokens",
+        type=int,
+        default=128,
+        help="a tail moves to a node that holds this many tokens less, and no sooner than after as many",
+    )
+    flags.add_argument(
+        "--step-timeout-s", type=float, default=10.0, help="an attention node silent for longer is lost"
+    )
+    flags.add_argument("--decode-threads", type=int, default=1, help="threads of a step of few tokens")
+    flags.add_argument("--prefill-threads", type=int, default=cores, help="threads of a step of many tokens")
+
+
+_ENGINE_FLAGS = (
+    "dtype", "device", "block_tokens", "max_sequences", "prefill_tokens", "mixed_prefill_tokens",
+    "tail_margin_tokens", "step_timeout_s", "decode_threads", "prefill_threads",
+)  # fmt: skip
+
+
+def engine_args(args: argparse.Namespace, model_path: str) -> list[str]:
+    """The engine's command line."""
+    passed = [f"--{name.replace('_', '-')}={getattr(args, name)}" for name in _ENGINE_FLAGS]
+    return [f"--node={args.node}", f"--model={model_path}", *passed]
+
+
+def check(args: argparse.Namespace) -> None:
+    """Raises ConfigRefused naming the flag and its legal range."""
+    at_least_one = (
+        "block_tokens", "max_sequences", "prefill_tokens", "mixed_prefill_tokens", "tail_margin_tokens",
+        "decode_threads", "prefill_threads",
+    )  # fmt: skip
+    for name in at_least_one:
+        if getattr(args, name) < 1:
+            flag = f"--{name.replace('_', '-')}"
+            raise ConfigRefused(f"{flag} must be at least 1, got {getattr(args, name)}")
+    for name in ("step_timeout_s", "lease_ttl_s"):
+        if getattr(args, name) <= 0:
+            raise ConfigRefused(f"--{name.replace('_', '-')} must be positive, got {getattr(args, name)}")
+    if args.device != "cpu":
+        raise ConfigRefused("--device cuda: weight nodes run on the CPU only so far; use --device cpu")

@@ -1,0 +1,45 @@
+"""What can go wrong in a weight node.
+
+* WeightError
+  + PeerLost        an attention node is gone or not answering: its sequences are recovered elsewhere
+  + StepRefused     an attention node refused a step: its lane is closed and set up again
+  + RequestRefused  a request that cannot be served, with the gRPC status name a client should see
+  + ConfigRefused   a flag or combination of flags that cannot work
+"""
+
+from __future__ import annotations
+
+from flume_common.wire import Refusal
+
+
+class WeightError(Exception):
+    """Base of every error a weight node raises on purpose."""
+
+
+class PeerLost(WeightError):
+    """A lane is down or its peer missed the step's deadline."""
+
+    def __init__(self, node: str, reason: str) -> None:
+        super().__init__(f"attention node {node}: {reason}")
+        self.node = node
+        self.reason = reason
+
+
+class StepRefused(PeerLost):
+    """The two ends disagree about a slot: nothing that lane says can be relied on any more."""
+
+    def __init__(self, node: str, refusal: Refusal) -> None:
+        super().__init__(node, f"refused a step: {refusal.name}")
+        self.refusal = refusal
+
+
+class RequestRefused(WeightError):
+    """`code` is the name of a gRPC status, for example INVALID_ARGUMENT."""
+
+    def __init__(self, code: str, message: str) -> None:
+        super().__init__(message)
+        self.code = code
+
+
+class ConfigRefused(WeightError):
+    """The message names the flag and the remedy."""

@@ -1,0 +1,202 @@
+"""What the supervisor and the engine of a weight node say to each other over the engine link."""
+
+from __future__ import annotations
+
+import msgspec
+
+from flume_weight.sampling import SamplingParams
+
+
+class Submit(msgspec.Struct, tag=True):
+    """Generate for one sequence."""
+
+    sequence: str
+    prompt_token_ids: list[int]
+    sampling: SamplingParams
+
+
+class Cancel(msgspec.Struct, tag=True):
+    """Stop a sequence and free its KV; unknown names are ignored (it may just have ended)."""
+
+    sequence: str
+
+
+class Attach(msgspec.Struct, tag=True):
+    """Open a lane to an attention node whose engine has already opened its end."""
+
+    node: str
+    worker_address: bytes
+    send_lane: int
+    receive_lane: int
+    capacity_blocks: int
+
+
+class Detach(msgspec.Struct, tag=True):
+    """The attention node is gone, or goes: close the lane and recover its sequences elsewhere."""
+
+    node: str
+    reason: str
+
+
+class NodeDraining(msgspec.Struct, tag=True):
+    """An attention node takes no new tails (or takes them again)."""
+
+    node: str
+    draining: bool
+
+
+class Epoch(msgspec.Struct, tag=True):
+    """The weight node's fencing number, carried by every lane message from now on."""
+
+    epoch: int
+
+
+class AskSequences(msgspec.Struct, tag=True):
+    """Report the live sequences (answered by Sequences with the same number)."""
+
+    number: int
+
+
+Inbound = Submit | Cancel | Attach | Detach | NodeDraining | Epoch | AskSequences
+
+
+class Loading(msgspec.Struct, tag=True):
+    """Progress of reading the model."""
+
+    bytes_done: int
+    bytes_total: int
+
+
+class Ready(msgspec.Struct, tag=True):
+    """The model is loaded and the UCX worker is up."""
+
+    worker_address: bytes
+    architecture: str
+    vocab_size: int
+    context_tokens: int
+    num_layers: int
+    num_query_heads: int
+    num_kv_heads: int
+    head_dim: int
+    dtype: str
+    block_tokens: int
+    max_step_tokens: int
+    max_step_sequences: int
+    kv_frame_bytes: int
+    load_s: float
+
+
+class Refused(msgspec.Struct, tag=True):
+    """The engine cannot start: a configuration or model error worth showing to a person."""
+
+    message: str
+
+
+class LaneUp(msgspec.Struct, tag=True):
+    """The lane answered: the node is a candidate for tails."""
+
+    node: str
+
+
+class LaneLost(msgspec.Struct, tag=True):
+    """The lane is down; its sequences are being recovered."""
+
+    node: str
+    reason: str
+    sequences: int
+
+
+class TopToken(msgspec.Struct, array_like=True):
+    """A token id and its natural-log probability."""
+
+    token_id: int
+    logprob: float
+
+
+class Token(msgspec.Struct, array_like=True):
+    """One new token of one sequence."""
+
+    sequence: str
+    token_id: int
+    logprob: float | None = None
+    top: list[TopToken] = []
+
+
+class Produced(msgspec.Struct, tag=True):
+    """All tokens of one step."""
+
+    tokens: list[Token]
+
+
+class Finished(msgspec.Struct, tag=True):
+    """A sequence ended well: reason is "stop", "length" or "abort"."""
+
+    sequence: str
+    reason: str
+    prompt_tokens: int
+    completion_tokens: int
+    stop_token_id: int = 0
+
+
+class Failed(msgspec.Struct, tag=True):
+    """A sequence ended with an error: code is a gRPC status name."""
+
+    sequence: str
+    code: str
+    message: str
+
+
+class RangeInfo(msgspec.Struct, array_like=True):
+    """Tokens [start, end) on a node; end is None for the tail."""
+
+    start: int
+    end: int | None
+    node: str
+
+
+class RouteChanged(msgspec.Struct, tag=True):
+    """A sequence's route is now this; no ranges: the sequence has ended."""
+
+    sequence: str
+    ranges: list[RangeInfo]
+
+
+class SequenceState(msgspec.Struct, array_like=True):
+    """One live sequence."""
+
+    sequence: str
+    state: str  # WAITING, PREFILLING, DECODING or PAUSED
+    prompt_tokens: int
+    completion_tokens: int
+    age_s: float
+    ranges: list[RangeInfo]
+
+
+class Sequences(msgspec.Struct, tag=True):
+    """The answer to AskSequences."""
+
+    number: int
+    sequences: list[SequenceState]
+
+
+class Capacity(msgspec.Struct, tag=True):
+    """KV capacity of all attached attention nodes, in tokens; sent when it changes."""
+
+    capacity_tokens: int
+    running: int
+    waiting: int
+
+
+Outbound = (
+    Loading
+    | Ready
+    | Refused
+    | LaneUp
+    | LaneLost
+    | Produced
+    | Finished
+    | Failed
+    | RouteChanged
+    | Sequences
+    | Capacity
+)

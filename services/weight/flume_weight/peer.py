@@ -1,0 +1,108 @@
+"""An attention node as the weight engine sees it: a lane, a credit ledger, slots and waiting ops."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Seq
+
+import numpy as np
+from flume_common.lanes import Frame, Lane, LaneDown
+from flume_common.wire import MAX_OPS, OP_WORDS, ROW_WORDS, Credit, Kind, Op, Plan, Refusal, Words
+
+from flume_weight.credit import CreditLedger
+from flume_weight.errors import PeerLost, StepRefused
+
+_NO_ROWS = np.zeros((0, ROW_WORDS), dtype=np.int64)
+
+
+class Peer:
+    """Ops gather here and leave with the next PLAN, in order, so the node sees one history."""
+
+    def __init__(self, node: str, lane: Lane, capacity_blocks: int) -> None:
+        self.node = node
+        self.lane = lane
+        self.ledger = CreditLedger(capacity_blocks)
+        self.leaving = False  # the node is draining, by its own word or the control plane's
+        self.want_blocks = 0  # unused credit we would like to have
+        self.kv_sent_step = 0  # the last step whose KV went out whole
+        self._ops: list[tuple[int, int, int, int]] = []
+        self._free_slots: list[int] = []
+        self._num_slots = 0
+        self._plans = lane.sender(Kind.PLAN)
+        self._credits = lane.receiver(Kind.CREDIT)
+        self._told: tuple[int, int] = (0, 0)  # want and returned of the last PLAN
+
+    @property
+    def draining(self) -> bool:
+        return self.leaving or self.ledger.draining
+
+    def take_slot(self) -> int:
+        """A slot number that is free, counting ops not yet sent: ops keep their order."""
+        if self._free_slots:
+            return self._free_slots.pop()
+        self._num_slots += 1
+        return self._num_slots - 1
+
+    def open(self, slot: int, start: int, key: int) -> None:
+        self._ops.append((Op.OPEN, slot, start, key))
+
+    def close(self, slot: int, held_tokens: int) -> None:
+        self._ops.append((Op.CLOSE, slot, held_tokens, 0))
+
+    def release(self, slot: int) -> None:
+        self._ops.append((Op.RELEASE, slot, 0, 0))
+        self._free_slots.append(slot)
+
+    def hear(self) -> bool:
+        """Take in CREDIT messages; whether there were any. Raises PeerLost or StepRefused."""
+        heard = False
+        try:
+            while (frame := self._credits.poll()) is not None:
+                credit = Credit.decode(frame.words)
+                self._credits.give_back(frame)
+                self.ledger.hear(credit)
+                heard = True
+                if credit.refusal is not Refusal.NONE:
+                    raise StepRefused(self.node, credit.refusal)
+        except LaneDown as error:
+            raise PeerLost(self.node, str(error)) from error
+        return heard
+
+    @property
+    def has_news(self) -> bool:
+        """Whether the node should hear from us although no step goes there."""
+        want = max(self.want_blocks, 0)
+        told_want, told_returned = self._told
+        asks = want != told_want and (want > self.ledger.unused_blocks or told_want > want)
+        return bool(self._ops) or asks or told_returned != self.ledger.returned_blocks
+
+    def plan_frame(self) -> Frame | None:
+        """A free PLAN frame, or None while all are in flight. Raises PeerLost."""
+        try:
+            return self._plans.frame()
+        except LaneDown as error:
+            raise PeerLost(self.node, str(error)) from error
+
+    def send_plan(self, frame: Frame, step: int, epoch: int, rows: Seq[Seq[int]], layers_per_kv: int) -> bool:
+        """Send waiting ops and the step's rows. False: ops are left over and no row was sent; call again."""
+        ops, self._ops = self._ops[:MAX_OPS], self._ops[MAX_OPS:]
+        whole = not self._ops
+        plan = Plan(
+            step=step,
+            epoch=epoch,
+            ops=_words(ops, OP_WORDS),
+            rows=_words(rows, ROW_WORDS) if whole else _NO_ROWS,
+            layers_per_kv=layers_per_kv if whole else 0,
+            want_blocks=self.want_blocks,
+            returned_blocks=self.ledger.returned_blocks,
+            kv_sent_step=self.kv_sent_step,
+        )
+        self._told = (self.want_blocks, self.ledger.returned_blocks)
+        try:
+            self._plans.send(frame, plan.encode(frame.header, frame.words))
+        except LaneDown as error:
+            raise PeerLost(self.node, str(error)) from error
+        return whole
+
+
+def _words(rows: Seq[Seq[int]], width: int) -> Words:
+    return np.array(rows, dtype=np.int64).reshape(len(rows), width)

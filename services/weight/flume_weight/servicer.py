@@ -1,0 +1,148 @@
+"""gRPC face of a weight node: decode, submit, stream back. Decisions are the engine's."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from typing import Any, NoReturn
+
+import grpc
+from flume_common.routes import Route, TokenRange
+from flume_protos.v1 import weight_pb2 as pb
+from flume_protos.v1 import weight_pb2_grpc as rpc
+
+from flume_weight import messages as m
+from flume_weight.attachments import layout_of
+from flume_weight.errors import RequestRefused
+from flume_weight.sampling.params import InvalidSampling, SamplingParams
+from flume_weight.streams import Event, StreamExists
+from flume_weight.supervisor import Supervisor
+
+_FINISH = {"stop": pb.STOP, "length": pb.LENGTH, "abort": pb.ABORT}
+_MAX_BATCHED_TOKENS = 64  # in one reply, when the reader is slower than the engine
+
+
+class WeightServicer(rpc.WeightServicer):
+    """One per weight node."""
+
+    def __init__(self, supervisor: Supervisor) -> None:
+        self._supervisor = supervisor
+
+    async def Generate(
+        self,
+        request: pb.GenerateRequest,
+        context: grpc.aio.ServicerContext[pb.GenerateRequest, pb.GenerateReply],
+    ) -> AsyncIterator[pb.GenerateReply]:
+        name = request.request_id
+        ended = False
+        try:
+            submit = _decode(request)
+            with self._supervisor.streams.listen(name) as events:
+                self._supervisor.submit(submit)
+                try:
+                    while not ended:
+                        batch = await _next_events(events)
+                        last = batch[-1]
+                        ended = not isinstance(last, m.Token)
+                        if isinstance(last, m.Failed):
+                            if batch[:-1]:
+                                yield _encode(batch[:-1])
+                            raise RequestRefused(last.code, last.message)
+                        yield _encode(batch)
+                finally:
+                    if not ended:
+                        self._supervisor.cancel(name)
+        except StreamExists as error:
+            await _abort(context, "ALREADY_EXISTS", str(error))
+        except (InvalidSampling, ValueError) as error:
+            await _abort(context, "INVALID_ARGUMENT", str(error))
+        except RequestRefused as refused:
+            await _abort(context, refused.code, str(refused))
+
+    async def Describe(
+        self,
+        request: pb.DescribeRequest,
+        context: grpc.aio.ServicerContext[pb.DescribeRequest, pb.DescribeReply],
+    ) -> pb.DescribeReply:
+        supervisor, ready = self._supervisor, self._supervisor.ready
+        if ready is None:
+            await _abort(context, "UNAVAILABLE", f"weight node {supervisor.node} is loading its model")
+        return pb.DescribeReply(
+            node=supervisor.node,
+            model=supervisor.model_name,
+            architecture=ready.architecture,
+            dtype=ready.dtype,
+            vocab_size=ready.vocab_size,
+            context_tokens=ready.context_tokens,
+            layout=layout_of(ready).to_proto(),
+            kv_capacity_tokens=supervisor.capacity_tokens,
+        )
+
+    async def ListSequences(
+        self,
+        request: pb.ListSequencesRequest,
+        context: grpc.aio.ServicerContext[pb.ListSequencesRequest, pb.ListSequencesReply],
+    ) -> pb.ListSequencesReply:
+        try:
+            states = await self._supervisor.sequences()
+        except RequestRefused as refused:
+            await _abort(context, refused.code, str(refused))
+        except TimeoutError:
+            await _abort(context, "UNAVAILABLE", "the engine does not answer")
+        return pb.ListSequencesReply(sequences=[self._info(state) for state in states])
+
+    def _info(self, state: m.SequenceState) -> pb.SequenceInfo:
+        info = pb.SequenceInfo(
+            sequence=state.sequence,
+            state=state.state,
+            prompt_tokens=state.prompt_tokens,
+            completion_tokens=state.completion_tokens,
+            age_s=state.age_s,
+        )
+        if state.ranges:
+            ranges = tuple(TokenRange(item.start, item.end, item.node) for item in state.ranges)
+            route = Route(state.sequence, self._supervisor.node, self._supervisor.epoch, ranges)
+            info.route.CopyFrom(route.to_proto())
+        return info
+
+
+def _decode(request: pb.GenerateRequest) -> m.Submit:
+    """Raises InvalidSampling or ValueError naming the field."""
+    if not request.request_id:
+        raise ValueError("request_id is empty; it must be unique among live requests")
+    sampling = SamplingParams.from_proto(request.sampling).validate()
+    return m.Submit(request.request_id, list(request.prompt_token_ids), sampling)
+
+
+async def _next_events(events: asyncio.Queue[Event]) -> list[Event]:
+    """At least one; more when they are there already, up to and with the one that ends the stream."""
+    batch = [await events.get()]
+    while isinstance(batch[-1], m.Token) and not events.empty() and len(batch) < _MAX_BATCHED_TOKENS:
+        batch.append(events.get_nowait())
+    return batch
+
+
+def _encode(batch: list[Event]) -> pb.GenerateReply:
+    reply = pb.GenerateReply()
+    for event in batch:
+        match event:
+            case m.Token():
+                reply.token_ids.append(event.token_id)
+                if event.logprob is not None:
+                    reply.logprobs.append(_logprobs(event))
+            case m.Finished():
+                reply.finish.reason = _FINISH[event.reason]
+                reply.finish.stop_token_id = event.stop_token_id
+                reply.finish.prompt_tokens = event.prompt_tokens
+                reply.finish.completion_tokens = event.completion_tokens
+    return reply
+
+
+def _logprobs(token: m.Token) -> pb.Logprobs:
+    top = [pb.TokenLogprob(token_id=item.token_id, logprob=item.logprob) for item in token.top]
+    return pb.Logprobs(chosen=pb.TokenLogprob(token_id=token.token_id, logprob=token.logprob or 0.0), top=top)
+
+
+async def _abort(context: grpc.aio.ServicerContext[Any, Any], code: str, message: str) -> NoReturn:
+    await context.abort(grpc.StatusCode[code], message)
+    raise AssertionError("abort returned")

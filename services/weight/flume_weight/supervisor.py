@@ -1,0 +1,200 @@
+"""The weight node's supervisor: asyncio, never torch. It keeps the engine, the lanes and the listing.
+
+An engine that dies is started again; streams that it carried end with UNAVAILABLE, which the router
+retries elsewhere if nothing was sent yet.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import itertools
+import time
+from contextlib import suppress
+from typing import Any, NoReturn
+
+import structlog
+from flume_common.engine_link import Engine, LinkClosed, run_engine
+from flume_common.membership import Members, Registration, Role, State
+from flume_common.model_source import ModelSource
+from flume_common.route_store import RouteWriter
+from flume_common.routes import Route, TokenRange
+from flume_common.tasks import background
+
+from flume_weight import messages as m
+from flume_weight.attachments import Attachments
+from flume_weight.config import engine_args
+from flume_weight.errors import ConfigRefused, RequestRefused
+from flume_weight.streams import Streams
+
+log = structlog.get_logger()
+
+_RECONCILE_EVERY_S = 1.0  # also on every change of membership or of a lane
+_RESTART_S = (0.2, 1.0, 5.0)
+_ASK_TIMEOUT_S = 2.0
+# Threads that wait for work must sleep: nodes share the cores of a small machine.
+_ENGINE_ENV = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "0"}
+
+
+class Supervisor:
+    """Owns one engine at a time; `run` keeps it alive until cancelled."""
+
+    def __init__(self, args: argparse.Namespace, source: ModelSource, members: Members) -> None:
+        self.node: str = args.node
+        self.model_name: str = args.model_name or source.name
+        self.streams = Streams()
+        self.ready: m.Ready | None = None
+        self.capacity_tokens = 0
+        self.started = asyncio.Event()  # the first engine is ready
+        self._args = args
+        self._model_path = str(source.path)
+        self._members = members
+        self._registration: Registration
+        self._routes: RouteWriter
+        self._engine: Engine[Any] | None = None
+        self._attachments: Attachments | None = None
+        self._poked = asyncio.Event()
+        self._epoch = 0
+        self._numbers = itertools.count(1)
+        self._answers: dict[int, asyncio.Future[list[m.SequenceState]]] = {}
+
+    @property
+    def epoch(self) -> int:
+        """Our fencing number; 0 before the first engine was told."""
+        return self._epoch
+
+    async def run(self, registration: Registration, routes: RouteWriter) -> NoReturn:
+        """Keep an engine running. Raises ConfigRefused when it says that it cannot start."""
+        self._registration, self._routes = registration, routes
+        failures = 0
+        while True:
+            started_s = time.monotonic()
+            try:
+                await self._run_engine_once()
+            except LinkClosed as error:
+                log.error("engine_died", reason=str(error))
+            finally:
+                await self._engine_gone()
+            failures = 0 if time.monotonic() - started_s > 60 else failures + 1
+            delay_s = _RESTART_S[min(failures, len(_RESTART_S)) - 1] if failures else 0
+            log.info("engine_restart", delay_s=delay_s)
+            await asyncio.sleep(delay_s)
+
+    def submit(self, message: m.Submit) -> None:
+        """Raises RequestRefused when there is no engine to take it."""
+        self._send_to_engine(message)
+
+    def cancel(self, sequence: str) -> None:
+        with suppress(RequestRefused):
+            self._send_to_engine(m.Cancel(sequence))
+
+    async def sequences(self) -> list[m.SequenceState]:
+        """The live sequences. Raises RequestRefused without an engine, TimeoutError when it is stuck."""
+        number = next(self._numbers)
+        future: asyncio.Future[list[m.SequenceState]] = asyncio.get_running_loop().create_future()
+        self._answers[number] = future
+        try:
+            self._send_to_engine(m.AskSequences(number))
+            async with asyncio.timeout(_ASK_TIMEOUT_S):
+                return await future
+        finally:
+            del self._answers[number]
+
+    def _send_to_engine(self, message: object) -> None:
+        if self._engine is None or self.ready is None:
+            raise RequestRefused("UNAVAILABLE", f"weight node {self._args.node} is loading its model")
+        try:
+            self._engine.send(message)
+        except LinkClosed as error:
+            raise RequestRefused("UNAVAILABLE", f"weight node {self._args.node}: {error}") from error
+
+    # -- one engine ------------------------------------------------------------------------------
+
+    async def _run_engine_once(self) -> None:
+        args = engine_args(self._args, self._model_path)
+        started_s = time.monotonic()
+        # Only a module string crosses over: importing the engine here would import torch.
+        async with run_engine(
+            "flume_weight.engine_process", args, inbox=m.Outbound, env=_ENGINE_ENV
+        ) as engine:
+            self._engine = engine
+            self.ready = await self._await_ready(engine)
+            log.info("engine_ready", pid=engine.pid, load_s=round(self.ready.load_s, 2),
+                     elapsed_s=round(time.monotonic() - started_s, 2))  # fmt: skip
+            self._epoch = 0
+            self._attachments = Attachments(
+                self._args.node, self.ready, engine.send, lambda: self._registration.epoch
+            )
+            await self._registration.update(state=State.READY, context_tokens=self.ready.context_tokens)
+            self.started.set()
+            async with background(keep_lanes=self._keep_lanes()):
+                while True:
+                    await self._hear(await engine.receive())
+
+    async def _await_ready(self, engine: Engine[Any]) -> m.Ready:
+        while True:
+            match await engine.receive():
+                case m.Ready() as ready:
+                    return ready
+                case m.Refused(message=message):
+                    raise ConfigRefused(message)
+                case m.Loading(bytes_done=done, bytes_total=total):
+                    log.info("model_loading", percent=round(100 * done / max(total, 1)))
+
+    async def _engine_gone(self) -> None:
+        self._engine = self.ready = self._attachments = None
+        self.capacity_tokens = 0
+        self.streams.fail_all("UNAVAILABLE", f"the engine of weight node {self._args.node} ended")
+        await self._registration.update(state=State.PREPARING, sequences=0, kv_capacity_tokens=0)
+
+    async def _keep_lanes(self) -> NoReturn:
+        """Level-triggered: wake-ups carry no facts."""
+        async with background(poke_on_change=self._poke_on_change()):
+            while True:
+                self._poked.clear()
+                if self._attachments is not None and self._engine is not None:
+                    if self._registration.epoch != self._epoch:
+                        self._epoch = self._registration.epoch
+                        self._engine.send(m.Epoch(self._epoch))
+                    await self._attachments.reconcile(self._members.of(Role.ATTENTION))
+                with suppress(TimeoutError):
+                    async with asyncio.timeout(_RECONCILE_EVERY_S):
+                        await self._poked.wait()
+
+    async def _poke_on_change(self) -> NoReturn:
+        while True:
+            await self._members.changed()
+            self._poked.set()
+
+    # -- what the engine says --------------------------------------------------------------------
+
+    async def _hear(self, message: Any) -> None:
+        match message:
+            case m.Produced(tokens=tokens):
+                for token in tokens:
+                    self.streams.deal(token)
+            case m.Finished() | m.Failed():
+                self.streams.deal(message)
+            case m.RouteChanged(sequence=sequence, ranges=ranges):
+                self._write_route(sequence, ranges)
+            case m.Sequences(number=number, sequences=sequences):
+                future = self._answers.get(number)
+                if future is not None and not future.done():
+                    future.set_result(sequences)
+            case m.Capacity(capacity_tokens=capacity, running=running, waiting=waiting):
+                self.capacity_tokens = capacity
+                await self._registration.update(kv_capacity_tokens=capacity, sequences=running + waiting)
+            case m.LaneUp(node=node):
+                log.info("lane_up", attention_node=node)
+            case m.LaneLost(node=node, reason=reason, sequences=affected):
+                log.warning("lane_lost", attention_node=node, reason=reason, recomputed_sequences=affected)
+                if self._attachments is not None:
+                    self._attachments.lost(node)
+                self._poked.set()
+
+    def _write_route(self, sequence: str, ranges: list[m.RangeInfo]) -> None:
+        if not ranges:
+            self._routes.end(sequence)
+            return
+        items = tuple(TokenRange(item.start, item.end, item.node) for item in ranges)
+        self._routes.put(Route(sequence, self._args.node, self._registration.epoch, items))
