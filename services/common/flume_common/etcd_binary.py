@@ -171,7 +171,12 @@ async def _spawn(command: Sequence[str], log: IO[bytes]) -> asyncio.subprocess.P
 
 
 async def _wait_ready(etcd: EmbeddedEtcd, config: StoreConfig, log_path: Path, start_s: float) -> None:
+    """Raises PortInUse, EtcdFailed."""
     deadline_s = asyncio.get_running_loop().time() + start_s
+    # gRPC waits a while after a refused connection; a bare one may be tried as often as we like.
+    host, port = config.addresses[0].rsplit(":", 1)
+    while etcd.process.returncode is None and not _accepts(host, int(port)):  # noqa: ASYNC110
+        await asyncio.sleep(0.01)
     async with connect(config) as store:
         while etcd.process.returncode is None:
             try:
@@ -188,6 +193,11 @@ async def _wait_ready(etcd: EmbeddedEtcd, config: StoreConfig, log_path: Path, s
         if f":{port}: bind: address already in use" in tail:
             raise PortInUse(port, config.addresses[0].rpartition(":")[0])
     raise EtcdFailed(f"ended with status {etcd.process.returncode}", tail)
+
+
+def _accepts(host: str, port: int) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex((host, port)) == 0
 
 
 def _tail(path: Path, max_bytes: int = 2000) -> str:

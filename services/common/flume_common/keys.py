@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from urllib.parse import quote
 
 ROOT = "/flume/v1"
 _NAME = re.compile(r"[A-Za-z0-9]([A-Za-z0-9._:-]{0,126}[A-Za-z0-9])?")
@@ -57,7 +58,8 @@ class Keys:
         return f"{self.root}routes/"
 
     def route(self, sequence: str) -> str:
-        return f"{self.routes}{check_name('sequence', sequence)}"
+        """Any text may name a sequence: what can't stand in a key is percent-encoded."""
+        return self.routes + quote(sequence, safe=":")
 
     @property
     def spec_attention(self) -> str:

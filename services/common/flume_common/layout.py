@@ -39,7 +39,8 @@ class KvLayout:
                 raise ValueError(f"{field} must be at least 1, got {getattr(self, field)}")
         if self.num_query_heads % self.num_kv_heads:
             raise ValueError(
-                f"num_query_heads {self.num_query_heads} is not a multiple of num_kv_heads {self.num_kv_heads}"
+                f"num_query_heads {self.num_query_heads} is not a multiple of "
+                f"num_kv_heads {self.num_kv_heads}"
             )
 
     @property

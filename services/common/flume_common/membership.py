@@ -11,7 +11,7 @@ import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from enum import StrEnum
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 import structlog
@@ -87,6 +87,13 @@ class Member(msgspec.Struct, frozen=True, kw_only=True):
         return msgspec.structs.replace(msgspec.json.decode(kv.value, type=cls), epoch=kv.create_revision)
 
 
+class Life(NamedTuple):
+    """One registration, from its creation until its lease is lost."""
+
+    epoch: int
+    lease: int
+
+
 class Registration:
     """Our own membership. `member` is what we last said of ourselves, written or not yet."""
 
@@ -113,11 +120,15 @@ class Registration:
         self.member = msgspec.structs.replace(self.member, **changes)
         self._poked.set()
 
-    async def wait_epoch(self, after: int) -> int:
-        """Waits until we are registered under an epoch newer than `after`; returns it."""
+    async def wait_registered(self, after: int = 0) -> Life:
+        """Waits until we are registered under an epoch newer than `after`."""
         async with self._moved:
             await self._moved.wait_for(lambda: self.registered and self.epoch > after)
-            return self.epoch
+            return Life(self.epoch, self.lease)
+
+    def look(self) -> None:
+        """Read our key soon: somebody has seen signs that it is not as it should be."""
+        self._poked.set()
 
     async def live(self) -> None:
         """Be registered, for ever. Raises StoreRefused when that is refused the very first time."""
@@ -226,7 +237,7 @@ async def register(
     """
     registration = Registration(store, keys, member, ttl_s)
     async with background(membership=registration.live()):
-        await registration.wait_epoch(0)
+        await registration.wait_registered()
         yield registration
 
 

@@ -7,18 +7,18 @@ compares the owner's member key, so a node that was replaced changes nothing. No
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator, Iterable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from itertools import islice
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import msgspec
 import structlog
 
 from flume_common.backoff import Backoff
 from flume_common.keys import Keys
-from flume_common.membership import Registration
+from flume_common.membership import Life, Registration
 from flume_common.routes import Route
 from flume_common.store import (
     Delete,
@@ -30,6 +30,7 @@ from flume_common.store import (
     Put,
     Store,
     StoreError,
+    TxnResult,
     View,
     create_revision,
     live,
@@ -39,8 +40,11 @@ from flume_common.tasks import background
 
 log = structlog.get_logger(__name__)
 
-BATCH = 100
-"""Routes in one transaction: one compare each and one for the owner stay below etcd's 128."""
+MAX_BATCH = 100
+"""Routes in one transaction: one operation each and one for the owner stay below etcd's 128."""
+
+MAX_BATCH_RANGES = 8_000
+"""Ranges in one transaction: some 100 bytes each stay below etcd's 1.5 MiB for a request."""
 
 
 def encode_route(route: Route) -> bytes:
@@ -51,6 +55,11 @@ def encode_route(route: Route) -> bytes:
 def decode_route(kv: KeyValue) -> Route:
     """Raises msgspec.DecodeError when the value is no route."""
     return msgspec.json.decode(kv.value, type=Route)
+
+
+def _decode(kv: KeyValue) -> tuple[str, Route]:
+    route = decode_route(kv)
+    return route.sequence, route
 
 
 class Routes(View[str, Route]):
@@ -64,9 +73,18 @@ class Routes(View[str, Route]):
 @asynccontextmanager
 async def watch_routes(store: Store, keys: Keys) -> AsyncIterator[Routes]:
     """A live view of all routes. Entering waits for the first state, for as long as etcd is away."""
-    routes = Routes(store, lambda kv: (kv.key.removeprefix(keys.routes), decode_route(kv)))
+    routes = Routes(store, _decode)
     async with live(routes, store, keys.routes):
         yield routes
+
+
+class NotOwner(StoreError):
+    """Our member key is not the one our epoch was taken from: these routes are not ours to write now."""
+
+    def __init__(self, member_key: str, epoch: int) -> None:
+        super().__init__(f"{member_key} is no longer registered under epoch {epoch}")
+        self.member_key = member_key
+        self.epoch = epoch
 
 
 class RouteWriter:
@@ -80,7 +98,6 @@ class RouteWriter:
         self._store = store
         self._keys = keys
         self._registration = registration
-        self._epoch = 0
         self._wanted: dict[str, Route] = {}
         self._dirty: dict[str, None] = {}  # ordered: the longest waiting first
         # mod_revision of the keys we wrote, 0 for none; None when that has to be read.
@@ -92,8 +109,8 @@ class RouteWriter:
         await self._scope.__aenter__()
         return self
 
-    async def __aexit__(self, *error: object) -> bool | None:
-        return await self._scope.__aexit__(*error)  # type: ignore[arg-type]
+    async def __aexit__(self, *error: Any) -> bool | None:
+        return await self._scope.__aexit__(*error)
 
     @property
     def pending(self) -> int:
@@ -101,8 +118,7 @@ class RouteWriter:
         return len(self._dirty)
 
     def put(self, route: Route) -> None:
-        """Write this route, soon. Raises ValueError when its sequence's name can't be a key."""
-        self._keys.route(route.sequence)
+        """Write this route, soon. Its epoch is replaced by the one we are registered under then."""
         self._wanted[route.sequence] = route
         self._mark(route.sequence)
 
@@ -121,8 +137,9 @@ class RouteWriter:
             yield
 
     async def _follow_epoch(self) -> NoReturn:
+        epoch = (await self._registration.wait_registered()).epoch
         while True:
-            self._epoch = await self._registration.wait_epoch(self._epoch)
+            epoch = (await self._registration.wait_registered(after=epoch)).epoch
             # The keys of the former lease are gone or going: which, has to be read.
             self._revisions = dict.fromkeys(self._revisions)
             for sequence in self._wanted:
@@ -134,47 +151,74 @@ class RouteWriter:
             await self._poked.wait()
             self._poked.clear()
             while self._dirty:
+                life = await self._registration.wait_registered()
                 try:
-                    await self._write(list(islice(self._dirty, BATCH)), self._epoch, self._registration.lease)
+                    await self._write(self._next_batch(), life)
                     backoff.reset()
                 except StoreError as error:
                     log.warning("routes_not_written", pending=self.pending, detail=str(error))
                     await asyncio.sleep(backoff.next_s())
 
-    async def _write(self, sequences: list[str], epoch: int, lease: int) -> None:
-        """One transaction. What fails stays dirty."""
-        await self._read_back([s for s in sequences if self._revisions.get(s, 0) is None])
-        values = {s: self._wanted.get(s) for s in sequences}
-        compares, ops = [create_revision(self._registration.key, epoch)], list[Op]()
-        for sequence, route in values.items():
+    def _next_batch(self) -> dict[str, Route | None]:
+        """Newest values of the longest waiting, None to delete, as much as one transaction takes."""
+        batch: dict[str, Route | None] = {}
+        num_ranges = 0
+        for sequence in islice(self._dirty, MAX_BATCH):
+            route = batch[sequence] = self._wanted.get(sequence)
+            num_ranges += len(route.ranges) if route else 0
+            if num_ranges >= MAX_BATCH_RANGES:
+                break
+        return batch
+
+    async def _write(self, batch: Mapping[str, Route | None], life: Life) -> None:
+        """One transaction. What fails stays dirty. Raises StoreError."""
+        await self._read_back([s for s in batch if self._revisions.get(s, 0) is None])
+        owner = self._registration.key
+        compares, ops = [create_revision(owner, life.epoch)], list[Op]()
+        for sequence, route in batch.items():
             key = self._keys.route(sequence)
             compares.append(mod_revision(key, self._revisions.get(sequence) or 0))
-            ops.append(Put(key, encode_route(replace(route, epoch=epoch)), lease) if route else Delete(key))
+            ops.append(self._put(key, route, life) if route else Delete(key))
         try:
-            result = await self._store.txn(compares, ops, [Get(self._keys.route(s)) for s in sequences])
+            result = await self._store.txn(compares, ops, [Get(owner), *self._gets(batch)])
         except OutcomeUnknown:
-            self._revisions |= dict.fromkeys(sequences)
+            self._revisions |= dict.fromkeys(batch)
             raise
-        if not result.succeeded:
-            # Our epoch is old, or an earlier write went through after all: read, then decide again.
-            self._learn(sequences, result.results)
-            await self._registration.wait_epoch(epoch - 1)
-            await asyncio.sleep(0.02)
-            return
-        for sequence, route in values.items():
-            self._settle(sequence, route, result.revision)
-
-    def _settle(self, sequence: str, route: Route | None, revision: int) -> None:
-        if route is None:
-            self._revisions.pop(sequence, None)
+        if self._registration.epoch != life.epoch:
+            # Whatever came of it went with the old lease; what is marked since then must stay so.
+            self._revisions |= dict.fromkeys(batch)
+        elif result.succeeded:
+            self._settle(batch, result.revision)
         else:
-            self._revisions[sequence] = revision
-        if self._wanted.get(sequence) is route:
-            self._dirty.pop(sequence, None)
+            self._refused(batch, life, result)
+
+    @staticmethod
+    def _put(key: str, route: Route, life: Life) -> Put:
+        return Put(key, encode_route(replace(route, epoch=life.epoch)), life.lease)
+
+    def _gets(self, sequences: Iterable[str]) -> list[Get]:
+        return [Get(self._keys.route(sequence)) for sequence in sequences]
+
+    def _settle(self, batch: Mapping[str, Route | None], revision: int) -> None:
+        for sequence, route in batch.items():
+            if route is None:
+                self._revisions.pop(sequence, None)
+            else:
+                self._revisions[sequence] = revision
+            if self._wanted.get(sequence) is route:
+                self._dirty.pop(sequence, None)
+
+    def _refused(self, batch: Iterable[str], life: Life, result: TxnResult) -> None:
+        """Our epoch is old, or an earlier write went through after all: learn which. Raises NotOwner."""
+        self._learn(batch, result.results[1:])
+        member = result.kv(0)
+        if member is None or member.create_revision != life.epoch:
+            self._registration.look()
+            raise NotOwner(self._registration.key, life.epoch)
 
     async def _read_back(self, sequences: list[str]) -> None:
         if sequences:
-            result = await self._store.txn([], [Get(self._keys.route(s)) for s in sequences])
+            result = await self._store.txn([], self._gets(sequences))
             self._learn(sequences, result.results)
 
     def _learn(self, sequences: Iterable[str], found: Iterable[OpResult]) -> None:

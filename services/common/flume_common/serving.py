@@ -161,7 +161,7 @@ async def status_errors(
 
 
 def stop_event() -> asyncio.Event:
-    """An event that SIGTERM or SIGINT sets. A second one ends the process at once (status 128 + its number)."""
+    """An event that SIGTERM or SIGINT sets. A second one ends the process at once with 128 + its number."""
     stopping = asyncio.Event()
     loop = asyncio.get_running_loop()
 

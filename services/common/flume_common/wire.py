@@ -126,7 +126,8 @@ class LaneShape:
         layers = self.kv_frame_bytes // max(layer_bytes, 1)
         if layers < 1:
             raise ValueError(
-                f"{append_tokens} tokens need {layer_bytes} bytes a layer, the KV frame holds {self.kv_frame_bytes}"
+                f"{append_tokens} tokens need {layer_bytes} bytes a layer, "
+                f"the KV frame holds {self.kv_frame_bytes}"
             )
         return min(layers, self.layout.num_layers)
 

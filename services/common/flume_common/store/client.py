@@ -147,6 +147,7 @@ class Store:
             finally:
                 call.cancel()
             if reply is grpc.aio.EOF:
+                self.transport.failed(link, "stream ended")
                 raise StoreUnavailable("LeaseKeepAlive", f"{link.address} ended the stream")
             answer: pb.LeaseKeepAliveResponse = reply
             return answer

@@ -20,6 +20,8 @@ log = structlog.get_logger(__name__)
 RENEWALS_PER_TTL = 3
 """Renewed at a third of the TTL: two renewals may fail, or the loop block as long, without harm."""
 
+REVOKE_S = 2.0
+
 
 class HeldLease:
     """A lease, and what we know of its time."""
@@ -68,14 +70,16 @@ async def hold_lease(store: Store, ttl_s: float) -> AsyncIterator[HeldLease]:
     """
     asked_at_s = time.monotonic()
     lease = HeldLease(await store.grant(ttl_s), asked_at_s)
+    lost = False
     try:
         async with background(lease_keeper=lease.renew_forever(store)):
             yield lease
     except LeaseLost as error:
-        if error.lease == lease.id:
-            store.lease_losses += 1
+        lost = error.lease == lease.id
+        store.lease_losses += lost
         raise
     finally:
-        # After a TTL it is gone by itself, so waiting longer gains nothing.
-        with suppress(StoreError):
-            await store.revoke(lease.id, timeout_s=min(lease.ttl_s, store.transport.config.timeout_s))
+        if not lost:
+            # It runs out by itself: not worth holding up the end for an etcd that is away.
+            with suppress(StoreError):
+                await store.revoke(lease.id, timeout_s=min(lease.ttl_s, REVOKE_S))

@@ -94,12 +94,14 @@ class Transport:
         if self.link is link:
             self._at = (self._at + 1) % len(self._links)
 
-    def forget_login(self) -> None:
-        self._token = None
+    def forget_login(self, metadata: Metadata) -> None:
+        """Log in again before the next call, unless that has happened since `metadata` was made."""
+        if ("token", self._token) in metadata:
+            self._token = None
 
-    async def metadata(self) -> Metadata:
+    async def metadata(self, timeout_s: float | None = None) -> Metadata:
         """`hasleader` turns a silent hang on a member without a leader into an error."""
-        token = await self._current_token()
+        token = await self._current_token(timeout_s)
         return (("hasleader", "true"), *((("token", token),) if token else ()))
 
     async def call(
@@ -121,7 +123,7 @@ class Transport:
         relogged = False
         while True:
             link = self.link
-            metadata = await self.metadata() if login else ()
+            metadata = await self.metadata(attempts.left_s) if login else ()
             try:
                 reply = await send(link, attempts.allowance_s(), metadata)
             except grpc.aio.AioRpcError as error:
@@ -129,7 +131,7 @@ class Transport:
                 judged = verdict(error.code(), detail)
                 if judged is Verdict.NEW_TOKEN and self.config.user and not relogged:
                     relogged = True
-                    self.forget_login()
+                    self.forget_login(metadata)
                     continue
                 failure = self._failure(name, link, judged, error.code(), detail, repeatable)
                 if not isinstance(failure, StoreUnavailable) or attempts.exhausted:
@@ -154,15 +156,15 @@ class Transport:
             return OutcomeUnknown(name, detail)
         return StoreUnavailable(name, f"{link.address}: {detail}")
 
-    async def _current_token(self) -> str | None:
+    async def _current_token(self, timeout_s: float | None) -> str | None:
         if self.config.user is None:
             return None
         async with self._login:
             if self._token is None:
-                self._token = await self._authenticate()
+                self._token = await self._authenticate(timeout_s)
             return self._token
 
-    async def _authenticate(self) -> str:
+    async def _authenticate(self, timeout_s: float | None) -> str:
         request = pb.AuthenticateRequest(name=self.config.user, password=self.config.password)
 
         async def send(link: Link, timeout_s: float, metadata: Metadata) -> pb.AuthenticateResponse:
@@ -172,7 +174,8 @@ class Transport:
             return reply
 
         try:
-            return (await self.call("Authenticate", send, repeatable=True, login=False)).token
+            reply = await self.call("Authenticate", send, repeatable=True, timeout_s=timeout_s, login=False)
+            return reply.token
         except StoreRefused as error:
             if error.detail.startswith(AUTH_DISABLED):
                 return ""  # as etcd's own client: a login that nobody asks for does no harm

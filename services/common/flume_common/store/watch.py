@@ -20,7 +20,7 @@ from flume_protos.etcd import etcd_pb2 as pb
 from flume_common.backoff import Backoff
 from flume_common.store import values
 from flume_common.store.errors import StoreRefused, StoreUnavailable, Verdict, verdict
-from flume_common.store.transport import Link
+from flume_common.store.transport import Link, Metadata
 from flume_common.store.values import KeyValue, Snapshot
 
 if TYPE_CHECKING:
@@ -151,9 +151,10 @@ class Watch:
         """One response of the stream, opened when there is none. None: it changed nothing."""
         if self._stream is None:
             self._stream = await _Stream.open(self._store, self.prefix, self.revision + 1)
-        response = await self._stream.read()
+        stream = self._stream
+        response = await stream.read()
         if response.canceled:
-            return await self._on_cancelled(response)
+            return await self._on_cancelled(response, stream.metadata)
         self._backoff.reset()
         self._relogged = False
         if response.created:
@@ -184,7 +185,7 @@ class Watch:
             self.close()  # this stream waits for revisions that are long in coming
         return batch
 
-    async def _on_cancelled(self, response: pb.WatchResponse) -> Batch | None:
+    async def _on_cancelled(self, response: pb.WatchResponse, metadata: Metadata) -> Batch | None:
         self.close()
         if response.compact_revision:
             return await self._resync("compacted")
@@ -194,7 +195,7 @@ class Watch:
             if self._store.transport.config.user is None or self._relogged:
                 raise StoreRefused("Watch", grpc.StatusCode.PERMISSION_DENIED, reason)
             self._relogged = True
-            self._store.transport.forget_login()
+            self._store.transport.forget_login(metadata)
             return None
         raise StoreUnavailable("Watch", reason)
 
@@ -214,6 +215,7 @@ class _Stream:
 
     store: Store
     link: Link
+    metadata: Metadata
     call: Any
     answered: bool = False
 
@@ -230,10 +232,11 @@ class _Stream:
             fragment=True,
         )
         call = link.watch.Watch(metadata=metadata)
-        stream = cls(store, link, call)
+        stream = cls(store, link, metadata, call)
         try:
-            await call.write(pb.WatchRequest(create_request=create))
-        except (grpc.aio.AioRpcError, asyncio.InvalidStateError) as error:
+            async with asyncio.timeout(transport.config.timeout_s):
+                await call.write(pb.WatchRequest(create_request=create))
+        except (grpc.aio.AioRpcError, asyncio.InvalidStateError, TimeoutError) as error:
             raise await stream._failure(error) from None
         except BaseException:
             call.cancel()
@@ -246,9 +249,7 @@ class _Stream:
         try:
             async with asyncio.timeout(limit_s):
                 response: Any = await self.call.read()
-        except TimeoutError as error:
-            raise await self._failure(error) from None
-        except grpc.aio.AioRpcError as error:
+        except (grpc.aio.AioRpcError, TimeoutError) as error:
             raise await self._failure(error) from None
         if response is grpc.aio.EOF:
             raise await self._failure(None)
@@ -270,7 +271,7 @@ class _Stream:
             detail = "no answer" if error else "stream ended"
         match verdict(code, detail):
             case Verdict.NEW_TOKEN if transport.config.user:
-                transport.forget_login()
+                transport.forget_login(self.metadata)
                 return StoreUnavailable("Watch", detail)
             case Verdict.REFUSED | Verdict.NEW_TOKEN:
                 return StoreRefused("Watch", code, detail)
