@@ -1,0 +1,224 @@
+"""gRPC face of the controller: decode, ask, encode. Decisions live in `desired.py` and `plan.py`."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import grpc
+from flume_common.keys import Keys
+from flume_common.membership import Member, Members, Role, State
+from flume_common.route_store import decode_route
+from flume_common.serving import status_errors
+from flume_common.store import Store, StoreError, StoreRefused
+from flume_protos.v1 import admin_pb2 as pb
+from flume_protos.v1 import admin_pb2_grpc as rpc
+
+from flume_controller import desired
+from flume_controller.desired import InvalidSpec, NotCurrent, OutOfBounds, SpecConflict
+from flume_controller.nodes import GrpcNodes
+from flume_controller.observe import Held
+from flume_controller.providers.base import Instance, Provider
+from flume_controller.spec import Actor, AttentionSpec, AttentionStatus, Condition
+from flume_controller.views import Report, Wish
+
+
+class UnknownActor(ValueError):
+    """`actor` is none of those that may set the desired count."""
+
+
+STATUS_OF: dict[type[Exception], grpc.StatusCode] = {
+    UnknownActor: grpc.StatusCode.INVALID_ARGUMENT,
+    OutOfBounds: grpc.StatusCode.INVALID_ARGUMENT,
+    NotCurrent: grpc.StatusCode.FAILED_PRECONDITION,
+    InvalidSpec: grpc.StatusCode.FAILED_PRECONDITION,
+    SpecConflict: grpc.StatusCode.ABORTED,
+    StoreRefused: grpc.StatusCode.FAILED_PRECONDITION,
+    StoreError: grpc.StatusCode.UNAVAILABLE,
+}
+"""The first entry that an error is an instance of counts."""
+
+STORE_TICK_S = 1.0
+"""Whether etcd answers changes without any view changing."""
+
+Context = grpc.aio.ServicerContext[Any, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Sources:
+    """Everything the admin API reads."""
+
+    store: Store
+    keys: Keys
+    members: Members
+    wish: Wish
+    report: Report
+    provider: Provider
+    nodes: GrpcNodes
+
+
+class AdminServicer(rpc.AdminServicer):
+    """See admin.proto."""
+
+    def __init__(self, sources: Sources) -> None:
+        self._from = sources
+
+    async def Scale(self, request: pb.ScaleRequest, context: Context) -> pb.ScaleReply:
+        async with status_errors(context, STATUS_OF):
+            before, after = await desired.set_desired(
+                self._from.store,
+                self._from.keys,
+                request.replicas,
+                actor=_actor(request.actor),
+                current=request.current_replicas if request.HasField("current_replicas") else None,
+                now_s=time.time(),
+            )
+        return pb.ScaleReply(previous=before.desired, replicas=after.desired, generation=after.generation)
+
+    async def Status(self, request: pb.StatusRequest, context: Context) -> AsyncIterator[pb.StatusReply]:
+        seen = self._versions()
+        yield (last := self._status())
+        while request.watch:
+            seen = await self._wait_newer(seen)
+            if (reply := self._status()) != last:
+                yield (last := reply)
+
+    async def ListNodes(self, request: pb.ListNodesRequest, context: Context) -> pb.ListNodesReply:
+        members = list(self._from.members.current.values())
+        held = await self._from.nodes.held(m for m in members if m.role is Role.ATTENTION)
+        now_s = time.time()
+        nodes = [node_message(member, held.get(member.id), now_s) for member in members]
+        known = {member.id for member in members}
+        for instance in await self._from.provider.instances():
+            if instance.running and instance.id not in known:
+                nodes.append(unregistered_message(instance, now_s))
+        return pb.ListNodesReply(nodes=in_order(nodes), revision=self._from.members.revision)
+
+    async def ListRoutes(self, request: pb.ListRoutesRequest, context: Context) -> pb.ListRoutesReply:
+        async with status_errors(context, STATUS_OF):
+            snapshot = await self._from.store.range(self._from.keys.routes)
+        routes = [decode_route(kv) for kv in snapshot.items.values()]
+        chosen = [route for route in routes if request.sequence in ("", route.sequence)]
+        return pb.ListRoutesReply(routes=[route.to_proto() for route in chosen], revision=snapshot.revision)
+
+    async def ListRequests(self, request: pb.ListRequestsRequest, context: Context) -> pb.ListRequestsReply:
+        weights = self._from.members.of(Role.WEIGHT)
+        answers = await asyncio.gather(*(self._from.nodes.sequences(member) for member in weights))
+        requests = [
+            pb.Request(
+                id=item.sequence,
+                weight_node=member.id,
+                state=item.state,
+                prompt_tokens=item.prompt_tokens,
+                completion_tokens=item.completion_tokens,
+                age_s=item.age_s,
+            )
+            for member, items in zip(weights, answers, strict=True)
+            for item in items
+        ]
+        return pb.ListRequestsReply(requests=requests)
+
+    def _status(self) -> pb.StatusReply:
+        return status_message(
+            self._from.keys.cluster,
+            self._from.wish.spec,
+            self._from.report.status,
+            self._from.members.current.values(),
+            self._from.store.connected,
+        )
+
+    def _versions(self) -> tuple[int, int, int]:
+        return self._from.members.version, self._from.wish.version, self._from.report.version
+
+    async def _wait_newer(self, seen: tuple[int, int, int]) -> tuple[int, int, int]:
+        waits = [
+            asyncio.ensure_future(self._from.members.wait_newer(seen[0])),
+            asyncio.ensure_future(self._from.wish.wait_newer(seen[1])),
+            asyncio.ensure_future(self._from.report.wait_newer(seen[2])),
+        ]
+        try:
+            await asyncio.wait(waits, timeout=STORE_TICK_S, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for wait in waits:
+                wait.cancel()
+        return self._versions()
+
+
+def _actor(name: str) -> Actor:
+    try:
+        return Actor(name) if name else Actor.USER
+    except ValueError:
+        raise UnknownActor(f"actor must be one of {', '.join(Actor)}, got {name!r}") from None
+
+
+def status_message(
+    cluster: str,
+    spec: AttentionSpec | None,
+    status: AttentionStatus | None,
+    members: Iterable[Member],
+    store_connected: bool,
+) -> pb.StatusReply:
+    """Desired from the spec, the rest from the last report; a report may be older than the spec."""
+    ready = [member for member in members if member.state is State.READY]
+    return pb.StatusReply(
+        cluster=cluster,
+        desired=spec.desired if spec else 0,
+        ready=status.ready if status else 0,
+        preparing=status.preparing if status else 0,
+        draining=status.draining if status else 0,
+        generation=spec.generation if spec else 0,
+        observed_generation=status.observed_generation if status else 0,
+        conditions=[_condition(item) for item in status.conditions] if status else (),
+        weight_nodes=sum(member.role is Role.WEIGHT for member in ready),
+        routers=sum(member.role is Role.ROUTER for member in ready),
+        store_connected=store_connected,
+        model=next((member.model for member in ready if member.role is Role.WEIGHT), ""),
+    )
+
+
+def _condition(item: Condition) -> pb.Condition:
+    return pb.Condition(
+        type=item.type,
+        status=item.status,
+        reason=item.reason,
+        message=item.message,
+        last_transition_time_s=item.last_transition_time_s,
+    )
+
+
+def node_message(member: Member, held: Held | None, now_s: float) -> pb.Node:
+    """A registered node; `held` is fresher than its own record."""
+    return pb.Node(
+        id=member.id,
+        role=member.role,
+        state=member.state,
+        pid=member.pid,
+        host=member.host,
+        address=member.address,
+        epoch=member.epoch,
+        kv_capacity_tokens=member.kv_capacity_tokens,
+        kv_used_tokens=held.used_tokens if held else member.kv_used_tokens,
+        age_s=max(0.0, now_s - member.started_at_s),
+        version=member.version,
+        sequences=held.sequences if held else member.sequences,
+    )
+
+
+def unregistered_message(instance: Instance, now_s: float) -> pb.Node:
+    """A node whose process runs and that has not registered yet."""
+    return pb.Node(
+        id=instance.id,
+        role=Role.ATTENTION,
+        state=State.DRAINING if instance.stopping else State.PREPARING,
+        pid=instance.pid,
+        age_s=max(0.0, now_s - instance.started_at_s),
+    )
+
+
+def in_order(nodes: Iterable[pb.Node]) -> list[pb.Node]:
+    """By role, then by number: attention-2 before attention-10."""
+    roles = list(Role)
+    return sorted(nodes, key=lambda node: (roles.index(Role(node.role)), len(node.id), node.id))

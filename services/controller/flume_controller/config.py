@@ -1,0 +1,31 @@
+"""Controller settings: one frozen object, read once at start, passed down by hand."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import msgspec
+
+Positive = Annotated[float, msgspec.Meta(gt=0)]
+
+
+class ControllerConfig(msgspec.Struct, frozen=True, kw_only=True):
+    cluster: str
+    node: str
+    etcd: str  # comma-separated host:port
+    listen: str = "127.0.0.1:9400"
+
+    provider: Literal["local"] = "local"
+    attention_args: tuple[str, ...] = ()
+    """Added to the command line of every attention node."""
+    data_dir: Path
+    """Records of the processes it starts and their output: a restarted controller finds them here."""
+    initial_attention: Annotated[int, msgspec.Meta(ge=0)] = 1
+    """The desired number where none has been set yet."""
+
+    lease_ttl_s: Positive = 10.0
+    resync_s: Positive = 5.0
+    """A pass runs at least this often, whatever was or was not heard."""
+    stop_grace_s: Positive = 10.0
+    """How long an attention node may take to end after SIGTERM."""

@@ -1,0 +1,68 @@
+"""`flumectl logs`: what the processes of a local cluster print."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO
+
+import click
+from flume_controller.cluster_files import ClusterFiles
+from flume_controller.flumectl.errors import CommandError
+from flume_controller.flumectl.options import data_dir_option, name_option
+
+FOLLOW_POLL_S = 0.2
+
+
+def _complete_node(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[str]:
+    files = ClusterFiles(ctx.params["data_dir"], ctx.params["name"])
+    return [path.stem for path in _files(files.logs) if path.stem.startswith(incomplete)]
+
+
+@click.command()
+@click.argument("node", required=False, shell_complete=_complete_node)
+@click.option("-f", "--follow", is_flag=True, help="Go on and print what comes.")
+@click.option("--tail", type=click.IntRange(min=0), help="Only the last N lines of each.", metavar="N")
+@name_option
+@data_dir_option
+def logs(node: str | None, follow: bool, tail: int | None, name: str, data_dir: Path) -> None:
+    """Print the log of NODE, or of every process of the local cluster with its name before each line.
+
+    \b
+    Examples:
+      flumectl logs weight-1 --tail 20
+      flumectl logs -f
+    """
+    directory = ClusterFiles(data_dir, name).logs
+    files = [path for path in _files(directory) if node in (None, path.stem)]
+    if not files:
+        names = ", ".join(path.stem for path in _files(directory)) or "none"
+        what = f"log of {node!r}" if node else "logs"
+        raise CommandError(f"no {what} in {directory}; there are: {names}")
+    for line in _lines(directory, node, tail, follow):
+        click.echo(line)
+
+
+def _files(directory: Path) -> list[Path]:
+    return sorted(directory.glob("*.log"))
+
+
+def _lines(directory: Path, node: str | None, tail: int | None, follow: bool) -> Iterator[str]:
+    opened: dict[Path, IO[str]] = {}
+    while True:
+        for path in _files(directory):
+            if node not in (None, path.stem):
+                continue
+            if path not in opened:
+                opened[path] = path.open(errors="replace")
+                fresh = deque(opened[path], maxlen=tail)  # later files are new as a whole
+            else:
+                fresh = deque(opened[path])
+            prefix = "" if node else f"[{path.stem}] "
+            yield from (prefix + line.rstrip("\n") for line in fresh)
+        if not follow:
+            return
+        tail = None
+        time.sleep(FOLLOW_POLL_S)

@@ -1,0 +1,61 @@
+"""Options that several verbs share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import wraps
+from pathlib import Path
+from typing import Any
+
+import click
+from flume_controller.cluster_files import DEFAULT_DATA_DIR, DEFAULT_NAME, ClusterFiles
+from flume_controller.flumectl.client import Target
+from flume_controller.flumectl.output import FORMATS
+
+
+def _validated_name(ctx: click.Context, param: click.Parameter, value: str) -> str:
+    try:
+        ClusterFiles(Path(), value)
+    except ValueError as error:
+        raise click.BadParameter(str(error)) from error
+    return value
+
+
+name_option = click.option(
+    "--name",
+    default=DEFAULT_NAME,
+    show_default=True,
+    envvar="FLUME_CLUSTER",
+    metavar="CLUSTER",
+    callback=_validated_name,
+    help="The cluster's name.",
+)
+data_dir_option = click.option(
+    "--data-dir",
+    type=click.Path(path_type=Path, file_okay=False),
+    default=DEFAULT_DATA_DIR,
+    envvar="FLUME_DATA_DIR",
+    help="Where local clusters keep logs and state.  [default: ~/.local/share/kernelflume]",
+)
+server_option = click.option(
+    "--server",
+    envvar="FLUME_SERVER",
+    metavar="HOST:PORT",
+    help="The controller's admin API; by default that of the local cluster.  [env: FLUME_SERVER]",
+)
+output_option = click.option(
+    "-o", "--output", "fmt", type=click.Choice(FORMATS), default="table", show_default=True, help="Format."
+)
+
+
+def target_options(command: Callable[..., None]) -> Callable[..., None]:
+    """--server, --name and --data-dir as one `target`. The innermost decorator of a command."""
+
+    @server_option
+    @name_option
+    @data_dir_option
+    @wraps(command)
+    def with_target(*, server: str | None, name: str, data_dir: Path, **values: Any) -> None:
+        command(target=Target(server, ClusterFiles(data_dir, name)), **values)
+
+    return with_target

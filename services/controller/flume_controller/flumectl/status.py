@@ -1,0 +1,67 @@
+"""`flumectl status`: desired and actual, and whether all is well."""
+
+from __future__ import annotations
+
+import time
+
+import click
+from flume_controller.flumectl.client import CALL_DEADLINE_S, Target, admin
+from flume_controller.flumectl.duration import format_age
+from flume_controller.flumectl.options import output_option, target_options
+from flume_controller.flumectl.output import Column, Row, Table, column, render_one
+from flume_controller.flumectl.rows import status_row
+from flume_protos.v1 import admin_pb2
+
+
+@click.command()
+@output_option
+@click.option("-w", "--watch", is_flag=True, help="Go on and print every change.")
+@target_options
+def status(target: Target, fmt: str, watch: bool) -> None:
+    """Show the cluster: nodes wanted and there, and the conditions Available, Progressing and Degraded.
+
+    \b
+    Examples:
+      flumectl status
+      flumectl status -o json
+      flumectl status -w
+    """
+    request = admin_pb2.StatusRequest(watch=watch)
+    with admin(target) as stub:
+        for reply in stub.Status(request, timeout=None if watch else CALL_DEADLINE_S):
+            click.echo(_render(status_row(reply), fmt, time.time(), stream=watch))
+
+
+def _render(row: Row, fmt: str, now_s: float, *, stream: bool) -> str:
+    if fmt in ("table", "wide"):
+        return to_text(row, now_s) + ("\n" if stream else "")
+    if fmt == "json" and not stream:
+        import json
+
+        return json.dumps(row, indent=2, ensure_ascii=False)
+    text = render_one(row, (), fmt, Table((), wide=False))
+    return text if stream else text.removeprefix("---\n")
+
+
+def to_text(row: Row, now_s: float) -> str:
+    """For people. Pure."""
+    attention = row["attention"]
+    stale = row["observed_generation"] < row["generation"]
+    counts = ", ".join(f"{attention[key]} {key}" for key in ("desired", "ready", "preparing", "draining"))
+    lines = [
+        f"Cluster:       {row['cluster']}",
+        f"Model:         {row['model'] or '<none>'}",
+        f"Attention:     {counts}" + (" (the controller has yet to act on the last change)" if stale else ""),
+        f"Weight nodes:  {row['weight_nodes']}",
+        f"Routers:       {row['routers']}",
+        f"Store:         {'connected' if row['store_connected'] else 'unreachable, last known state shown'}",
+        "",
+    ]
+    columns = (
+        column("CONDITION", "type"),
+        column("STATUS", "status"),
+        column("REASON", "reason"),
+        Column("SINCE", lambda item: format_age(now_s - item["last_transition_time_s"])),
+        column("MESSAGE", "message"),
+    )
+    return "\n".join([*lines, *Table(columns, wide=False).lines(row["conditions"])])

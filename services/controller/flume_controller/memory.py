@@ -1,0 +1,90 @@
+"""What passes remember for the next ones: only enough to be patient. No I/O; the caller brings the clock.
+
+A restarted controller begins with an empty memory and acts the same, but for waiting anew.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+import structlog
+from flume_common.membership import Member
+
+from flume_controller.providers.base import Instance
+from flume_controller.status import Crash
+
+log = structlog.get_logger()
+
+
+@dataclass(slots=True)
+class StartBackoff:
+    """The first crash is made good at once; each further one doubles the wait, up to `cap_s`.
+
+    Ready nodes that last `stable_s` without a crash end the series.
+    """
+
+    first_s: float = 0.5
+    cap_s: float = 30.0
+    stable_s: float = 10.0
+    crashes: int = 0
+    last_crash_s: float = 0.0
+
+    def crashed(self, now_s: float) -> None:
+        self.crashes += 1
+        self.last_crash_s = now_s
+
+    def all_ready(self, now_s: float) -> None:
+        if now_s - self.last_crash_s >= self.stable_s:
+            self.crashes = 0
+
+    def wait_s(self, now_s: float) -> float:
+        """Seconds until a start is allowed, 0 when it is."""
+        if self.crashes < 2:
+            return 0.0
+        pause_s = min(self.first_s * 2.0 ** min(self.crashes - 2, 30), self.cap_s)
+        return max(0.0, self.last_crash_s + pause_s - now_s)
+
+
+@dataclass(slots=True)
+class Memory:
+    """When nodes were last registered, and which of them crashed."""
+
+    last_seen_s: dict[str, float] = field(default_factory=dict)  # Unix time, by node id
+    backoff: StartBackoff = field(default_factory=StartBackoff)
+    _crashes: dict[tuple[str, int], Crash] = field(default_factory=dict)  # by id and pid
+    _first: bool = True
+
+    @property
+    def crashes(self) -> list[Crash]:
+        """Those not made good yet."""
+        return list(self._crashes.values())
+
+    def note(self, members: Iterable[Member], instances: Iterable[Instance], now_s: float) -> None:
+        """What one pass found."""
+        for instance in instances:
+            if self._first:
+                # Whether an adopted node had been registered is not known. Assume so: it may hold KV
+                # and merely be waiting for etcd.
+                self.last_seen_s[instance.id] = now_s
+            if not instance.running and not instance.stopping:
+                self._note_crash(instance, now_s)
+        self.last_seen_s |= {member.id: now_s for member in members}
+        self._first = False
+
+    def _note_crash(self, instance: Instance, now_s: float) -> None:
+        key = (instance.id, instance.pid)
+        if key not in self._crashes:
+            self._crashes[key] = Crash(instance.id, instance.exit_code, instance.log)
+            self.backoff.crashed(now_s)
+            log.warning("node_crashed", node=instance.id, exit_code=instance.exit_code)
+
+    def forget(self, node: str) -> None:
+        """The id means a new node from now on."""
+        self.last_seen_s.pop(node, None)
+
+    def all_ready(self, instances: Iterable[Instance], now_s: float) -> None:
+        """As many nodes are ready as are wanted: what crashed has been made good."""
+        self.backoff.all_ready(now_s)
+        lingering = {(instance.id, instance.pid) for instance in instances}
+        self._crashes = {key: crash for key, crash in self._crashes.items() if key in lingering}

@@ -1,0 +1,90 @@
+"""Calls to attention and weight nodes: what they hold, drain, undrain. One kept channel per address."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Iterable
+from contextlib import asynccontextmanager
+from typing import Any, Protocol
+
+import grpc
+from flume_common.membership import Member
+from flume_protos.v1 import attention_pb2, attention_pb2_grpc, weight_pb2, weight_pb2_grpc
+
+from flume_controller.observe import Held
+
+STATS_DEADLINE_S = 0.5
+CALL_DEADLINE_S = 3.0
+
+
+class Nodes(Protocol):
+    """What a pass asks of nodes."""
+
+    async def held(self, members: Iterable[Member]) -> dict[str, Held]:
+        """What each attention node holds, by id; a node that does not answer in time is left out."""
+
+    async def drain(self, member: Member) -> None: ...
+
+    async def undrain(self, member: Member) -> None: ...
+
+
+class GrpcNodes:
+    """`Nodes` over gRPC. Make it with `node_calls`."""
+
+    def __init__(self) -> None:
+        self._channels: dict[str, grpc.aio.Channel] = {}
+
+    async def held(self, members: Iterable[Member]) -> dict[str, Held]:
+        asked = list(members)
+        answers = await asyncio.gather(*(self._held(member) for member in asked))
+        return {m.id: held for m, held in zip(asked, answers, strict=True) if held is not None}
+
+    async def drain(self, member: Member) -> None:
+        await self._attention(member).Drain(attention_pb2.DrainRequest(), timeout=CALL_DEADLINE_S)
+
+    async def undrain(self, member: Member) -> None:
+        await self._attention(member).Undrain(attention_pb2.UndrainRequest(), timeout=CALL_DEADLINE_S)
+
+    async def sequences(self, member: Member) -> list[weight_pb2.SequenceInfo]:
+        """The live sequences of a weight node; none when it does not answer in time."""
+        stub = weight_pb2_grpc.WeightStub(self._channel(member))  # type: ignore[no-untyped-call]
+        try:
+            reply = await stub.ListSequences(weight_pb2.ListSequencesRequest(), timeout=STATS_DEADLINE_S)
+        except grpc.aio.AioRpcError:
+            return []
+        return list(reply.sequences)
+
+    async def keep_only(self, addresses: Iterable[str]) -> None:
+        """Close channels to nodes that are gone."""
+        for address in self._channels.keys() - set(addresses):
+            await self._channels.pop(address).close()
+
+    async def close(self) -> None:
+        await self.keep_only(())
+
+    async def _held(self, member: Member) -> Held | None:
+        request = attention_pb2.StatsRequest()
+        try:
+            stats = await self._attention(member).Stats(request, timeout=STATS_DEADLINE_S)
+        except grpc.aio.AioRpcError as error:
+            # Nothing listens there any more: its record is the last word. Slowness alone is not enough.
+            gone = error.code() is grpc.StatusCode.UNAVAILABLE
+            return Held.of_member(member) if gone else None
+        return Held(stats.used_tokens, sum(lane.sequences for lane in stats.lanes), stats.safe_to_delete)
+
+    def _attention(self, member: Member) -> Any:
+        return attention_pb2_grpc.AttentionStub(self._channel(member))  # type: ignore[no-untyped-call]
+
+    def _channel(self, member: Member) -> grpc.aio.Channel:
+        if member.address not in self._channels:
+            self._channels[member.address] = grpc.aio.insecure_channel(member.address)
+        return self._channels[member.address]
+
+
+@asynccontextmanager
+async def node_calls() -> AsyncIterator[GrpcNodes]:
+    nodes = GrpcNodes()
+    try:
+        yield nodes
+    finally:
+        await nodes.close()

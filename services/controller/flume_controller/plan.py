@@ -1,0 +1,115 @@
+"""Decide what to change so that the attention nodes match the spec. Pure: no I/O, no clock."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+
+
+class Phase(StrEnum):
+    """Where an attention node is in its life, as one pass of the controller sees it.
+
+    STARTING -> PREPARING -> READY <-> DRAINING -> STOPPING -> (gone)
+                               LOST: runs, but its registration has lapsed
+    STUCK: started or lost too long ago    DEAD: the process has ended, its registration lingers
+    """
+
+    STARTING = "STARTING"  # a process that has not registered yet
+    PREPARING = "PREPARING"
+    READY = "READY"
+    DRAINING = "DRAINING"
+    STOPPING = "STOPPING"  # told to end, not gone yet
+    LOST = "LOST"
+    STUCK = "STUCK"
+    DEAD = "DEAD"
+
+
+# The order in which nodes leave: none of the ready ones goes while one that serves nobody stays.
+_STAYING = (Phase.STARTING, Phase.PREPARING, Phase.READY)
+
+
+@dataclass(frozen=True, slots=True)
+class NodeView:
+    """One attention node as observed."""
+
+    id: str
+    phase: Phase
+    held_tokens: int = 0
+    safe_to_delete: bool = False  # DRAINING and holds nothing
+    managed: bool = True  # this controller's provider runs it, and so can stop it
+
+
+@dataclass(frozen=True, slots=True)
+class Start:
+    count: int
+
+
+@dataclass(frozen=True, slots=True)
+class Drain:
+    node: str
+
+
+@dataclass(frozen=True, slots=True)
+class Undrain:
+    node: str
+
+
+@dataclass(frozen=True, slots=True)
+class Stop:
+    node: str
+
+
+Action = Start | Drain | Undrain | Stop
+
+
+def plan(desired: int, nodes: Sequence[NodeView]) -> list[Action]:
+    """Actions that move the nodes towards `desired`; empty once they agree.
+
+    Reads the two and nothing else, so a late, repeated or missed wake-up is harmless: the next pass
+    sees what is true then. Draining nodes count for nobody, as they take no new tails.
+    """
+    staying = [node for node in nodes if node.phase in _STAYING]
+    # A lost node is likely to be back with its KV: nothing is started in its place, but neither does
+    # it let a ready node go. Once it is STUCK it no longer counts.
+    lost = sum(node.phase is Phase.LOST for node in nodes)
+    wanted = _more(desired - len(staying) - lost, nodes)
+    wanted += [_leave(node) for node in _victims(len(staying) - desired, staying)]
+    return [*wanted, *_stops(nodes, wanted)]
+
+
+def _more(missing: int, nodes: Iterable[NodeView]) -> list[Action]:
+    if missing <= 0:
+        return []
+    # Taking a drain back is instant and keeps KV where it is; the fullest node is the one worth keeping.
+    draining = sorted(
+        (node for node in nodes if node.phase is Phase.DRAINING),
+        key=lambda node: (-node.held_tokens, node.id),
+    )[:missing]
+    taken_back: list[Action] = [Undrain(node.id) for node in draining]
+    missing -= len(taken_back)
+    return [*taken_back, Start(missing)] if missing else taken_back
+
+
+def _victims(surplus: int, staying: Iterable[NodeView]) -> list[NodeView]:
+    newest_first = sorted(staying, key=lambda node: (len(node.id), node.id), reverse=True)
+    order = sorted(newest_first, key=lambda node: (_STAYING.index(node.phase), node.held_tokens))
+    return order[: max(surplus, 0)]
+
+
+def _leave(node: NodeView) -> Action:
+    """A process that has not registered holds nothing and has no address to be drained at."""
+    return Stop(node.id) if node.phase is Phase.STARTING else Drain(node.id)
+
+
+def _stops(nodes: Iterable[NodeView], wanted: Sequence[Action]) -> list[Action]:
+    taken_back = {action.node for action in wanted if isinstance(action, Undrain)}
+    return [
+        Stop(node.id)
+        for node in nodes
+        if node.managed and node.id not in taken_back and (_is_empty(node) or node.phase is Phase.STUCK)
+    ]
+
+
+def _is_empty(node: NodeView) -> bool:
+    return node.phase is Phase.DRAINING and node.safe_to_delete

@@ -1,0 +1,180 @@
+"""Processes that outlive whoever started them, and how to know them again.
+
+A pid alone may have gone to someone else; a pid with its start time and the machine's boot is one
+process. Each is recorded in a file, so that a restarted controller, or `flumectl down` after a crash,
+finds what runs and signals nothing else. Linux only: it reads /proc and uses pidfds.
+
+Not here: when to start or restart anything (`providers/local.py`, `supervise.py`).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import msgspec
+
+
+class ProcessRecord(msgspec.Struct, frozen=True, kw_only=True):
+    """One process, as written to its file."""
+
+    id: str  # the node's id
+    role: str
+    pid: int
+    start_ticks: int
+    """Clock ticks from boot to its start (/proc/PID/stat, field 22)."""
+    boot_id: str
+    started_at_s: float  # Unix time
+    log: str = ""
+    stopping_at_s: float | None = None
+    """Unix time at which it was told to end; an end before that is a crash."""
+    ended: bool = False
+    exit_code: int | None = None
+    """Negative for a signal, None when unknown or still running."""
+
+
+def spawn(argv: Sequence[str], log: Path, *, env: Mapping[str, str] | None = None) -> subprocess.Popen[bytes]:
+    """Start a process in a session of its own, output appended to `log`. Raises OSError."""
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("ab") as output:
+        return subprocess.Popen(
+            argv,
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+            env=None if env is None else dict(env),
+        )
+
+
+def record_of(pid: int, *, id: str, role: str, log: Path | str = "") -> ProcessRecord:
+    """The record of a process that runs now. Raises ProcessLookupError."""
+    stat = _stat(pid)
+    if stat is None:
+        raise ProcessLookupError(f"no process {pid}")
+    return ProcessRecord(
+        id=id,
+        role=role,
+        pid=pid,
+        start_ticks=int(stat[19]),
+        boot_id=_boot_id(),
+        started_at_s=time.time(),
+        log=str(log),
+    )
+
+
+def is_alive(record: ProcessRecord) -> bool:
+    """Whether that very process still runs; one that only waits to be reaped does not."""
+    stat = _stat(record.pid)
+    return stat is not None and stat[0] not in ("Z", "X") and _is(record, stat)
+
+
+def send(record: ProcessRecord, signal_number: signal.Signals) -> bool:
+    """Signal that very process; whether it was there to be signalled."""
+    with _pidfd(record) as pidfd:
+        if pidfd is None:
+            return False
+        with suppress(ProcessLookupError):
+            signal.pidfd_send_signal(pidfd, signal_number)
+            return True
+        return False
+
+
+def kill_session(record: ProcessRecord) -> None:
+    """SIGKILL the process and every child it left in its process group."""
+    stat = _stat(record.pid)
+    if record.boot_id != _boot_id() or (stat is not None and not _is(record, stat)):
+        return  # the pid has gone to someone else, which it cannot while the group has members
+    with suppress(ProcessLookupError, PermissionError):
+        os.killpg(record.pid, signal.SIGKILL)
+
+
+async def wait_ended(record: ProcessRecord) -> None:
+    """Returns when that very process has ended, at once if it has. Does not reap it."""
+    with _pidfd(record) as pidfd:
+        if pidfd is None:
+            return
+        loop = asyncio.get_running_loop()
+        ended = asyncio.Event()
+        loop.add_reader(pidfd, ended.set)
+        try:
+            await ended.wait()
+        finally:
+            loop.remove_reader(pidfd)
+
+
+async def stop(record: ProcessRecord, *, grace_s: float) -> None:
+    """SIGTERM, and SIGKILL for the whole session once `grace_s` has passed or the process has ended."""
+    send(record, signal.SIGTERM)
+    with suppress(TimeoutError):
+        async with asyncio.timeout(grace_s):
+            await wait_ended(record)
+    kill_session(record)
+    await wait_ended(record)
+
+
+class RecordDir:
+    """The process records of one cluster, one file per node."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def save(self, record: ProcessRecord) -> None:
+        self.path.mkdir(parents=True, exist_ok=True)
+        # Written beside and renamed: whoever reads it sees all of it or the old one.
+        draft = self.path / f".{record.id}.{os.getpid()}"
+        draft.write_bytes(msgspec.json.encode(record))
+        draft.replace(self._file(record.id))
+
+    def load(self, id: str) -> ProcessRecord | None:
+        with suppress(FileNotFoundError, msgspec.DecodeError):
+            return msgspec.json.decode(self._file(id).read_bytes(), type=ProcessRecord)
+        return None
+
+    def all(self) -> list[ProcessRecord]:
+        names = sorted(path.stem for path in self.path.glob("*.json"))
+        return [record for record in map(self.load, names) if record is not None]
+
+    def remove(self, id: str) -> None:
+        self._file(id).unlink(missing_ok=True)
+
+    def _file(self, id: str) -> Path:
+        return self.path / f"{id}.json"
+
+
+def _stat(pid: int) -> list[str] | None:
+    """The fields of /proc/PID/stat from the third (state) on, None when there is no such process."""
+    try:
+        text = Path(f"/proc/{pid}/stat").read_text()
+    except (FileNotFoundError, ProcessLookupError):
+        return None
+    return text[text.rindex(")") + 2 :].split()  # the second field, the name, may hold spaces
+
+
+def _is(record: ProcessRecord, stat: Sequence[str]) -> bool:
+    return int(stat[19]) == record.start_ticks and record.boot_id == _boot_id()
+
+
+def _boot_id() -> str:
+    return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+
+
+@contextmanager
+def _pidfd(record: ProcessRecord) -> Iterator[int | None]:
+    """A handle that stays with that very process, None when it has ended."""
+    try:
+        pidfd = os.pidfd_open(record.pid)
+    except ProcessLookupError:
+        yield None
+        return
+    try:
+        # Compared after opening: from here on the handle cannot come to mean another process.
+        yield pidfd if is_alive(record) else None
+    finally:
+        os.close(pidfd)
