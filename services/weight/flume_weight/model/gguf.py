@@ -15,7 +15,6 @@ from pathlib import Path
 import gguf.quants
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from flume_weight.model.config import DivisorScaling, LinearScaling, ModelConfig, RopeScaling
@@ -74,7 +73,7 @@ class GgufSource:
         step = max(1, CHUNK_BYTES // (4 * rows.shape[-1]))
         for first in range(0, rows.shape[0], step):
             last = min(first + step, rows.shape[0])
-            rows[first:last].copy_(torch.from_numpy(_dequantise(self._file, tensor, first, last)))
+            rows[first:last].copy_(_dequantise(self._file, tensor, first, last))
         heads = self._interleaved_heads(tensor.name)
         if heads:
             out.copy_(halves(out, heads))
@@ -102,13 +101,15 @@ def _checkpoint_name(stored: str) -> str:
     return TOP_NAMES.get(stored, stored)
 
 
-def _dequantise(file: GgufFile, tensor: GgufTensor, first: int, last: int) -> NDArray[np.float32]:
+def _dequantise(file: GgufFile, tensor: GgufTensor, first: int, last: int) -> Tensor:
+    """Float32, one row each of the flattened outer dimensions."""
     try:
-        raw = file.rows(tensor, first, last)
-        return gguf.quants.dequantize(raw, tensor.kind)
-    except NotImplementedError as error:
-        supported = ", ".join(sorted(kind.name for kind in gguf.quants._type_traits))
-        raise UnsupportedDtype(file.path, tensor.name, tensor.kind.name, supported) from error
+        values = gguf.quants.dequantize(file.rows(tensor, first, last), tensor.kind)
+    except NotImplementedError:
+        supported = "the types that the gguf package can dequantise"
+        raise UnsupportedDtype(file.path, tensor.name, tensor.kind.name, supported) from None
+    # Float32 comes back as a view of the read-only file; torch wants memory that it could write to.
+    return torch.from_numpy(np.require(values, requirements="W"))
 
 
 def _config(file: GgufFile) -> ModelConfig:
@@ -192,7 +193,7 @@ def _with_divisors(file: GgufFile, config: ModelConfig) -> ModelConfig:
     if math.prod(tensor.shape) != config.head_dim // 2 or config.rope_scaling:
         expected = f"{config.head_dim // 2} numbers and no other scaling"
         raise BadConfig(file.path, ROPE_DIVISORS, expected, list(tensor.shape))
-    divisors = _dequantise(file, tensor, 0, 1).ravel().tolist()
+    divisors = _dequantise(file, tensor, 0, 1).flatten().tolist()
     return replace(config, rope_scaling=DivisorScaling(tuple(divisors)))
 
 

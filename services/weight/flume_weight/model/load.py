@@ -32,6 +32,8 @@ def load_model(path: Path, dtype: torch.dtype, progress: Progress | None = None)
     places = slots(weights)
     check(source, places, config.architecture)
     fill(source, places, progress)
+    del places
+    weights.pack()
     return Transformer(config, weights)
 
 

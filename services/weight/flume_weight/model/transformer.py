@@ -51,26 +51,26 @@ class Transformer:
         self, number: int, layer: Layer, hidden: Tensor, rope: tuple[Tensor, Tensor], attention: Attention
     ) -> Tensor:
         x = self._norm(hidden, layer.input_norm)
-        q = F.linear(x, layer.query, layer.query_bias).view(self._query_shape)
+        q = layer.query(x).view(self._query_shape)
         if layer.query_norm is not None:
             q = self._norm(q, layer.query_norm)
         q = self._rope.rotate(q, rope)
         attention.query(number, q)
-        kv = F.linear(x, layer.kv, layer.kv_bias).view(self._kv_shape)
+        kv = layer.kv(x).view(self._kv_shape)
         k, v = kv.chunk(2, dim=1)
         if layer.key_norm is not None:
             k = self._norm(k, layer.key_norm)
         k = self._rope.rotate(k, rope)
         mixed = attention.attend(number, q, k, v)
-        return F.linear(mixed, layer.output, layer.output_bias).add_(hidden)
+        return layer.output(mixed).add_(hidden)
 
     def _feed_forward(self, layer: Layer, hidden: Tensor) -> Tensor:
         x = self._norm(hidden, layer.post_norm)
-        gate, up = F.linear(x, layer.gate_up, layer.gate_up_bias).chunk(2, dim=-1)
-        return F.linear(F.silu(gate).mul_(up), layer.down, layer.down_bias).add_(hidden)
+        gate, up = layer.gate_up(x).chunk(2, dim=-1)
+        return layer.down(F.silu(gate).mul_(up)).add_(hidden)
 
     def _logits(self, hidden: Tensor) -> Tensor:
-        return F.linear(self._norm(hidden, self._weights.final_norm), self._weights.head).float()
+        return self._weights.head(self._norm(hidden, self._weights.final_norm)).float()
 
     def _norm(self, x: Tensor, weight: Tensor) -> Tensor:
         return F.rms_norm(x, weight.shape, weight, self.config.rms_norm_eps)

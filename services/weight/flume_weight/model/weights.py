@@ -13,26 +13,26 @@ import torch
 from torch import Tensor
 
 from flume_weight.model.config import ModelConfig
+from flume_weight.model.linear import Linear
 
 
 @dataclass(slots=True)
 class Layer:
-    """One decoder layer; matrices are [out, in]."""
+    """One decoder layer."""
 
     input_norm: Tensor
-    query: Tensor
-    query_bias: Tensor | None
+    query: Linear
     query_norm: Tensor | None  # [head_dim]
-    kv: Tensor  # K's rows, then V's
-    kv_bias: Tensor | None
+    kv: Linear  # K's rows, then V's
     key_norm: Tensor | None  # [head_dim]
-    output: Tensor
-    output_bias: Tensor | None
+    output: Linear
     post_norm: Tensor
-    gate_up: Tensor  # the gate's rows, then up's
-    gate_up_bias: Tensor | None
-    down: Tensor
-    down_bias: Tensor | None
+    gate_up: Linear  # the gate's rows, then up's
+    down: Linear
+
+    @property
+    def linears(self) -> tuple[Linear, ...]:
+        return self.query, self.kv, self.output, self.gate_up, self.down
 
 
 @dataclass(slots=True)
@@ -40,7 +40,14 @@ class Weights:
     embedding: Tensor  # [vocab, hidden]
     layers: list[Layer]
     final_norm: Tensor
-    head: Tensor  # [vocab, hidden]; the embedding itself where they are tied
+    head: Linear  # [vocab, hidden]; its weight is the embedding itself where they are tied
+
+    def pack(self) -> None:
+        """Once all places are filled: each matrix, one by one, into the layout that computes fastest."""
+        for layer in self.layers:
+            for linear in layer.linears:
+                linear.pack()
+        self.head.pack()
 
 
 def allocate(config: ModelConfig, dtype: torch.dtype) -> Weights:
@@ -50,42 +57,37 @@ def allocate(config: ModelConfig, dtype: torch.dtype) -> Weights:
         embedding=embedding,
         layers=[_layer(config, dtype) for _ in range(config.num_layers)],
         final_norm=torch.empty(config.hidden_size, dtype=dtype),
-        head=embedding if config.tie_word_embeddings else torch.empty_like(embedding),
+        head=Linear(embedding if config.tie_word_embeddings else torch.empty_like(embedding)),
     )
 
 
 def _layer(config: ModelConfig, dtype: torch.dtype) -> Layer:
-    def new(*shape: int) -> Tensor:
-        return torch.empty(shape, dtype=dtype)
+    def vector(size: int, wanted: bool) -> Tensor | None:
+        return torch.empty(size, dtype=dtype) if wanted else None
 
-    def when(wanted: bool, size: int) -> Tensor | None:
-        return new(size) if wanted else None
+    def linear(outputs: int, inputs: int, bias: bool) -> Linear:
+        return Linear(torch.empty(outputs, inputs, dtype=dtype), vector(outputs, bias))
 
     hidden, inner = config.hidden_size, config.intermediate_size
     query, kv = config.query_size, config.kv_size
     return Layer(
-        input_norm=new(hidden),
-        query=new(query, hidden),
-        query_bias=when(config.qkv_bias, query),
-        query_norm=when(config.qk_norm, config.head_dim),
-        kv=new(2 * kv, hidden),
-        kv_bias=when(config.qkv_bias, 2 * kv),
-        key_norm=when(config.qk_norm, config.head_dim),
-        output=new(hidden, query),
-        output_bias=when(config.output_bias, hidden),
-        post_norm=new(hidden),
-        gate_up=new(2 * inner, hidden),
-        gate_up_bias=when(config.mlp_bias, 2 * inner),
-        down=new(hidden, inner),
-        down_bias=when(config.mlp_bias, hidden),
+        input_norm=torch.empty(hidden, dtype=dtype),
+        query=linear(query, hidden, config.qkv_bias),
+        query_norm=vector(config.head_dim, config.qk_norm),
+        kv=linear(2 * kv, hidden, config.qkv_bias),
+        key_norm=vector(config.head_dim, config.qk_norm),
+        output=linear(hidden, query, config.output_bias),
+        post_norm=torch.empty(hidden, dtype=dtype),
+        gate_up=linear(2 * inner, hidden, config.mlp_bias),
+        down=linear(hidden, inner, config.mlp_bias),
     )
 
 
 def slots(weights: Weights) -> dict[str, Tensor]:
     """Checkpoint tensor name -> the view that its values belong into."""
     places = {"model.embed_tokens.weight": weights.embedding, "model.norm.weight": weights.final_norm}
-    if weights.head is not weights.embedding:
-        places["lm_head.weight"] = weights.head
+    if weights.head.weight is not weights.embedding:
+        places["lm_head.weight"] = weights.head.weight
     for number, layer in enumerate(weights.layers):
         places |= {f"model.layers.{number}.{name}": place for name, place in _layer_slots(layer).items()}
     return places
@@ -94,23 +96,23 @@ def slots(weights: Weights) -> dict[str, Tensor]:
 def _layer_slots(layer: Layer) -> dict[str, Tensor]:
     places: dict[str, Tensor | None] = {
         "input_layernorm.weight": layer.input_norm,
-        "self_attn.q_proj.weight": layer.query,
-        "self_attn.q_proj.bias": layer.query_bias,
+        "self_attn.q_proj.weight": layer.query.weight,
+        "self_attn.q_proj.bias": layer.query.bias,
         "self_attn.q_norm.weight": layer.query_norm,
-        "self_attn.k_proj.weight": _half(layer.kv, 0),
-        "self_attn.k_proj.bias": _half(layer.kv_bias, 0),
+        "self_attn.k_proj.weight": _half(layer.kv.weight, 0),
+        "self_attn.k_proj.bias": _half(layer.kv.bias, 0),
         "self_attn.k_norm.weight": layer.key_norm,
-        "self_attn.v_proj.weight": _half(layer.kv, 1),
-        "self_attn.v_proj.bias": _half(layer.kv_bias, 1),
-        "self_attn.o_proj.weight": layer.output,
-        "self_attn.o_proj.bias": layer.output_bias,
+        "self_attn.v_proj.weight": _half(layer.kv.weight, 1),
+        "self_attn.v_proj.bias": _half(layer.kv.bias, 1),
+        "self_attn.o_proj.weight": layer.output.weight,
+        "self_attn.o_proj.bias": layer.output.bias,
         "post_attention_layernorm.weight": layer.post_norm,
-        "mlp.gate_proj.weight": _half(layer.gate_up, 0),
-        "mlp.gate_proj.bias": _half(layer.gate_up_bias, 0),
-        "mlp.up_proj.weight": _half(layer.gate_up, 1),
-        "mlp.up_proj.bias": _half(layer.gate_up_bias, 1),
-        "mlp.down_proj.weight": layer.down,
-        "mlp.down_proj.bias": layer.down_bias,
+        "mlp.gate_proj.weight": _half(layer.gate_up.weight, 0),
+        "mlp.gate_proj.bias": _half(layer.gate_up.bias, 0),
+        "mlp.up_proj.weight": _half(layer.gate_up.weight, 1),
+        "mlp.up_proj.bias": _half(layer.gate_up.bias, 1),
+        "mlp.down_proj.weight": layer.down.weight,
+        "mlp.down_proj.bias": layer.down.bias,
     }
     return {name: place for name, place in places.items() if place is not None}
 
