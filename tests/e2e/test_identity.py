@@ -1,0 +1,71 @@
+"""The tokens are transformers' tokens: whatever the number of nodes, alone, in company, while scaling."""
+
+from __future__ import annotations
+
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+from flume_protos.v1 import router_pb2, weight_pb2
+
+sys.path.insert(0, str(Path(__file__).parent))
+import oracle
+
+pytestmark = pytest.mark.e2e
+
+
+def generate(cluster, prompt, max_tokens=oracle.NEW_TOKENS) -> list[int]:
+    request = router_pb2.GenerateTextRequest(
+        sampling=weight_pb2.Sampling(max_tokens=max_tokens, ignore_eos=True)
+    )
+    if isinstance(prompt, str):
+        request.prompt = prompt
+    else:
+        request.messages.extend(router_pb2.ChatMessage(**message) for message in prompt)
+    return [token for reply in cluster.router().Generate(request, timeout=120) for token in reply.token_ids]
+
+
+@pytest.fixture(scope="session")
+def expected(tmp_path_factory):
+    return oracle.expected(tmp_path_factory.getbasetemp())
+
+
+PROMPTS = {**oracle.PLAIN, **oracle.CHAT}
+
+
+def test_the_prompts_span_five_to_3500_tokens():
+    lengths = sorted(len(oracle.prompt_ids(prompt)) for prompt in PROMPTS.values())
+    assert len(lengths) >= 12 and lengths[0] <= 5 and lengths[-1] >= 3400
+
+
+@pytest.mark.parametrize("nodes", [1, 2, 3])
+def test_greedy_tokens_equal_transformers_alone_and_eight_at_a_time(cluster, expected, nodes):
+    cluster.scale(nodes)
+    for name, prompt in PROMPTS.items():
+        assert generate(cluster, prompt) == expected[name], f"{name}, alone, {nodes} nodes"
+    with ThreadPoolExecutor(8) as pool:
+        together = dict(
+            zip(PROMPTS, pool.map(lambda prompt: generate(cluster, prompt), PROMPTS.values()), strict=True)
+        )
+    wrong = [name for name in PROMPTS if together[name] != expected[name]]
+    assert not wrong, f"{wrong}, together, {nodes} nodes"
+
+
+def test_greedy_tokens_do_not_change_while_the_cluster_is_scaled(cluster):
+    """1 -> 3 -> 1 -> 2 during generation, with sequences that are long enough to be moved."""
+    cluster.scale(1)
+    prompts = [oracle.PLAIN["a question"], oracle.PLAIN["500 tokens"], oracle.CHAT["turns"]]
+    tokens = 400
+    before = [generate(cluster, prompt, tokens) for prompt in prompts]
+    with ThreadPoolExecutor(len(prompts)) as pool:
+        streams = [pool.submit(generate, cluster, prompt, tokens) for prompt in prompts]
+        nodes_seen: set[str] = set()
+        for replicas in (3, 1, 2):
+            cluster.scale(replicas)
+            for route in cluster.get("routes"):
+                nodes_seen |= {item["node"] for item in route["ranges"]}
+        assert not all(stream.done() for stream in streams), "too short to be scaled under way"
+        during = [stream.result() for stream in streams]
+    assert during == before
+    assert len(nodes_seen) > 1, "no tail ever moved"
