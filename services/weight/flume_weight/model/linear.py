@@ -37,15 +37,17 @@ class Linear:
         if not self._packed:
             return F.linear(x, self.weight, self.bias)
         if x.shape[0] == 1 and self.in_size > LONE_ROW_LIMIT:
-            return _product(x.repeat(2, 1), self.weight, self.bias, "none", [], "")[:1]
-        return _product(x, self.weight, self.bias, "none", [], "")
+            return _product(torch.cat([x, x]), self.weight, self.bias)[:1]
+        return _product(x, self.weight, self.bias)
 
 
 def can_pack(weight: Tensor) -> bool:
     """Whether oneDNN computes with this dtype on this machine."""
-    if weight.device.type != "cpu" or not torch.backends.mkldnn.is_available():
+    if weight.device.type != "cpu" or not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
         return False
     return weight.dtype == torch.float32 or bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
-_product = torch.ops.mkldnn._linear_pointwise.default
+def _product(x: Tensor, packed: Tensor, bias: Tensor | None) -> Tensor:
+    y: Tensor = torch.ops.mkldnn._linear_pointwise.default(x, packed, bias, "none", [], "")
+    return y

@@ -5,17 +5,17 @@ Ties are broken by token id, lowest first, so that exactly k tokens stay with to
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 from numpy.typing import NDArray
 
 FIRST_GUESS = 256  # tokens sorted at first for top-p; most answers need far fewer
 
 
-def candidates(scaled: NDArray[np.float64], top_k: int, top_p: float, min_p: float) -> NDArray[np.int64]:
+def candidates(scaled: NDArray[np.float32], top_k: int, top_p: float, min_p: float) -> NDArray[np.int64]:
     """Token ids that stay, in no order. scaled [V]: logits over temperature, -inf for forbidden ones."""
-    ids = np.arange(scaled.size)
-    if min_p > 0:
-        ids = _min_p(scaled, min_p)
+    ids = np.arange(scaled.size) if min_p == 0 else _min_p(scaled, min_p)
     if 0 < top_k < ids.size:
         ids = ids[largest(scaled[ids], top_k)]
     if top_p < 1:
@@ -23,13 +23,8 @@ def candidates(scaled: NDArray[np.float64], top_k: int, top_p: float, min_p: flo
     return ids
 
 
-def _min_p(scaled: NDArray[np.float64], min_p: float) -> NDArray[np.int64]:
-    """Tokens at least `min_p` times as likely as the most likely one."""
-    return np.flatnonzero(scaled >= scaled.max() + np.log(min_p))
-
-
-def largest(scores: NDArray[np.floating], count: int) -> NDArray[np.int64]:
-    """Indices of the `count` largest, the largest first, ties by the lower index."""
+def largest(scores: NDArray[np.float32], count: int) -> NDArray[np.int64]:
+    """Indices of the `count` largest, the largest first, equal ones by the lower index."""
     if count == 0:
         return np.empty(0, dtype=np.int64)
     limit = np.partition(scores, -count)[-count]
@@ -38,15 +33,20 @@ def largest(scores: NDArray[np.floating], count: int) -> NDArray[np.int64]:
     return np.concatenate([above[np.argsort(-scores[above], kind="stable")], ties])
 
 
-def _top_p(scores: NDArray[np.float64], top_p: float) -> NDArray[np.int64]:
+def _min_p(scaled: NDArray[np.float32], min_p: float) -> NDArray[np.int64]:
+    """Tokens at least `min_p` times as likely as the most likely one."""
+    return np.flatnonzero(scaled >= scaled.max() + math.log(min_p))
+
+
+def _top_p(scores: NDArray[np.float32], top_p: float) -> NDArray[np.int64]:
     """Indices of the smallest set of most likely tokens whose mass reaches `top_p`."""
     mass = np.exp(scores - scores.max())
-    wanted = top_p * mass.sum()
-    guess = FIRST_GUESS
+    wanted = top_p * mass.sum(dtype=np.float64)
+    count = FIRST_GUESS
     while True:
-        best = largest(scores, min(guess, scores.size))
-        sums = mass[best].cumsum()
+        best = largest(scores, min(count, scores.size))
+        sums = mass[best].cumsum(dtype=np.float64)
         if sums[-1] >= wanted or best.size == scores.size:
-            # Without rounding the last sum reaches it when all are in; with it, all stay.
+            # Rounding may keep even the whole sum short of what is wanted: then all stay.
             return best[: int(np.searchsorted(sums, wanted)) + 1]
-        guess *= 16
+        count *= 16

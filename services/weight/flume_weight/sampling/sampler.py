@@ -25,12 +25,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from flume_weight.sampling.candidates import candidates, largest
-from flume_weight.sampling.noise import gumbels, stream_key
+from flume_weight.sampling.noise import all_tokens, gumbels, stream_key
 from flume_weight.sampling.params import SamplingParams
 from flume_weight.sampling.penalties import Penalties
 
 if TYPE_CHECKING:
     from torch import Tensor  # the supervisor imports this package and must not load torch
+
+
+MIN_TEMPERATURE = 1e-30  # below it float32 has no quotient; the draw is greedy long before
 
 
 class FinishReason(StrEnum):
@@ -116,11 +119,18 @@ class Sampler:
         params = self.params
         if params.temperature == 0:
             return int(logits.argmax())
-        # The largest is taken off first: the smallest temperature then overflows to -inf, never to NaN.
-        scaled = (logits - logits.max()).astype(np.float64) / params.temperature
-        ids = candidates(scaled, params.top_k, params.top_p, params.min_p)
+        scaled = logits - logits.max()
+        with np.errstate(over="ignore"):  # to -inf, as a very low temperature should
+            scaled /= np.float32(max(params.temperature, MIN_TEMPERATURE))
+        ids = self._candidates(scaled)
         key = stream_key(self.seed, self.num_output_tokens)
-        return int(ids[(scaled[ids] + gumbels(key, ids.astype(np.uint64))).argmax()])
+        return int(ids[(scaled[ids] + gumbels(key, ids)).argmax()])
+
+    def _candidates(self, scaled: NDArray[np.float32]) -> NDArray[np.uint32]:
+        params = self.params
+        if params.top_k <= 0 and params.top_p == 1 and params.min_p == 0:
+            return all_tokens(scaled.size)
+        return candidates(scaled, params.top_k, params.top_p, params.min_p).astype(np.uint32)
 
 
 def log_probabilities(
