@@ -95,6 +95,9 @@ class ClusterFiles:
 
 
 def clusters_of(data_dir: Path) -> list[ClusterRecord]:
-    """All clusters of this machine that run."""
-    found = (ClusterFiles(data_dir, path.parent.name).read() for path in data_dir.glob("*/cluster.json"))
+    """All clusters of this machine that run and keep their files there."""
+    found = []
+    for path in data_dir.expanduser().glob("*/cluster.json"):
+        with suppress(ValueError):  # a directory whose name is no cluster's
+            found.append(ClusterFiles(data_dir, path.parent.name).read())
     return [record for record in found if record is not None and record.running]

@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import grpc
+from flume_protos.v1 import admin_pb2_grpc
+
 from flume_controller.cluster_files import ClusterFiles
 from flume_controller.flumectl.errors import CommandError, explained
-from flume_protos.v1 import admin_pb2_grpc
 
 CALL_DEADLINE_S = 10.0
 

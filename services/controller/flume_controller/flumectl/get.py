@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import click
+from flume_protos.v1 import admin_pb2
+
 from flume_controller.flumectl.client import CALL_DEADLINE_S, Target, admin
 from flume_controller.flumectl.errors import CommandError
 from flume_controller.flumectl.options import output_option, target_options
@@ -20,7 +22,6 @@ from flume_controller.flumectl.rows import (
     request_row,
     route_row,
 )
-from flume_protos.v1 import admin_pb2
 
 WATCH_POLL_S = 0.5
 _AGEING = "age_s"  # always changes, and so says nothing

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import time
-from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO
 
 import click
+
 from flume_controller.cluster_files import ClusterFiles
 from flume_controller.flumectl.errors import CommandError
 from flume_controller.flumectl.options import data_dir_option, name_option
+from flume_controller.logfiles import LineReader
 
 FOLLOW_POLL_S = 0.2
 
@@ -50,19 +50,18 @@ def _files(directory: Path) -> list[Path]:
 
 
 def _lines(directory: Path, node: str | None, tail: int | None, follow: bool) -> Iterator[str]:
-    opened: dict[Path, IO[str]] = {}
+    readers: dict[Path, LineReader] = {}
     while True:
         for path in _files(directory):
-            if node not in (None, path.stem):
-                continue
-            if path not in opened:
-                opened[path] = path.open(errors="replace")
-                fresh = deque(opened[path], maxlen=tail)  # later files are new as a whole
-            else:
-                fresh = deque(opened[path])
-            prefix = "" if node else f"[{path.stem}] "
-            yield from (prefix + line.rstrip("\n") for line in fresh)
+            if node in (None, path.stem):
+                fresh = readers.setdefault(path, LineReader(path)).lines()
+                prefix = "" if node else f"[{path.stem}] "
+                yield from (prefix + line for line in _last(fresh, tail))
         if not follow:
             return
-        tail = None
+        tail = None  # what comes from now on is new as a whole
         time.sleep(FOLLOW_POLL_S)
+
+
+def _last(lines: list[str], count: int | None) -> list[str]:
+    return lines if count is None else lines[len(lines) - min(count, len(lines)) :]

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+
 from flume_controller.cluster_files import DEFAULT_DATA_DIR, DEFAULT_NAME, ClusterFiles
 from flume_controller.flumectl.client import Target
 from flume_controller.flumectl.output import FORMATS

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from flume_protos.v1 import admin_pb2, common_pb2
+
 from flume_controller.flumectl.duration import format_age
 from flume_controller.flumectl.output import Column, Row, column
-from flume_protos.v1 import admin_pb2, common_pb2
 
 
 def node_row(node: admin_pb2.Node) -> Row:

@@ -8,11 +8,12 @@ from typing import Any
 
 import click
 import grpc
+from flume_protos.v1 import admin_pb2
+
 from flume_controller.flumectl.client import CALL_DEADLINE_S, Target, admin
 from flume_controller.flumectl.duration import DURATION
 from flume_controller.flumectl.errors import CommandError
 from flume_controller.flumectl.options import target_options
-from flume_protos.v1 import admin_pb2
 
 
 @click.group()

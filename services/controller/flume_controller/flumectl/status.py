@@ -5,12 +5,13 @@ from __future__ import annotations
 import time
 
 import click
+from flume_protos.v1 import admin_pb2
+
 from flume_controller.flumectl.client import CALL_DEADLINE_S, Target, admin
 from flume_controller.flumectl.duration import format_age
 from flume_controller.flumectl.options import output_option, target_options
 from flume_controller.flumectl.output import Column, Row, Table, column, render_one
 from flume_controller.flumectl.rows import status_row
-from flume_protos.v1 import admin_pb2
 
 
 @click.command()

@@ -5,11 +5,12 @@ from __future__ import annotations
 import click
 import grpc
 from flume_common.telemetry import version as own_version
+from flume_protos.v1 import admin_pb2, admin_pb2_grpc
+
 from flume_controller.flumectl.client import Target
 from flume_controller.flumectl.errors import CommandError
 from flume_controller.flumectl.options import output_option, target_options
 from flume_controller.flumectl.output import Table, render_one
-from flume_protos.v1 import admin_pb2, admin_pb2_grpc
 
 DEADLINE_S = 2.0
 

@@ -1,0 +1,32 @@
+"""`flumectl`: run a cluster on this machine, and operate one anywhere. One module per verb."""
+
+from __future__ import annotations
+
+import click
+
+from flume_controller.flumectl.completion import completion
+from flume_controller.flumectl.down import down
+from flume_controller.flumectl.generate import generate
+from flume_controller.flumectl.get import get
+from flume_controller.flumectl.logs import logs
+from flume_controller.flumectl.scale import scale
+from flume_controller.flumectl.status import status
+from flume_controller.flumectl.up import up
+from flume_controller.flumectl.version import version
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+def main() -> None:
+    """Run and operate KernelFlume: LLM serving whose unit of elasticity is KV capacity.
+
+    \b
+    First steps:
+      flumectl up --detach
+      flumectl generate "Why is the sky blue?"
+      flumectl scale attention --replicas 3
+      flumectl down
+    """
+
+
+for command in (up, down, status, get, scale, generate, logs, version, completion):
+    main.add_command(command)

@@ -1,0 +1,64 @@
+"""`flumectl down`: stop the cluster of this machine, also what is left of a crashed one."""
+
+from __future__ import annotations
+
+import asyncio
+import shutil
+import signal
+from contextlib import suppress
+from pathlib import Path
+
+import click
+
+from flume_controller import processes
+from flume_controller.cluster_files import ClusterFiles, ClusterRecord
+from flume_controller.flumectl.duration import DURATION
+from flume_controller.flumectl.options import data_dir_option, name_option
+from flume_controller.supervise import sweep
+
+
+@click.command()
+@click.option(
+    "--timeout",
+    "timeout_s",
+    type=DURATION,
+    default="30s",
+    show_default=True,
+    help="After this, what still runs is killed.",
+)
+@name_option
+@data_dir_option
+def down(timeout_s: float, name: str, data_dir: Path) -> None:
+    """Stop everything that `flumectl up` started, in order. Does nothing where nothing runs.
+
+    \b
+    Examples:
+      flumectl down
+      flumectl down --name two
+    """
+    files = ClusterFiles(data_dir, name)
+    record = files.read()
+    was_running = record is not None and record.running
+    if record is not None and was_running:
+        asyncio.run(_ask(record, timeout_s))
+    left = asyncio.run(sweep(files.records, grace_s=min(timeout_s, 10.0)))
+    shutil.rmtree(files.etcd, ignore_errors=True)
+    files.forget()
+    click.echo(_said(name, was_running, left))
+
+
+async def _ask(record: ClusterRecord, timeout_s: float) -> None:
+    """Let the `up` that runs it stop it."""
+    processes.send(record.supervisor, signal.SIGTERM)
+    with suppress(TimeoutError):
+        async with asyncio.timeout(timeout_s):
+            await processes.wait_ended(record.supervisor)
+            return
+    processes.send(record.supervisor, signal.SIGKILL)
+    await processes.wait_ended(record.supervisor)
+
+
+def _said(name: str, was_running: bool, left: list[str]) -> str:
+    if left:
+        return f"cluster {name!r} stopped, with what had been left behind: {', '.join(left)}"
+    return f"cluster {name!r} stopped" if was_running else f"cluster {name!r} is not running"

@@ -1,0 +1,190 @@
+"""`flumectl up`: a cluster on this machine, in the foreground or detached."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import subprocess
+import sys
+import time
+from typing import Any
+
+import click
+import msgspec
+from flume_common.etcd_binary import EtcdError
+from flume_common.model_source import ModelSourceError
+
+from flume_controller.cluster_files import ClusterRecord, ClusterState
+from flume_controller.flumectl.duration import DURATION
+from flume_controller.flumectl.errors import CommandError
+from flume_controller.flumectl.options import data_dir_option, name_option
+from flume_controller.local_cluster import DEFAULT_MODEL, ClusterConfig, ClusterError, check, local_cluster
+from flume_controller.logfiles import LineReader
+from flume_controller.supervise import ChildFailed, kill_all
+
+FOLLOW_POLL_S = 0.1
+PORT = click.IntRange(1, 65535)
+
+Refused = (ClusterError, ChildFailed, ModelSourceError, EtcdError)
+
+
+@click.command()
+@click.option(
+    "--model",
+    default=DEFAULT_MODEL,
+    show_default=True,
+    help="A Hugging Face directory, a .gguf file, or the built-in demo model's name.",
+)
+@click.option("--model-name", default="", help="The name clients ask for; by default the model's own.")
+@click.option(
+    "--weight", "weights", type=click.IntRange(min=1), default=1, show_default=True, help="Weight nodes."
+)
+@click.option(
+    "--attention", type=click.IntRange(min=0), default=1, show_default=True, help="Attention nodes."
+)
+@click.option(
+    "--dtype", type=click.Choice(["float32", "bfloat16"]), default="bfloat16", show_default=True,
+    help="Of weights and KV. float32 gives the exact same tokens however the KV is split.",
+)  # fmt: skip
+@click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True)
+@click.option(
+    "--kv-memory", default="", metavar="SIZE", help="KV memory of each attention node, like 512MiB or 25%."
+)
+@click.option("--detach", is_flag=True, help="Return once it is ready; it goes on in the background.")
+@click.option(
+    "--host", default="127.0.0.1", show_default=True, help="Where the HTTP API listens; 0.0.0.0 for everyone."
+)
+@click.option("--http-port", type=PORT, default=8000, show_default=True, help="Of the OpenAI API.")
+@click.option("--admin-port", type=PORT, default=9400, show_default=True, help="Of the admin API.")
+@click.option("--etcd-port", type=PORT, default=2379, show_default=True, help="Of the etcd it runs.")
+@click.option("--etcd", default="", metavar="HOST:PORT[,…]", help="Use this etcd rather than running one.")
+@click.option(
+    "--timeout", "timeout_s", type=DURATION, default="2m", show_default=True, help="Until it must be ready."
+)
+@name_option
+@data_dir_option
+def up(detach: bool, **settings: Any) -> None:
+    """Run a whole cluster on this machine: etcd, controller, weight and attention nodes, router.
+
+    It stops, all of it, on Ctrl-C or `flumectl down`. A process that dies meanwhile is started again.
+
+    \b
+    Examples:
+      flumectl up
+      flumectl up --attention 2 --detach
+      flumectl up --model ./Llama-3.2-1B-Instruct --http-port 8080
+      flumectl up --name two --http-port 8001 --admin-port 9401 --etcd-port 2380
+    """
+    config = ClusterConfig(**settings)
+    try:
+        check(config)
+        if detach:
+            _detach(config)
+        else:
+            asyncio.run(_foreground(config))
+    except Refused as error:
+        raise CommandError(str(error)) from error
+
+
+async def _foreground(config: ClusterConfig) -> None:
+    running = asyncio.current_task()
+    assert running is not None
+    stopping = _stop_on_signals(running, config)
+    try:
+        async with local_cluster(config, click.echo) as record:
+            click.echo(_hints(record))
+            await asyncio.get_running_loop().create_future()
+    except asyncio.CancelledError:
+        if not stopping.is_set():
+            raise
+        click.echo("stopped")
+
+
+def _stop_on_signals(running: asyncio.Task[Any], config: ClusterConfig) -> asyncio.Event:
+    """The first signal stops in order, a second one at once."""
+    stopping = asyncio.Event()
+
+    def on_signal(number: int) -> None:
+        if stopping.is_set():
+            kill_all(config.files.records)
+            config.files.forget()
+            os._exit(128 + number)
+        stopping.set()
+        click.echo("stopping (once more: at once)", err=True)
+        running.cancel()
+
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        asyncio.get_running_loop().add_signal_handler(number, on_signal, number)
+    return stopping
+
+
+def _hints(record: ClusterRecord) -> str:
+    name = "" if record.name == "default" else f" --name {record.name}"
+    return f"""
+OpenAI API   {record.http_url}/v1
+Admin API    {record.admin_address}
+
+  curl {record.http_url}/v1/chat/completions -H 'Content-Type: application/json' \\
+    -d '{{"model": "{record.model_name}", "messages": [{{"role": "user", "content": "Hello!"}}]}}'
+  flumectl generate{name} "Why is the sky blue?"
+  flumectl scale attention{name} --replicas 3
+  flumectl get nodes{name}
+
+`flumectl down{name}` stops it, in the foreground Ctrl-C does, too."""
+
+
+def _detach(config: ClusterConfig) -> None:
+    """Run `up` in a session of its own and show its output until it is ready."""
+    output = config.files.directory / "up.out"
+    output.parent.mkdir(parents=True, exist_ok=True)
+    reader = LineReader(output, at_end=True)
+    with output.open("ab") as file:
+        child = subprocess.Popen(
+            [sys.executable, "-m", __name__, msgspec.json.encode(config).decode()],
+            stdin=subprocess.DEVNULL, stdout=file, stderr=file, start_new_session=True,
+        )  # fmt: skip
+    try:
+        _follow(child, config, reader)
+    except KeyboardInterrupt:
+        child.terminate()
+        child.wait()
+        raise
+
+
+def _follow(child: subprocess.Popen[bytes], config: ClusterConfig, reader: LineReader) -> None:
+    while True:
+        ended, ready = child.poll() is not None, _is_ready(child, config)
+        _show(reader.lines())
+        if ended:
+            raise SystemExit(1)
+        if ready:
+            return
+        time.sleep(FOLLOW_POLL_S)
+
+
+def _is_ready(child: subprocess.Popen[bytes], config: ClusterConfig) -> bool:
+    record = config.files.read()
+    return record is not None and record.supervisor.pid == child.pid and record.state is ClusterState.READY
+
+
+def _show(lines: list[str]) -> None:
+    failed = False
+    for line in lines:
+        # An error may have several lines; it is the last thing such a process says.
+        failed = failed or line.startswith("Error: ")
+        click.echo(line, err=failed)
+
+
+def _main(argument: str) -> None:
+    """The detached process."""
+    config = msgspec.json.decode(argument, type=ClusterConfig)
+    try:
+        asyncio.run(_foreground(config))
+    except Refused as error:
+        print(f"Error: {error}", file=sys.stderr, flush=True)
+        raise SystemExit(1) from error
+
+
+if __name__ == "__main__":
+    _main(sys.argv[1])

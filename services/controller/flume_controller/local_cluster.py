@@ -1,0 +1,416 @@
+"""A whole cluster on this machine: etcd, controller, weight nodes, router. What `flumectl up` runs.
+
+* ClusterError
+  + AlreadyRunning   this cluster, or one that left processes behind
+  + PortsInUse       others listen where it would
+  + StoreNotUsable   the given etcd does not answer, or already knows this cluster
+  + StartTimeout     something was not ready in time
+(and `supervise.ChildFailed`, `ModelSourceError`, `EtcdNotFound`)
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import os
+import shlex
+import shutil
+import sys
+import time
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Annotated, Literal
+
+import grpc
+import msgspec
+from flume_common.etcd_binary import PortInUse, find_etcd, free_port, require_free
+from flume_common.keys import Keys
+from flume_common.membership import Members, Role, State, watch_members
+from flume_common.model_source import ModelSource, resolve_model
+from flume_common.store import Store, StoreConfig, StoreError, StoreUnavailable, connect
+from flume_protos.v1 import admin_pb2, admin_pb2_grpc
+
+from flume_controller import processes
+from flume_controller.cluster_files import (
+    DEFAULT_DATA_DIR,
+    DEFAULT_NAME,
+    ClusterFiles,
+    ClusterRecord,
+    ClusterState,
+    clusters_of,
+)
+from flume_controller.logfiles import last_lines
+from flume_controller.supervise import ChildFailed, Supervisor
+
+Report = Callable[[str], None]
+"""Takes one line for people."""
+
+DEFAULT_MODEL = "smollm2-135m"
+STOP_GRACE_S = 10.0
+PROBE_S = 0.1
+LOOPBACK = "127.0.0.1"
+CONTROLLER, ROUTER = "controller-1", "router-1"
+
+Port = Annotated[int, msgspec.Meta(ge=1, le=65535)]
+
+
+class ClusterConfig(msgspec.Struct, frozen=True, kw_only=True):
+    """What `flumectl up` was asked for."""
+
+    name: str = DEFAULT_NAME
+    data_dir: Path = DEFAULT_DATA_DIR
+    model: str = DEFAULT_MODEL
+    model_name: str = ""  # empty: the model's own
+    weights: Annotated[int, msgspec.Meta(ge=1)] = 1
+    attention: Annotated[int, msgspec.Meta(ge=0)] = 1
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    device: Literal["cpu", "cuda"] = "cpu"
+    kv_memory: str = ""  # empty: the attention node's default
+    host: str = LOOPBACK
+    http_port: Port = 8000
+    admin_port: Port = 9400
+    etcd_port: Port = 2379
+    etcd: str = ""  # endpoints of an existing one; empty: run our own
+    timeout_s: float = 120.0
+
+    @property
+    def files(self) -> ClusterFiles:
+        return ClusterFiles(self.data_dir, self.name)
+
+    @property
+    def endpoints(self) -> str:
+        return self.etcd or f"{LOOPBACK}:{self.etcd_port}"
+
+    @property
+    def admin_address(self) -> str:
+        return f"{LOOPBACK}:{self.admin_port}"
+
+    @property
+    def http_url(self) -> str:
+        host = LOOPBACK if self.host in ("0.0.0.0", "::", "") else self.host
+        return f"http://{host}:{self.http_port}"
+
+    @property
+    def ports(self) -> dict[str, tuple[str, int]]:
+        """Where it listens, by the flag that says so: host and port."""
+        own_etcd = {} if self.etcd else {"--etcd-port": (LOOPBACK, self.etcd_port)}
+        return {
+            "--http-port": (self.host, self.http_port),
+            "--admin-port": (LOOPBACK, self.admin_port),
+            **own_etcd,
+        }
+
+
+class ClusterError(Exception):
+    """Base of what keeps a cluster from running; one line with a remedy."""
+
+
+class AlreadyRunning(ClusterError):
+    pass
+
+
+class PortsInUse(ClusterError):
+    def __init__(self, busy: Mapping[str, int], owners: Mapping[int, str]) -> None:
+        super().__init__("; ".join(_busy_port(flag, port, owners.get(port)) for flag, port in busy.items()))
+        self.busy = dict(busy)
+
+
+class StoreNotUsable(ClusterError):
+    pass
+
+
+class StartTimeout(ClusterError):
+    def __init__(self, waiting_for: Sequence[str], timeout_s: float, log_dir: Path) -> None:
+        lines = [f"not ready after {timeout_s:g} s: {', '.join(waiting_for)} (--timeout waits longer)"]
+        for node in waiting_for:
+            lines += [f"  {node}| {line}" for line in last_lines(log_dir / f"{node}.log", 4)]
+        super().__init__("\n".join(lines))
+        self.waiting_for = tuple(waiting_for)
+
+
+def check(config: ClusterConfig) -> ModelSource:
+    """Everything that can be told before anything is started; the model.
+
+    Raises ClusterError, ModelSourceError, EtcdNotFound.
+    """
+    running = config.files.read()
+    if running is not None and running.running:
+        raise AlreadyRunning(_already(config.name, running))
+    if left := config.files.leftovers():
+        names = ", ".join(record.id for record in left)
+        raise AlreadyRunning(
+            f"an earlier `up` of cluster {config.name!r} ended without stopping {names}: "
+            f"`flumectl down{_name_flag(config.name)}` cleans up"
+        )
+    _check_ports(config)
+    if not config.etcd:
+        find_etcd()
+    return resolve_model(config.model)
+
+
+def _already(name: str, running: ClusterRecord) -> str:
+    return (
+        f"cluster {name!r} is already running at {running.http_url} (pid {running.supervisor.pid}): "
+        f"`flumectl down{_name_flag(name)}` stops it, --name runs another beside it"
+    )
+
+
+def _check_ports(config: ClusterConfig) -> None:
+    for (flag, (_, port)), (other, (_, other_port)) in itertools.combinations(config.ports.items(), 2):
+        if port == other_port:
+            raise ClusterError(f"{flag} and {other} are both {port}: they must differ")
+    busy = {flag: port for flag, (host, port) in config.ports.items() if not _is_free(port, host)}
+    if busy:
+        owners = {port: other.name for other in clusters_of(config.data_dir) for port in other.ports.values()}
+        raise PortsInUse(busy, owners)
+
+
+def _is_free(port: int, host: str) -> bool:
+    try:
+        require_free(port, host)
+    except PortInUse:
+        return False
+    return True
+
+
+def _busy_port(flag: str, port: int, owner: str | None) -> str:
+    if owner is not None:
+        return (
+            f"port {port} is in use by cluster {owner!r}: "
+            f"`flumectl down{_name_flag(owner)}` stops it, or choose another with {flag}"
+        )
+    return (
+        f"port {port} is in use: choose another with {flag} "
+        "(`flumectl down` stops a running KernelFlume cluster)"
+    )
+
+
+def _name_flag(name: str) -> str:
+    return "" if name == DEFAULT_NAME else f" --name {name}"
+
+
+@asynccontextmanager
+async def local_cluster(config: ClusterConfig, report: Report) -> AsyncIterator[ClusterRecord]:
+    """Runs while the body does, from ready on; then, or when starting failed, everything is stopped.
+
+    Processes that die meanwhile are started again. Cancelling the task stops it in order, too.
+    Raises what `check` does, ChildFailed, StoreNotUsable, StartTimeout.
+    """
+    source = check(config)
+    with config.files.lock() as ours:
+        if not ours:
+            raise AlreadyRunning(
+                f"cluster {config.name!r} is being started or stopped by another command: try again"
+            )
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                supervisor = Supervisor(config.files, tasks, report)
+                start = _Start(config, source, supervisor, report)
+                try:
+                    yield await start.run()
+                finally:
+                    await start.undo()
+        except BaseExceptionGroup as errors:
+            if len(errors.exceptions) > 1:
+                raise
+            raise errors.exceptions[0] from None
+
+
+class _Start:
+    """Brings a cluster up step by step, and down again."""
+
+    def __init__(
+        self, config: ClusterConfig, source: ModelSource, supervisor: Supervisor, report: Report
+    ) -> None:
+        self._config = config
+        self._source = source
+        self._supervisor = supervisor
+        self._report = report
+        self._files = config.files
+        self._keys = Keys(config.name)
+        self._model_name = config.model_name or source.name
+        self._began_s = time.monotonic()
+        self._waiting_for: list[str] = []
+
+    async def run(self) -> ClusterRecord:
+        self._clean()
+        record = self._record(ClusterState.STARTING)
+        self._files.write(record)
+        config = self._config
+        self._report(
+            f"cluster {config.name}: {self._model_name}, {config.dtype} on {config.device}; "
+            f"logs in {self._files.logs}"
+        )
+        try:
+            async with asyncio.timeout(config.timeout_s):
+                await self._everything()
+        except TimeoutError:
+            raise StartTimeout(self._waiting_for, config.timeout_s, self._files.logs) from None
+        self._supervisor.settled()
+        record = msgspec.structs.replace(record, state=ClusterState.READY)
+        self._files.write(record)
+        return record
+
+    async def undo(self) -> None:
+        self._files.write(self._record(ClusterState.STOPPING))
+        try:
+            await self._supervisor.stop_all(STOP_GRACE_S)
+        except asyncio.CancelledError:
+            self._supervisor.kill_all()
+            raise
+        finally:
+            shutil.rmtree(self._files.etcd, ignore_errors=True)
+            self._files.forget()
+
+    async def _everything(self) -> None:
+        async with connect(StoreConfig.parse(self._config.endpoints)) as store:
+            await self._start_store(store)
+            self._start_controller()
+            self._start_models()
+            async with watch_members(store, self._keys) as members:
+                await self._until_ready(members, [CONTROLLER])
+                # A given etcd may hold a wish from earlier.
+                await self._wish()
+                await self._until_ready(members, self._nodes())
+
+    async def _start_store(self, store: Store) -> None:
+        self._waiting_for = ["etcd"]
+        if self._config.etcd:
+            await _require_unused(store, self._config)
+        else:
+            self._supervisor.start("etcd", "etcd", etcd_command(self._files.etcd, self._config.etcd_port))
+            await _until_store_answers(store)
+        self._is_ready("etcd")
+
+    def _start_controller(self) -> None:
+        config = self._config
+        self._supervisor.start(
+            CONTROLLER,
+            Role.CONTROLLER,
+            self._python(
+                "flume_controller",
+                *("--node", CONTROLLER, "--listen", config.admin_address),
+                *("--data-dir", str(self._files.directory), "--attention", str(config.attention)),
+                *("--provider", "local", "--attention-args", shlex.join(self._attention_args())),
+            ),
+        )
+
+    def _start_models(self) -> None:
+        model = ("--model", str(self._source.path), "--model-name", self._model_name)
+        for number in range(1, self._config.weights + 1):
+            listen = ("--node", f"weight-{number}", "--listen", f"{LOOPBACK}:0")
+            kind = ("--dtype", self._config.dtype, "--device", self._config.device)
+            argv = self._python("flume_weight", *listen, *model, *kind)
+            self._supervisor.start(f"weight-{number}", Role.WEIGHT, argv)
+        http = f"{self._config.host}:{self._config.http_port}"
+        doors = ("--node", ROUTER, "--listen-http", http, "--listen-grpc", f"{LOOPBACK}:0")
+        self._supervisor.start(ROUTER, Role.ROUTER, self._python("flume_router", *doors, *model))
+
+    def _attention_args(self) -> list[str]:
+        memory = ["--kv-memory", self._config.kv_memory] if self._config.kv_memory else []
+        return ["--dtype", self._config.dtype, "--device", self._config.device, *memory]
+
+    def _python(self, module: str, *args: str) -> list[str]:
+        common = ("--cluster", self._config.name, "--etcd", self._config.endpoints)
+        return [sys.executable, "-m", module, *common, *args]
+
+    async def _until_ready(self, members: Members, nodes: Iterable[str]) -> None:
+        missing = set(nodes)
+        while missing:
+            ready = {m.id for m in members.current.values() if m.state is State.READY}
+            for node in sorted(missing & ready):
+                self._is_ready(node)
+            missing -= ready
+            self._waiting_for = sorted(missing)
+            self._require_attention_alive()
+            if missing:
+                await _changed_or_soon(members)
+
+    def _nodes(self) -> list[str]:
+        """Everything but the controller."""
+        weights = [f"weight-{number}" for number in range(1, self._config.weights + 1)]
+        attention = [f"attention-{number}" for number in range(1, self._config.attention + 1)]
+        return [ROUTER, *weights, *attention]
+
+    def _require_attention_alive(self) -> None:
+        """The controller would start it again for ever; while starting, the first death is the answer."""
+        for record in self._files.records.all():
+            if record.role == Role.ATTENTION and record.ended and record.stopping_at_s is None:
+                raise ChildFailed(record.id, record.exit_code, Path(record.log))
+
+    async def _wish(self) -> None:
+        async with grpc.aio.insecure_channel(self._config.admin_address) as channel:
+            stub = admin_pb2_grpc.AdminStub(channel)  # type: ignore[no-untyped-call]
+            await stub.Scale(
+                admin_pb2.ScaleRequest(replicas=self._config.attention, actor="user"), timeout=10
+            )
+
+    def _clean(self) -> None:
+        """What an earlier run of this cluster left; its processes are gone."""
+        shutil.rmtree(self._files.etcd, ignore_errors=True)
+        for path in self._files.logs.glob("*.log"):
+            path.unlink()
+        for record in self._files.records.all():
+            self._files.records.remove(record.id)
+
+    def _is_ready(self, what: str) -> None:
+        self._report(f"  {what:<14} ready   {time.monotonic() - self._began_s:5.1f} s")
+
+    def _record(self, state: ClusterState) -> ClusterRecord:
+        return ClusterRecord(
+            name=self._config.name,
+            state=state,
+            supervisor=processes.record_of(os.getpid(), id="up", role="up"),
+            admin_address=self._config.admin_address,
+            http_url=self._config.http_url,
+            etcd_endpoints=self._config.endpoints,
+            model_name=self._model_name,
+            ports={flag: port for flag, (_, port) in self._config.ports.items()},
+        )
+
+
+def etcd_command(directory: Path, port: int) -> list[str]:
+    """etcd for one laptop: its data lives as long as the cluster does, so it need not reach the disk."""
+    client, peer = f"http://{LOOPBACK}:{port}", f"http://{LOOPBACK}:{free_port()}"
+    return [
+        *(str(find_etcd()), "--name", "local", "--data-dir", str(directory)),
+        *("--listen-client-urls", client, "--advertise-client-urls", client),
+        *("--listen-peer-urls", peer, "--initial-advertise-peer-urls", peer),
+        *("--initial-cluster", f"local={peer}", "--unsafe-no-fsync", "--log-level", "warn"),
+        *("--auto-compaction-mode", "periodic", "--auto-compaction-retention", "1h"),
+    ]
+
+
+async def _until_store_answers(store: Store) -> None:
+    while True:
+        try:
+            await store.status()
+            return
+        except StoreUnavailable:
+            await asyncio.sleep(PROBE_S)
+
+
+async def _require_unused(store: Store, config: ClusterConfig) -> None:
+    try:
+        members = await store.range(Keys(config.name).members)
+    except StoreError as error:
+        raise StoreNotUsable(f"cannot use the etcd at {config.etcd} (--etcd): {error}") from error
+    if members.items:
+        names = ", ".join(_member_ids(members.items))
+        raise StoreNotUsable(
+            f"the etcd at {config.etcd} already has members of cluster {config.name!r}: {names}; "
+            "choose another --name, or wait until their leases have run out"
+        )
+
+
+def _member_ids(keys: Iterable[str]) -> list[str]:
+    return [key.rpartition("/")[2] for key in keys]
+
+
+async def _changed_or_soon(members: Members) -> None:
+    try:
+        async with asyncio.timeout(PROBE_S):
+            await members.changed()
+    except TimeoutError:
+        pass
