@@ -1,0 +1,128 @@
+"""Router settings: one frozen object, read once from the command line, passed down by hand."""
+
+from __future__ import annotations
+
+import argparse
+import socket
+from collections.abc import Sequence
+from pathlib import Path
+
+import msgspec
+from flume_common.store import StoreConfig
+from flume_common.telemetry import LEVELS
+
+_EXAMPLES = """\
+examples:
+  python -m flume_router --etcd 127.0.0.1:2379 --model smollm2-135m
+      the built-in demo model, on http://0.0.0.0:8000
+  python -m flume_router --etcd etcd-0:2379,etcd-1:2379 --model /models/Llama-3.1-8B --model-name llama-3.1-8b
+      a Hugging Face directory (only its tokenizer and chat template are read), under a name of your choice
+  curl http://127.0.0.1:8000/v1/chat/completions -H 'content-type: application/json' \\
+      -d '{"model": "smollm2-135m", "messages": [{"role": "user", "content": "Hello"}], "stream": true}'
+
+--model-name must be the one the weight nodes were started with.
+"""
+
+
+class RouterConfig(msgspec.Struct, frozen=True, kw_only=True):
+    cluster: str
+    node: str
+    store: StoreConfig
+    model: str
+    model_name: str
+    """Empty: as the model argument calls it."""
+    listen_http: str
+    listen_grpc: str
+
+    request_deadline_s: float
+    """A request still running after this is ended with an error, so that nothing hangs for ever."""
+
+    drain_s: float
+    """How long open requests may run after SIGTERM. Keep below the pod's grace period."""
+
+    lease_ttl_s: float
+    """How long others count on a router that died without saying so."""
+
+    body_limit_bytes: int
+    log_level: str
+
+    def __post_init__(self) -> None:
+        for name in ("request_deadline_s", "lease_ttl_s", "body_limit_bytes"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"--{name.replace('_', '-')} must be above 0, got {getattr(self, name)}")
+        if self.drain_s < 0:
+            raise ValueError(f"--drain-s must not be negative, got {self.drain_s}")
+        for name in ("listen_http", "listen_grpc"):
+            _require_address(name, getattr(self, name))
+
+
+def _require_address(name: str, address: str) -> None:
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdigit():
+        raise ValueError(f"--{name.replace('_', '-')} must be host:port, got {address!r}")
+
+
+def parse(arguments: Sequence[str] | None = None) -> RouterConfig:
+    """Raises ValueError naming the flag; argparse ends the process for what it finds itself."""
+    given = _parser().parse_args(arguments)
+    try:
+        store = StoreConfig(
+            tuple(part.strip() for part in given.etcd.split(",") if part.strip()),
+            ca_file=given.etcd_ca,
+            cert_file=given.etcd_cert,
+            key_file=given.etcd_key,
+        )
+    except ValueError as error:
+        raise ValueError(f"--etcd: {error}") from error
+    plain = {name: value for name, value in vars(given).items() if not name.startswith("etcd")}
+    return RouterConfig(store=store, **plain)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m flume_router",
+        description="The router: an OpenAI-compatible HTTP API and a gRPC one in front of the weight nodes.",
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    _add_cluster_flags(parser)
+    _add_serving_flags(parser)
+    return parser
+
+
+def _add_cluster_flags(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("cluster").add_argument
+    add("--cluster", default="default", help="cluster name, part of every etcd key (default: %(default)s)")
+    add("--node", default=f"router-{socket.gethostname()}", help="this router's id (default: %(default)s)")
+    add("--etcd", default="127.0.0.1:2379", help="host:port[,host:port…] of etcd (default: %(default)s)")
+    add("--etcd-ca", type=Path, metavar="FILE", help="trust etcd servers signed by this CA (PEM)")
+    add("--etcd-cert", type=Path, metavar="FILE", help="client certificate for etcd (PEM)")
+    add("--etcd-key", type=Path, metavar="FILE", help="its key (PEM)")
+    add("--lease-ttl-s", type=float, default=10.0, help="membership lease, seconds (default: %(default)s)")
+
+
+def _add_serving_flags(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("serving").add_argument
+    add("--model", required=True, help="Hugging Face directory, .gguf file or smollm2-135m")
+    add("--model-name", default="", help="what clients call it (default: the directory's or file's name)")
+    add("--listen-http", default="0.0.0.0:8000", metavar="HOST:PORT", help="(default: %(default)s)")
+    add(
+        "--listen-grpc",
+        default="127.0.0.1:0",
+        metavar="HOST:PORT",
+        help="port 0: a free one (default: %(default)s)",
+    )
+    add(
+        "--request-deadline-s",
+        type=float,
+        default=600.0,
+        help="longest a request may take (default: %(default)s)",
+    )
+    add(
+        "--drain-s",
+        type=float,
+        default=30.0,
+        help="time for open requests after SIGTERM (default: %(default)s)",
+    )
+    add("--body-limit-bytes", type=int, default=4 << 20, help="largest request body (default: %(default)s)")
+    add("--log-level", choices=LEVELS, default="info", help="(default: %(default)s)")

@@ -1,0 +1,134 @@
+"""What can go wrong with a request, for both front doors.
+
+* RouterError
+  + BadRequest              the client's mistake; repeating it cannot help
+    - ContextTooLong        prompt, or prompt and answer, exceed the model's context
+    - CapacityExceeded      it could never fit the KV capacity there is
+  + ModelNotFound           another model than the served one was asked for
+  + Unavailable             nobody can serve it now; a retry may find someone
+    - NoWeightNode          no weight node is ready
+    - WeightNodeLost        the weight node went away, or is leaving
+    - ShuttingDown          this router is leaving
+  + DeadlineExceeded        the request took longer than it may
+  + WeightNodeFailed        the weight node broke its contract or failed inside
+"""
+
+from __future__ import annotations
+
+
+class RouterError(Exception):
+    """`code` and `param` are OpenAI's: a word for programs, and the field that is at fault."""
+
+    code: str | None = None
+    param: str | None = None
+
+    @property
+    def message(self) -> str:
+        return str(self)
+
+
+class BadRequest(RouterError):
+    """The request cannot be served as it is."""
+
+    def __init__(self, message: str, *, param: str | None = None, code: str | None = None) -> None:
+        super().__init__(message)
+        self.param = param
+        self.code = code
+
+
+class ContextTooLong(BadRequest):
+    """The sequence would not fit the model's context; worded as OpenAI does."""
+
+    def __init__(
+        self, context_tokens: int, prompt_tokens: int, max_tokens: int | None, *, param: str
+    ) -> None:
+        super().__init__(
+            _context_message(context_tokens, prompt_tokens, max_tokens, param),
+            param=param,
+            code="context_length_exceeded",
+        )
+        self.context_tokens = context_tokens
+        self.prompt_tokens = prompt_tokens
+        self.max_tokens = max_tokens
+
+
+def _context_message(context_tokens: int, prompt_tokens: int, max_tokens: int | None, param: str) -> str:
+    limit = f"This model's maximum context length is {context_tokens} tokens."
+    if prompt_tokens >= context_tokens or max_tokens is None:
+        got = f"your {param} resulted in {prompt_tokens} tokens. Please reduce the length of the {param}."
+    else:
+        total = prompt_tokens + max_tokens
+        got = (
+            f"you requested {total} tokens ({prompt_tokens} in the {param}, {max_tokens} in the completion). "
+            f"Please reduce the length of the {param} or completion."
+        )
+    return f"{limit} However, {got}"
+
+
+class CapacityExceeded(BadRequest):
+    """The weight node says that the sequence could never fit; the numbers are in the message."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message, code="kv_capacity_exceeded")
+
+
+class ModelNotFound(RouterError):
+    """Worded as OpenAI does."""
+
+    code = "model_not_found"
+    param = "model"
+
+    def __init__(self, model: str, served: str) -> None:
+        super().__init__(
+            f"The model `{model}` does not exist or you do not have access to it. This server has `{served}`."
+        )
+        self.model = model
+        self.served = served
+
+
+class Unavailable(RouterError):
+    """Base of what a retry may cure."""
+
+    code = "service_unavailable"
+
+
+class NoWeightNode(Unavailable):
+    """No weight node that serves the model is ready."""
+
+    def __init__(self, model: str) -> None:
+        super().__init__(f"no weight node serves {model} at the moment; try again shortly")
+
+
+class WeightNodeLost(Unavailable):
+    """The weight node answered UNAVAILABLE or its connection broke."""
+
+    def __init__(self, node: str, detail: str) -> None:
+        super().__init__(f"weight node {node} went away: {detail}")
+        self.node = node
+
+
+class ShuttingDown(Unavailable):
+    """This router got its SIGTERM."""
+
+    def __init__(self) -> None:
+        super().__init__("this router is shutting down; try again")
+
+
+class DeadlineExceeded(RouterError):
+    """Seconds are the router's own limit on a request."""
+
+    code = "deadline_exceeded"
+
+    def __init__(self, deadline_s: float) -> None:
+        super().__init__(f"the request took longer than the {deadline_s:g} s it may")
+        self.deadline_s = deadline_s
+
+
+class WeightNodeFailed(RouterError):
+    """Neither the client's mistake nor worth a retry elsewhere."""
+
+    code = "weight_node_failed"
+
+    def __init__(self, node: str, detail: str) -> None:
+        super().__init__(f"weight node {node} failed: {detail}")
+        self.node = node

@@ -1,0 +1,86 @@
+"""A tokenizer and chat template out of a Hugging Face model directory.
+
+Reads `tokenizer.json` (the `tokenizers` library's own format), `tokenizer_config.json`,
+`special_tokens_map.json` and `chat_template.jinja`. A bare SentencePiece `tokenizer.model` is refused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import msgspec
+from tokenizers import Tokenizer
+
+from flume_router.gguf_tokenizer import ends_template
+from flume_router.tokenizer import TokenizerError
+
+_NAMES = ("bos_token", "eos_token", "unk_token", "pad_token")
+
+
+def build(directory: Path) -> Tokenizer:
+    """Raises TokenizerError naming the file that is missing or broken."""
+    path = directory / "tokenizer.json"
+    if not path.is_file():
+        raise TokenizerError(
+            f"{path} does not exist; transformers' AutoTokenizer reads older files and saves it"
+        )
+    try:
+        backend = Tokenizer.from_file(str(path))
+    except Exception as error:  # the library raises bare Exception for every defect
+        raise TokenizerError(f"{path}: {error}") from error
+    backend.no_truncation()
+    backend.no_padding()
+    _set_ends(backend, tokenizer_config(directory), special_tokens(directory))
+    return backend
+
+
+def _set_ends(backend: Tokenizer, config: Mapping[str, Any], named: Mapping[str, str]) -> None:
+    """BOS and EOS as `tokenizer_config.json` says, where it says; else tokenizer.json's post-processor."""
+    if "add_bos_token" not in config and "add_eos_token" not in config:
+        return
+    backend.post_processor = ends_template(
+        backend,
+        bos=named.get("bos_token") if config.get("add_bos_token") else None,
+        eos=named.get("eos_token") if config.get("add_eos_token") else None,
+    )
+
+
+def special_tokens(directory: Path) -> dict[str, str]:
+    """bos_token, eos_token, unk_token and pad_token, those the directory names."""
+    listed = {**_json(directory / "special_tokens_map.json"), **tokenizer_config(directory)}
+    contents = {name: _content(listed.get(name)) for name in _NAMES}
+    return {name: content for name, content in contents.items() if content is not None}
+
+
+def _content(token: Any) -> str | None:
+    """A token is written as a string or as an object with its `content`."""
+    content = token.get("content") if isinstance(token, dict) else token
+    return content if isinstance(content, str) else None
+
+
+def chat_template(directory: Path) -> str | None:
+    """`chat_template.jinja`, else `chat_template` of tokenizer_config.json: a text or several named ones."""
+    path = directory / "chat_template.jinja"
+    if path.is_file():
+        return path.read_text("utf-8")
+    template = tokenizer_config(directory).get("chat_template")
+    if isinstance(template, list):
+        named = {entry["name"]: entry["template"] for entry in template}
+        template = named.get("default")
+    return template if isinstance(template, str) else None
+
+
+def tokenizer_config(directory: Path) -> dict[str, Any]:
+    """Empty when the directory has none."""
+    return _json(directory / "tokenizer_config.json")
+
+
+def _json(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    try:
+        return msgspec.json.decode(path.read_bytes(), type=dict[str, Any])
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise TokenizerError(f"{path}: {error}") from error

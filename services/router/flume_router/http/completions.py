@@ -1,0 +1,82 @@
+"""POST /v1/completions: its prompts and its shape."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from flume_router.answer import Piece, Token
+from flume_router.http.endpoint import Job
+from flume_router.http.logprobs import completion_logprobs
+from flume_router.http.schema import Prompt, read_completion
+from flume_router.http.shape import Document, Shape, finish_reason_of, text_of
+from flume_router.service import Service
+from flume_router.tokenizer import Tokenizer
+
+
+class CompletionShape(Shape):
+    object_name = chunk_name = "text_completion"
+
+    def __init__(
+        self, *envelope: Any, tokenizer: Tokenizer, logprobs: bool, echoes: Sequence[str], include_usage: bool
+    ) -> None:
+        """`echoes`: what comes before each answer, by its index."""
+        super().__init__(*envelope, include_usage=include_usage)
+        self._tokenizer = tokenizer
+        self._logprobs = logprobs
+        self._echoes = echoes
+
+    def opening(self, index: int) -> Iterable[Document]:
+        if self._echoes[index]:
+            yield _choice(index, self._echoes[index])
+
+    def choices(self, index: int, piece: Piece) -> Iterable[Document]:
+        if piece.text or piece.finished or (self._logprobs and piece.tokens):
+            yield _choice(index, piece.text, self._logprobs_of(piece.tokens), finish_reason_of([piece]))
+
+    def whole_choice(self, index: int, pieces: Sequence[Piece]) -> Document:
+        tokens = [token for piece in pieces for token in piece.tokens]
+        text = self._echoes[index] + text_of(pieces)
+        return _choice(index, text, self._logprobs_of(tokens), finish_reason_of(pieces))
+
+    def _logprobs_of(self, tokens: Sequence[Token]) -> Document | None:
+        return completion_logprobs(self._tokenizer, tokens) if self._logprobs else None
+
+
+def _choice(
+    index: int, text: str, logprobs: Document | None = None, finish_reason: str | None = None
+) -> Document:
+    return {"index": index, "text": text, "logprobs": logprobs, "finish_reason": finish_reason}
+
+
+class CompletionApi:
+    """Of `endpoint.Api`."""
+
+    id_prefix = "cmpl"
+    param = "prompt"
+
+    async def job(self, service: Service, body: Mapping[str, Any]) -> Job:
+        request = read_completion(body)
+        service.require_model(request.common.model)
+        prompts = [await _token_ids(service, prompt) for prompt in request.prompts]
+        echoes = [_echo(service, prompt) if request.echo else "" for prompt in request.prompts]
+        return Job(request.common, prompts, echoes)
+
+    def shape(self, service: Service, job: Job, request_id: str, created_s: int) -> Shape:
+        return CompletionShape(
+            request_id,
+            service.model,
+            created_s,
+            tokenizer=service.text.tokenizer,
+            logprobs=job.common.sampling.has_logprobs,
+            echoes=[echo for echo in job.echoes for _ in range(job.common.n)],
+            include_usage=job.common.include_usage,
+        )
+
+
+async def _token_ids(service: Service, prompt: Prompt) -> Sequence[int]:
+    return await service.text_prompt(prompt) if isinstance(prompt, str) else prompt
+
+
+def _echo(service: Service, prompt: Prompt) -> str:
+    return prompt if isinstance(prompt, str) else service.text.tokenizer.decode(prompt)

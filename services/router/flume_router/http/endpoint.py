@@ -1,0 +1,143 @@
+"""One request to a completion API, from its body to its last byte. The APIs differ by an `Api`.
+
+Until the first piece of an answer is there nothing is sent, so whatever goes wrong before has a proper
+status. A client that goes away ends the work at once: its disconnect is watched beside the answer.
+"""
+
+from __future__ import annotations
+
+import time
+import uuid
+from collections.abc import AsyncIterator, Mapping, Sequence
+from typing import Any, Protocol
+
+import msgspec
+import structlog
+from flume_common.tasks import background
+from starlette.requests import ClientDisconnect, Request
+from starlette.types import Receive, Scope, Send
+
+from flume_router.answer import Piece
+from flume_router.errors import RouterError
+from flume_router.generation import Pieces, SequenceRequest, answer, merged
+from flume_router.http.body import read_object
+from flume_router.http.errors import HttpError, reply_of, unexpected
+from flume_router.http.reply import Reply
+from flume_router.http.sampling import Common
+from flume_router.http.shape import Shape, Usage
+from flume_router.service import Service, sequences
+
+log = structlog.get_logger(__name__)
+
+
+class Job(msgspec.Struct, frozen=True):
+    """What an API made of a body."""
+
+    common: Common
+    prompts: Sequence[Sequence[int]]
+    echoes: Sequence[str] = ()
+
+
+class Api(Protocol):
+    """What differs between the completion APIs."""
+
+    id_prefix: str
+    param: str
+    """The field that holds the prompt."""
+
+    async def job(self, service: Service, body: Mapping[str, Any]) -> Job:
+        """Raises RouterError."""
+
+    def shape(self, service: Service, job: Job, request_id: str, created_s: int) -> Shape: ...
+
+
+class CompletionEndpoint:
+    """An ASGI application for one path."""
+
+    def __init__(self, api: Api, service: Service, *, body_limit_bytes: int) -> None:
+        self._api = api
+        self._service = service
+        self._body_limit_bytes = body_limit_bytes
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        reply = Reply(send)
+        try:
+            async with self._service.in_flight.request() as deadline_at:
+                body = await read_object(Request(scope, receive), self._body_limit_bytes)
+                async with background(client=_until_gone(receive)):
+                    await self._answer(body, deadline_at, reply)
+        except (RouterError, HttpError) as error:
+            log.info("request.refused", error=type(error).__name__, detail=str(error))
+            await reply.error(reply_of(error))
+        except ClientDisconnect:
+            log.info("request.abandoned")
+        except Exception:
+            log.exception("request.failed")
+            await reply.error(unexpected())
+
+    async def _answer(self, body: Mapping[str, Any], deadline_at: float, reply: Reply) -> None:
+        request_id = f"{self._api.id_prefix}-{uuid.uuid4().hex}"
+        structlog.contextvars.bind_contextvars(sequence=request_id)
+        job = await self._api.job(self._service, body)
+        self._check(job)
+        usage = Usage(sum(map(len, job.prompts)))
+        shape = self._api.shape(self._service, job, request_id, int(time.time()))
+        async with merged(self._answers(job, request_id, deadline_at)) as pieces:
+            if job.common.stream:
+                await _stream(reply, shape, pieces, usage, include_usage=job.common.include_usage)
+            else:
+                await _whole(reply, shape, pieces, usage, len(job.prompts) * job.common.n)
+        log.info("request.answered", **usage.document())
+
+    def _check(self, job: Job) -> None:
+        self._service.check_sampling(job.common.sampling)
+        for prompt in job.prompts:
+            self._service.check_prompt(prompt, self._api.param)
+            self._service.check_length(len(prompt), job.common.max_tokens, self._api.param)
+
+    def _answers(self, job: Job, request_id: str, deadline_at: float) -> list[AsyncIterator[Piece]]:
+        job.common.sampling.max_tokens = job.common.max_tokens or 0
+        metadata = {
+            "x-request-id": str(structlog.contextvars.get_contextvars().get("request_id", request_id))
+        }
+        base = SequenceRequest(request_id, (), job.common.sampling, job.common.stop, deadline_at, metadata)
+        tokenizer, pool = self._service.text.tokenizer, self._service.pool
+        return [answer(pool, tokenizer, one) for one in sequences(base, job.prompts, job.common.n)]
+
+
+async def _stream(reply: Reply, shape: Shape, pieces: Pieces, usage: Usage, *, include_usage: bool) -> None:
+    opened: set[int] = set()
+    async for index, piece in pieces:
+        if not reply.streaming:
+            await reply.start_events()
+        if index not in opened:
+            opened.add(index)
+            for choice in shape.opening(index):
+                await reply.event(shape.chunk(choice))
+        for choice in shape.choices(index, piece):
+            await reply.event(shape.chunk(choice))
+        _count(usage, piece)
+    if include_usage:
+        await reply.event(shape.usage_chunk(usage))
+    await reply.end_events()
+
+
+async def _whole(reply: Reply, shape: Shape, pieces: Pieces, usage: Usage, num_answers: int) -> None:
+    answers: list[list[Piece]] = [[] for _ in range(num_answers)]
+    async for index, piece in pieces:
+        answers[index].append(piece)
+        _count(usage, piece)
+    await reply.json(shape.whole(answers, usage))
+
+
+def _count(usage: Usage, piece: Piece) -> None:
+    if piece.finished:
+        usage.completion_tokens += piece.finished.completion_tokens
+
+
+async def _until_gone(receive: Receive) -> None:
+    """Raises ClientDisconnect when the client closes its connection."""
+    while True:
+        message = await receive()
+        if message["type"] == "http.disconnect":
+            raise ClientDisconnect

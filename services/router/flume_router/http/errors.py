@@ -1,0 +1,71 @@
+"""Errors as OpenAI's API writes them: {"error": {"message", "type", "param", "code"}} and a status.
+
+* HttpError     what goes wrong before there is a request for the router: path, method, size, JSON
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import msgspec
+
+from flume_router.errors import (
+    BadRequest,
+    DeadlineExceeded,
+    ModelNotFound,
+    RouterError,
+    Unavailable,
+    WeightNodeFailed,
+)
+
+INVALID_REQUEST, SERVER_ERROR, TIMEOUT = "invalid_request_error", "server_error", "timeout"
+_RETRY_AFTER_S = "1"
+
+
+class HttpError(Exception):
+    """Carries its own status and headers."""
+
+    def __init__(
+        self, status: int, message: str, *, code: str | None = None, headers: Mapping[str, str] | None = None
+    ) -> None:
+        super().__init__(message)
+        self.status = status
+        self.code = code
+        self.headers = dict(headers or {})
+
+
+class ErrorReply(msgspec.Struct, frozen=True):
+    status: int
+    body: Mapping[str, Any]
+    headers: Mapping[str, str]
+
+
+# The first entry an error is an instance of counts. Headers: the official client retries 503 and 504 by
+# itself unless told not to; after a deadline it would double the load.
+_STATUS_OF: Mapping[type[RouterError], tuple[int, str, Mapping[str, str]]] = {
+    BadRequest: (400, INVALID_REQUEST, {}),
+    ModelNotFound: (404, INVALID_REQUEST, {}),
+    Unavailable: (503, SERVER_ERROR, {"retry-after": _RETRY_AFTER_S}),
+    DeadlineExceeded: (504, TIMEOUT, {"x-should-retry": "false"}),
+    WeightNodeFailed: (500, SERVER_ERROR, {}),
+}
+
+
+def reply_of(error: RouterError | HttpError) -> ErrorReply:
+    """Status, body and headers for an error."""
+    if isinstance(error, HttpError):
+        return ErrorReply(error.status, body(str(error), INVALID_REQUEST, None, error.code), error.headers)
+    status, kind, headers = next(entry for cls, entry in _STATUS_OF.items() if isinstance(error, cls))
+    return ErrorReply(status, body(error.message, kind, error.param, error.code), headers)
+
+
+def unexpected() -> ErrorReply:
+    """For a defect of ours: the client learns nothing but that it was one."""
+    return ErrorReply(
+        500, body("The server had an internal error.", SERVER_ERROR, None, "internal_error"), {}
+    )
+
+
+def body(message: str, kind: str, param: str | None, code: str | None) -> dict[str, Any]:
+    return {"error": {"message": message, "type": kind, "param": param, "code": code}}

@@ -1,0 +1,79 @@
+"""How answers are laid out as JSON: what both completion APIs have in common."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import msgspec
+
+from flume_router.answer import Piece
+
+Document = dict[str, Any]
+
+
+class Usage(msgspec.Struct):
+    """Tokens of a whole request; a prompt is counted once however many answers it gets."""
+
+    prompt_tokens: int
+    completion_tokens: int = 0
+
+    def document(self) -> Document:
+        return {
+            "prompt_tokens": self.prompt_tokens,
+            "completion_tokens": self.completion_tokens,
+            "total_tokens": self.prompt_tokens + self.completion_tokens,
+        }
+
+
+class Shape(ABC):
+    """Of one request's answers."""
+
+    object_name: str
+    chunk_name: str
+
+    def __init__(self, request_id: str, model: str, created_s: int, *, include_usage: bool) -> None:
+        self._envelope: Document = {"id": request_id, "created": created_s, "model": model}
+        self._include_usage = include_usage
+
+    @abstractmethod
+    def opening(self, index: int) -> Iterable[Document]:
+        """Choices sent before anything of answer `index`."""
+
+    @abstractmethod
+    def choices(self, index: int, piece: Piece) -> Iterable[Document]:
+        """Choices that a piece adds; none where there is nothing to tell."""
+
+    @abstractmethod
+    def whole_choice(self, index: int, pieces: Sequence[Piece]) -> Document:
+        """The choice of an answer that is complete."""
+
+    def chunk(self, choice: Document) -> Document:
+        """An event of a stream."""
+        chunk = {**self._envelope, "object": self.chunk_name, "choices": [choice]}
+        return {**chunk, "usage": None} if self._include_usage else chunk
+
+    def usage_chunk(self, usage: Usage) -> Document:
+        """The last event, where usage was asked for."""
+        return {
+            **self._envelope,
+            "object": self.chunk_name,
+            "choices": [],
+            "usage": usage.document(),
+        }
+
+    def whole(self, answers: Sequence[Sequence[Piece]], usage: Usage) -> Document:
+        """The response when it is not streamed."""
+        choices = [self.whole_choice(index, pieces) for index, pieces in enumerate(answers)]
+        return {**self._envelope, "object": self.object_name, "choices": choices, "usage": usage.document()}
+
+
+def text_of(pieces: Sequence[Piece]) -> str:
+    return "".join(piece.text for piece in pieces)
+
+
+def finish_reason_of(pieces: Sequence[Piece]) -> str | None:
+    """None while the answer goes on."""
+    finished = pieces[-1].finished if pieces else None
+    return finished.reason if finished else None

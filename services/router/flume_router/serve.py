@@ -1,0 +1,91 @@
+"""Wire the router together. Read the `async with` downwards for start-up, upwards for shutdown."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import socket
+import time
+from typing import NoReturn
+
+import structlog
+from flume_common.keys import Keys
+from flume_common.membership import Member, Role, State, register, watch_members
+from flume_common.model_source import ModelSource
+from flume_common.serving import Server, channel
+from flume_common.serving import serve as grpc_server
+from flume_common.store import connect
+from flume_common.tasks import background
+from flume_common.telemetry import version
+from flume_protos.v1.router_pb2_grpc import add_RouterServicer_to_server
+
+from flume_router.config import RouterConfig
+from flume_router.http.app import build_app
+from flume_router.http.server import http_server, reachable_address
+from flume_router.in_flight import InFlight
+from flume_router.service import Service
+from flume_router.servicer import SERVICE, RouterServicer
+from flume_router.text_model import TextModel
+from flume_router.weight_pool import WeightPool, open_pool
+
+log = structlog.get_logger(__name__)
+
+
+async def serve(
+    config: RouterConfig, source: ModelSource, text: TextModel, bound: socket.socket, stop: asyncio.Event
+) -> None:
+    """Until `stop`. `bound` is the HTTP socket; it is closed at the end. Raises CannotListen, StoreRefused."""
+    model = config.model_name or source.name
+    keys = Keys(config.cluster)
+    in_flight = InFlight(config.request_deadline_s)
+    started_at_s = time.time()
+    async with (
+        connect(config.store) as store,
+        watch_members(store, keys) as members,
+        open_pool(members, channel, model=model, vocab_size=text.tokenizer.vocab_size) as pool,
+    ):
+        service = Service(model, text, pool, in_flight, started_at_s)
+        servicer = RouterServicer(service)
+        async with (
+            grpc_server(
+                config.listen_grpc,
+                lambda server: add_RouterServicer_to_server(servicer, server),  # type: ignore[no-untyped-call]
+                [SERVICE],
+            ) as grpc,
+            http_server(build_app(service, body_limit_bytes=config.body_limit_bytes), bound),
+            # Innermost, so given up first: others stop counting on us before we refuse their calls.
+            register(
+                store,
+                keys,
+                Member(
+                    id=config.node,
+                    role=Role.ROUTER,
+                    state=State.READY,
+                    address=grpc.address,
+                    host=socket.gethostname(),
+                    pid=os.getpid(),
+                    version=version(),
+                    protocol_version=0,
+                    started_at_s=started_at_s,
+                    model=model,
+                    http_address=reachable_address(config.listen_http, bound),
+                ),
+                ttl_s=config.lease_ttl_s,
+            ) as registration,
+        ):
+            async with background(readiness=_report_readiness(pool, grpc)):
+                log.info(
+                    "router.serving", http=registration.member.http_address, grpc=grpc.address, model=model
+                )
+                await stop.wait()
+            log.info("router.draining", requests=len(in_flight))
+            grpc.set_ready(False)
+            await registration.update(state=State.DRAINING)
+            await in_flight.drain(config.drain_s)
+    log.info("router.stopped")
+
+
+async def _report_readiness(pool: WeightPool, grpc: Server) -> NoReturn:
+    while True:
+        grpc.set_ready(pool.ready)
+        await pool.changed()

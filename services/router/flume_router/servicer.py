@@ -1,0 +1,118 @@
+"""gRPC face of the router: decode, ask, encode. What it decides is in `service.py` and `generation.py`."""
+
+from __future__ import annotations
+
+import contextlib
+import uuid
+from collections.abc import AsyncIterator, Mapping, Sequence
+
+import grpc
+import structlog
+from flume_common.serving import status_errors
+from flume_protos.v1 import router_pb2 as pb
+from flume_protos.v1 import router_pb2_grpc as rpc
+from flume_protos.v1 import weight_pb2
+
+from flume_router.answer import Piece
+from flume_router.errors import (
+    BadRequest,
+    CapacityExceeded,
+    DeadlineExceeded,
+    ModelNotFound,
+    RouterError,
+    Unavailable,
+    WeightNodeFailed,
+)
+from flume_router.generation import SequenceRequest, answer
+from flume_router.service import Service
+
+log = structlog.get_logger(__name__)
+
+SERVICE = "flume.v1.Router"
+STATUS_OF: Mapping[type[Exception], grpc.StatusCode] = {
+    CapacityExceeded: grpc.StatusCode.RESOURCE_EXHAUSTED,
+    BadRequest: grpc.StatusCode.INVALID_ARGUMENT,
+    ModelNotFound: grpc.StatusCode.NOT_FOUND,
+    Unavailable: grpc.StatusCode.UNAVAILABLE,
+    DeadlineExceeded: grpc.StatusCode.DEADLINE_EXCEEDED,
+    WeightNodeFailed: grpc.StatusCode.INTERNAL,
+}
+_ROLES = ("system", "user", "assistant")
+_FINISH = {"stop": weight_pb2.STOP, "length": weight_pb2.LENGTH}
+
+
+class RouterServicer(rpc.RouterServicer):
+    def __init__(self, service: Service) -> None:
+        self._service = service
+
+    async def Generate(
+        self, request: pb.GenerateTextRequest, context: grpc.aio.ServicerContext
+    ) -> AsyncIterator[pb.GenerateTextReply]:
+        request_id = f"gen-{uuid.uuid4().hex}"
+        async with (
+            status_errors(context, STATUS_OF),
+            _logged(request_id),
+            self._service.in_flight.request() as deadline_at,
+        ):
+            sequence = await self._sequence(request, request_id, deadline_at)
+            async with contextlib.aclosing(
+                answer(self._service.pool, self._service.text.tokenizer, sequence)
+            ) as pieces:
+                async for piece in pieces:
+                    yield encode(piece, request_id)
+
+    async def _sequence(
+        self, request: pb.GenerateTextRequest, request_id: str, deadline_at: float
+    ) -> SequenceRequest:
+        if request.model:
+            self._service.require_model(request.model)
+        if not all(request.stop):
+            raise BadRequest("stop: a stop string must not be empty", param="stop")
+        param = "messages" if request.messages else "prompt"
+        prompt = await self._prompt(request)
+        self._service.check_sampling(request.sampling)
+        self._service.check_prompt(prompt, param)
+        self._service.check_length(len(prompt), request.sampling.max_tokens or None, param)
+        return SequenceRequest(
+            request_id,
+            prompt,
+            request.sampling,
+            tuple(request.stop),
+            deadline_at,
+            {"x-request-id": request_id},
+        )
+
+    async def _prompt(self, request: pb.GenerateTextRequest) -> Sequence[int]:
+        if bool(request.prompt) == bool(request.messages):
+            raise BadRequest("give either prompt or messages")
+        if request.prompt:
+            return await self._service.text_prompt(request.prompt)
+        for index, message in enumerate(request.messages):
+            if message.role not in _ROLES:
+                raise BadRequest(f"messages[{index}].role: {message.role!r} is none of {', '.join(_ROLES)}")
+        return await self._service.chat_prompt(
+            [{"role": m.role, "content": m.content} for m in request.messages]
+        )
+
+
+def encode(piece: Piece, request_id: str) -> pb.GenerateTextReply:
+    """One reply per piece."""
+    reply = pb.GenerateTextReply(
+        text=piece.text, token_ids=[token.id for token in piece.tokens], request_id=request_id
+    )
+    if piece.finished:
+        reply.finish.reason = _FINISH[piece.finished.reason]
+        reply.finish.prompt_tokens = piece.finished.prompt_tokens
+        reply.finish.completion_tokens = piece.finished.completion_tokens
+    return reply
+
+
+@contextlib.asynccontextmanager
+async def _logged(request_id: str) -> AsyncIterator[None]:
+    with structlog.contextvars.bound_contextvars(request_id=request_id, sequence=request_id):
+        try:
+            yield
+        except RouterError as error:
+            log.info("request.refused", error=type(error).__name__, detail=str(error))
+            raise
+        log.info("request.answered")

@@ -1,0 +1,137 @@
+"""Text to token ids and token ids to bytes, for the model that is served.
+
+A thin face over `tokenizers`; where it comes from is in `gguf_tokenizer.py` and `hf_tokenizer.py`.
+Decoding here is by bytes: each token id stands for a fixed byte string, whatever its neighbours, which
+is what makes incremental decoding exact (`detokenizer.py`). Not kept from `tokenizers`' decoders: the
+dropping of one leading space in SentencePiece vocabularies, as our text continues a prompt.
+
+* TokenizerError     the tokenizer files are missing, broken or of a kind we do not know
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import re
+from collections.abc import Iterable, Sequence
+from enum import Enum
+from functools import cache
+from typing import Any
+
+import tokenizers
+
+_LONG_TEXT = 2048  # characters; about a millisecond of work, more would be felt by other streams
+_BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
+
+
+class TokenizerError(Exception):
+    """The tokenizer cannot be built; the message names the file or field."""
+
+
+class Spelling(Enum):
+    """How a vocabulary writes bytes."""
+
+    BYTE_LEVEL = "byte level"  # every byte is one printable character (GPT-2's table)
+    SENTENCEPIECE = "sentencepiece"  # "▁" is a space, <0xAB> a byte, all else is itself
+
+
+class Tokenizer:
+    """Encodes prompts and spells tokens. Safe to share between tasks."""
+
+    def __init__(self, backend: tokenizers.Tokenizer, special_tokens: dict[str, str]) -> None:
+        """`special_tokens`: bos_token, eos_token, unk_token, pad_token, those the model has."""
+        self._backend = backend
+        self._spelling = spelling_of(json.loads(backend.decoder.__getstate__()) if backend.decoder else None)
+        self._special = frozenset(i for i, t in backend.get_added_tokens_decoder().items() if t.special)
+        self._bytes: dict[int, bytes] = {}
+        self.special_tokens = special_tokens
+        self.vocab_size = max(backend.get_vocab(with_added_tokens=True).values()) + 1
+
+    async def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
+        """`add_special_tokens`: BOS and EOS as the model's tokenizer is set; off for rendered chats."""
+        if len(text) < _LONG_TEXT:
+            return self.encode_now(text, add_special_tokens=add_special_tokens)
+        return await asyncio.to_thread(self.encode_now, text, add_special_tokens=add_special_tokens)
+
+    def encode_now(self, text: str, *, add_special_tokens: bool) -> list[int]:
+        """The same, in the calling thread."""
+        # The batch form, as it is the one that lets go of the interpreter while it works.
+        [encoding] = self._backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)
+        return list(encoding.ids)
+
+    def is_special(self, token_id: int) -> bool:
+        """Control tokens, which are not part of any answer's text."""
+        return token_id in self._special
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """What a token stands for; empty for an id that has no token (a padded vocabulary)."""
+        known = self._bytes.get(token_id)
+        if known is None:
+            known = self._bytes[token_id] = self._spell(token_id)
+        return known
+
+    def decode(self, token_ids: Iterable[int]) -> str:
+        """Text without control tokens; bytes that are no UTF-8 become U+FFFD."""
+        kept = (self.token_bytes(i) for i in token_ids if not self.is_special(i))
+        return b"".join(kept).decode("utf-8", "replace")
+
+    def _spell(self, token_id: int) -> bytes:
+        token = self._backend.id_to_token(token_id)
+        if token is None:
+            return b""
+        if self._spelling is Spelling.BYTE_LEVEL:
+            return _spell_byte_level(token)
+        return _spell_sentencepiece(token)
+
+
+def _spell_byte_level(token: str) -> bytes:
+    table = byte_of_character()
+    if all(character in table for character in token):
+        return bytes(table[character] for character in token)
+    return token.encode("utf-8")  # an added token, written plainly
+
+
+def _spell_sentencepiece(token: str) -> bytes:
+    byte = _BYTE_TOKEN.fullmatch(token)
+    if byte:
+        return bytes([int(byte[1], 16)])
+    return token.replace("▁", " ").encode("utf-8")
+
+
+def spelling_of(decoder: dict[str, Any] | None) -> Spelling:
+    """From a tokenizer.json's `decoder`. Raises TokenizerError for one we cannot spell by bytes."""
+    kinds = _decoder_kinds(decoder)
+    if "ByteLevel" in kinds:
+        return Spelling.BYTE_LEVEL
+    if "Metaspace" in kinds or {"Replace", "ByteFallback"} <= set(kinds):
+        return Spelling.SENTENCEPIECE
+    raise TokenizerError(
+        f"decoder {'+'.join(kinds) or 'none'} is not supported; byte-level and SentencePiece BPE are"
+    )
+
+
+def _decoder_kinds(decoder: dict[str, Any] | None) -> Sequence[str]:
+    if decoder is None:
+        return ()
+    if decoder["type"] == "Sequence":
+        return [part["type"] for part in decoder["decoders"]]
+    return [decoder["type"]]
+
+
+@cache
+def character_of_byte() -> dict[int, str]:
+    """GPT-2's table: printable Latin-1 bytes are themselves, the other 68 follow from U+0100 on."""
+    printable = [
+        *range(ord("!"), ord("~") + 1),
+        *range(ord("¡"), ord("¬") + 1),
+        *range(ord("®"), ord("ÿ") + 1),
+    ]
+    table = {byte: chr(byte) for byte in printable}
+    others = (byte for byte in range(256) if byte not in table)
+    return table | {byte: chr(256 + n) for n, byte in enumerate(others)}
+
+
+@cache
+def byte_of_character() -> dict[str, int]:
+    """The table above, backwards."""
+    return {character: byte for byte, character in character_of_byte().items()}
