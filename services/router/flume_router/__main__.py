@@ -5,10 +5,12 @@ from __future__ import annotations
 import asyncio
 import socket
 import sys
+from contextlib import suppress
 
 from flume_common.model_source import ModelSource, ModelSourceError, resolve_model
 from flume_common.serving import CannotListen, stop_event
 from flume_common.store import StoreError
+from flume_common.tasks import background
 from flume_common.telemetry import configure_logging
 
 from flume_router.chat_template import TemplateBroken
@@ -39,10 +41,22 @@ def main() -> int:
     return 0
 
 
+class _StoppedEarly(Exception):
+    """A signal came while we were still waiting to be let in."""
+
+
 async def _run(config: RouterConfig, source: ModelSource, text: TextModel, bound: socket.socket) -> None:
-    """A signal that comes before we serve ends the start; after that, `serve` sees to it."""
-    stop = stop_event()
-    await serve(config, source, text, bound, stop)
+    stop, serving = stop_event(), asyncio.Event()
+    with suppress(_StoppedEarly):
+        async with background(early_stop=_end_start(stop, serving)):
+            await serve(config, source, text, bound, serving=serving, stop=stop)
+
+
+async def _end_start(stop: asyncio.Event, serving: asyncio.Event) -> None:
+    """Waiting for etcd may take for ever, so a signal must end it; later, `serve` sees to signals."""
+    await stop.wait()
+    if not serving.is_set():
+        raise _StoppedEarly
 
 
 def _fail(message: str) -> int:

@@ -32,9 +32,18 @@ log = structlog.get_logger(__name__)
 
 
 async def serve(
-    config: RouterConfig, source: ModelSource, text: TextModel, bound: socket.socket, stop: asyncio.Event
+    config: RouterConfig,
+    source: ModelSource,
+    text: TextModel,
+    bound: socket.socket,
+    *,
+    serving: asyncio.Event,
+    stop: asyncio.Event,
 ) -> None:
-    """Until `stop`. `bound` is the HTTP socket; it is closed at the end. Raises CannotListen, StoreRefused."""
+    """Until `stop`; sets `serving` when others can reach us. Takes over `bound`, the HTTP socket.
+
+    Raises CannotListen for the gRPC address, StoreRefused when etcd does not let us in.
+    """
     model = config.model_name or source.name
     keys = Keys(config.cluster)
     in_flight = InFlight(config.request_deadline_s)
@@ -77,6 +86,7 @@ async def serve(
                 log.info(
                     "router.serving", http=registration.member.http_address, grpc=grpc.address, model=model
                 )
+                serving.set()
                 await stop.wait()
             log.info("router.draining", requests=len(in_flight))
             grpc.set_ready(False)

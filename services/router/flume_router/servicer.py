@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import uuid
 from collections.abc import AsyncIterator, Mapping, Sequence
+from typing import TypeAlias
 
 import grpc
 import structlog
@@ -38,6 +39,7 @@ STATUS_OF: Mapping[type[Exception], grpc.StatusCode] = {
     WeightNodeFailed: grpc.StatusCode.INTERNAL,
 }
 _ROLES = ("system", "user", "assistant")
+Context: TypeAlias = "grpc.aio.ServicerContext[pb.GenerateTextRequest, pb.GenerateTextReply]"
 _FINISH = {"stop": weight_pb2.STOP, "length": weight_pb2.LENGTH}
 
 
@@ -46,7 +48,7 @@ class RouterServicer(rpc.RouterServicer):
         self._service = service
 
     async def Generate(
-        self, request: pb.GenerateTextRequest, context: grpc.aio.ServicerContext
+        self, request: pb.GenerateTextRequest, context: Context
     ) -> AsyncIterator[pb.GenerateTextReply]:
         request_id = f"gen-{uuid.uuid4().hex}"
         async with (
