@@ -189,9 +189,9 @@ async def _wait_ready(etcd: EmbeddedEtcd, config: StoreConfig, log_path: Path, s
                         f"did not answer within {start_s:g} s: {error}", _tail(log_path)
                     ) from error
     tail = _tail(log_path)
-    for port in (etcd.client_port, etcd.peer_port):
-        if f":{port}: bind: address already in use" in tail:
-            raise PortInUse(port, config.addresses[0].rpartition(":")[0])
+    for number in (etcd.client_port, etcd.peer_port):
+        if f":{number}: bind: address already in use" in tail:
+            raise PortInUse(number, host)
     raise EtcdFailed(f"ended with status {etcd.process.returncode}", tail)
 
 

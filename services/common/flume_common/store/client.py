@@ -39,6 +39,7 @@ class StoreStatus:
     version: str
     db_bytes: int
     has_leader: bool
+    is_leader: bool
     revision: int
 
 
@@ -191,7 +192,12 @@ class Store:
                 pb.StatusRequest(), timeout=timeout_s, metadata=metadata
             )
             return StoreStatus(
-                link.address, reply.version, reply.db_size, reply.leader != 0, reply.header.revision
+                endpoint=link.address,
+                version=reply.version,
+                db_bytes=reply.db_size,
+                has_leader=reply.leader != 0,
+                is_leader=reply.leader == reply.header.member_id,
+                revision=reply.header.revision,
             )
 
         return await self.transport.call("Status", send, repeatable=True, timeout_s=timeout_s)

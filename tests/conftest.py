@@ -1,0 +1,48 @@
+"""A real etcd for every test that wants one: `store` and `keys`, each test in a cluster of its own."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import threading
+import uuid
+
+import pytest
+import pytest_asyncio
+from flume_common.etcd_binary import embedded_etcd
+from flume_common.keys import Keys
+from flume_common.store import StoreConfig, connect
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+@pytest.fixture(scope="session")
+def etcd_endpoint(tmp_path_factory):
+    """host:port of an etcd shared by the whole run. Don't stop it, don't compact it."""
+    # Its own loop: those of the tests come and go.
+    loop = asyncio.new_event_loop()
+    thread = threading.Thread(target=loop.run_forever, name="shared-etcd", daemon=True)
+    thread.start()
+
+    def wait_for(coroutine):
+        return asyncio.run_coroutine_threadsafe(coroutine, loop).result(timeout=30)
+
+    scope = embedded_etcd(tmp_path_factory.mktemp("etcd"), args=["--unsafe-no-fsync"], stop_s=0)
+    etcd = wait_for(scope.__aenter__())
+    yield etcd.endpoint
+    wait_for(scope.__aexit__(None, None, None))
+    loop.call_soon_threadsafe(loop.stop)
+    thread.join()
+    loop.close()
+
+
+@pytest_asyncio.fixture
+async def store(etcd_endpoint):
+    async with connect(StoreConfig((etcd_endpoint,))) as opened:
+        yield opened
+
+
+@pytest.fixture
+def keys():
+    """The keys of a cluster nobody else uses."""
+    return Keys(f"test-{uuid.uuid4().hex[:12]}")
