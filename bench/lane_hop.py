@@ -16,7 +16,6 @@ import time
 from multiprocessing.connection import Connection
 
 import numpy as np
-
 from flume_common.lanes import Frame, Lane, Port, Receiver, Side
 from flume_common.layout import KvLayout
 from flume_common.wire import Header, Kind, LaneShape

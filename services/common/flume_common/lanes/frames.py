@@ -6,13 +6,13 @@ starts on a page; its header comes first and its body right behind it, so one me
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from ucxx._lib.arr import Array
 
+from flume_common.lanes.ucx import Array
 from flume_common.wire import HEADER_BYTES, Kind, LaneShape
 
 Allocate = Callable[[int], NDArray[np.uint8]]
@@ -61,20 +61,25 @@ def capacity_bytes(shape: LaneShape, kind: Kind) -> int:
     return -(-shape.body_bytes(kind) // 8) * 8
 
 
-def block_bytes(shape: LaneShape, kinds: Iterable[Kind]) -> int:
-    """Bytes of the frames of these channels, each frame on its own pages."""
-    return sum(RING_FRAMES[kind] * _stride(shape, kind) for kind in kinds)
+def block_bytes(shape: LaneShape) -> int:
+    """Bytes of all frames of one end of a lane, each on its own pages."""
+    return sum(RING_FRAMES[kind] * _stride(shape, kind) for kind in Kind)
 
 
-def cut(block: Bytes, shape: LaneShape, kinds: Iterable[Kind]) -> dict[Kind, list[Frame]]:
-    """Every channel's frames, in the order of `kinds`. The block holds `block_bytes` of them."""
+def cut(block: Bytes, shape: LaneShape) -> dict[Kind, list[Frame]]:
+    """Every channel's frames. Raises ValueError unless the block is uint8 [block_bytes] on a page."""
+    size = block_bytes(shape)
+    if block.dtype != np.uint8 or block.ndim != 1 or block.size < size or not block.flags.c_contiguous:
+        raise ValueError(f"a lane's block is contiguous uint8 [{size}], not {block.dtype} {block.shape}")
+    if block.ctypes.data % PAGE_BYTES:
+        raise ValueError("a lane's block starts on a page boundary")
     frames: dict[Kind, list[Frame]] = {}
     at = 0
-    for kind in kinds:
-        size, stride = HEADER_BYTES + capacity_bytes(shape, kind), _stride(shape, kind)
-        starts = [at + i * stride for i in range(RING_FRAMES[kind])]
-        frames[kind] = [Frame(block[start : start + size]) for start in starts]
-        at += RING_FRAMES[kind] * stride
+    for kind in Kind:
+        length, stride = HEADER_BYTES + capacity_bytes(shape, kind), _stride(shape, kind)
+        starts = range(at, at + RING_FRAMES[kind] * stride, stride)
+        frames[kind] = [Frame(block[start : start + length]) for start in starts]
+        at = starts.stop
     return frames
 
 

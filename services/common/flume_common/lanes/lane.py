@@ -6,11 +6,13 @@ once, and stays down: reconnecting is a new lane with new numbers.
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING, Any
 
+from flume_common.lanes import ucx
 from flume_common.lanes.channel import Receiver, Sender
 from flume_common.lanes.errors import LaneDown
-from flume_common.lanes.frames import Allocate, Frame, block_bytes, cut
+from flume_common.lanes.frames import Allocate, block_bytes, cut
 from flume_common.lanes.tags import Side, tag_of
 from flume_common.wire import Kind, LaneShape
 
@@ -19,12 +21,20 @@ if TYPE_CHECKING:
 
 
 class Lane:
-    """A joined weight node and attention node, seen from one end. Made by `Port.connect`."""
+    """A joined weight node and attention node, seen from one end. Made by `Port.connect`.
+
+    `shape` and `peer` are what it was made with. A peer that was killed is noticed within `NOTICE_S`
+    as long as the owner waits or progresses; one that is merely stopped is not: deadlines are the
+    owner's business.
+    """
+
+    NOTICE_S = 2.0
 
     def __init__(
         self,
         port: Port,
         endpoint: Any,
+        process_fd: int | None,
         peer: str,
         shape: LaneShape,
         side: Side,
@@ -34,12 +44,12 @@ class Lane:
     ) -> None:
         self.peer = peer
         self.shape = shape
-        self.receive_lane = receive_lane
+        self.process_fd = process_fd
         self._port = port
         self._endpoint = endpoint
         self._error: str | None = None
-        self._block = allocate(block_bytes(shape, Kind))
-        frames = cut(self._block, shape, Kind)
+        self._receive_lane = receive_lane
+        frames = cut(allocate(block_bytes(shape)), shape)
         self._senders = {
             kind: Sender(self, endpoint, kind, tag_of(send_lane, kind), frames[kind]) for kind in side.sends
         }
@@ -52,7 +62,7 @@ class Lane:
     def alive(self) -> bool:
         """False for good once the peer is known to be gone or the lane was closed."""
         if self._error is None and not self._endpoint.alive:
-            self.fail("the peer is gone")
+            self.fail(ucx.reason_of(self._endpoint))
         return self._error is None
 
     @property
@@ -80,21 +90,18 @@ class Lane:
             self._error = reason
 
     def close(self) -> None:
-        """Cancel what is in flight and let the endpoint go. Idempotent; the peer is not told."""
+        """Cancel what is in flight and let the endpoint go. Idempotent.
+
+        Frames the user still holds stay valid memory. A peer over shared memory is not told and
+        finds its messages unanswered; one over TCP sees its lane go down.
+        """
         self.fail("closed by this end")
-        endpoint, self._endpoint = self._endpoint, _CLOSED
-        if endpoint is not _CLOSED:
-            self._port.retire(self, endpoint)
-
-    def in_flight(self) -> list[Frame]:
-        """Frames whose transfer has not completed: their memory must outlive it."""
-        sending = [frame for sender in self._senders.values() for frame in sender.in_flight()]
-        receiving = [frame for receiver in self._receivers.values() for frame in receiver.in_flight()]
-        return sending + receiving
-
-
-class _Closed:
-    alive = False
-
-
-_CLOSED = _Closed()
+        endpoint, self._endpoint = self._endpoint, None
+        if endpoint is None:
+            return
+        sending = [frame for sender in self._senders.values() for frame in sender.detach()]
+        receiving = [frame for receiver in self._receivers.values() for frame in receiver.detach()]
+        self._port.retire(self, endpoint, self._receive_lane, sending + receiving)
+        if self.process_fd is not None:
+            os.close(self.process_fd)
+            self.process_fd = None
