@@ -34,11 +34,17 @@ class Step:
 
     number: int
     rows: list[Row]
+    asking: list[Row]  # those with queries
     query_tokens: int
     append_tokens: int
     layers_answered: int = 0
     layers_appended: int = 0
     committed: bool = False
+
+    @property
+    def awaits_kv(self) -> bool:
+        """Whether KV of this step is still to come."""
+        return self.append_tokens > 0 and not self.committed
 
 
 @dataclass(slots=True)
@@ -147,9 +153,11 @@ class Holdings:
         needed = sum(slot.ranges[-1].new_blocks(append) for slot, _, append in checked if append)
         if needed > self.unused:
             raise StepRefused(Refusal.OVER_CREDIT, f"{needed} blocks needed, credit is {self.unused}")
+        begun = [self._row(slot, queries, append) for slot, queries, append in checked]
         self.step = Step(
             number,
-            [self._row(slot, queries, append) for slot, queries, append in checked],
+            begun,
+            asking=[row for row in begun if row.queries],
             query_tokens=int(rows[:, 1].sum()),
             append_tokens=int(rows[:, 2].sum()),
         )

@@ -1,0 +1,117 @@
+"""What supervisor and engine tell each other over `flume_common.engine_link`.
+
+Requests carry a number that the answer repeats; everything else may come at any time.
+"""
+
+from __future__ import annotations
+
+import msgspec
+from flume_common.layout import KvLayout
+
+
+class Attach(msgspec.Struct, tag=True, frozen=True, kw_only=True):
+    """Set up a lane. Answered by Attached or Refused. Fields as in the AttachRequest of the API."""
+
+    request: int
+    weight_node: str
+    epoch: int
+    protocol_version: int
+    layout: KvLayout
+    worker_address: bytes
+    lane: int
+    max_step_tokens: int
+    max_step_sequences: int
+    kv_frame_bytes: int
+
+
+class Detach(msgspec.Struct, tag=True, frozen=True, kw_only=True):
+    """End a lane. Answered by Detached, also when there is none, or Refused for an older epoch."""
+
+    request: int
+    weight_node: str
+    epoch: int
+
+
+class SetDraining(msgspec.Struct, tag=True, frozen=True, kw_only=True):
+    """Stop granting credit, or start again. Answered by Report."""
+
+    request: int
+    draining: bool
+
+
+class Ask(msgspec.Struct, tag=True, frozen=True, kw_only=True):
+    """How are you? Answered by Report."""
+
+    request: int
+
+
+class Started(msgspec.Struct, tag=True, frozen=True, kw_only=True):
+    """The engine is ready for Attach."""
+
+    import_ms: float
+    port_ms: float
+
+
+class Attached(msgspec.Struct, tag=True, frozen=True, kw_only=True):
+    request: int
+    worker_address: bytes
+    lane: int
+    capacity_blocks: int
+
+
+class Detached(msgspec.Struct, tag=True, frozen=True, kw_only=True):
+    request: int
+
+
+class Refused(msgspec.Struct, tag=True, frozen=True, kw_only=True):
+    """`field` is what of the request is to blame."""
+
+    request: int
+    field: str
+    detail: str
+
+
+class LaneReport(msgspec.Struct, frozen=True, kw_only=True):
+    """One lane; fields as in LaneStats of the API."""
+
+    weight_node: str
+    epoch: int
+    granted_blocks: int
+    held_blocks: int
+    sequences: int
+    ranges: int
+    steps: int
+
+
+class Report(msgspec.Struct, tag=True, frozen=True, kw_only=True):
+    """State of the engine. `request` 0: sent unasked, after a change."""
+
+    request: int = 0
+    draining: bool = False
+    capacity_tokens: int = 0
+    used_tokens: int = 0
+    capacity_blocks: int = 0
+    used_blocks: int = 0
+    epoch_rejected: int = 0
+    lanes: list[LaneReport] = []
+
+
+class LaneClosed(msgspec.Struct, tag=True, frozen=True, kw_only=True):
+    """A lane ended, and what it held is freed."""
+
+    weight_node: str
+    epoch: int
+    reason: str
+
+
+class StepNotTaken(msgspec.Struct, tag=True, frozen=True, kw_only=True):
+    """A step was refused; for the log."""
+
+    weight_node: str
+    step: int
+    refusal: str
+    detail: str
+
+
+ToEngine = Attach | Detach | SetDraining | Ask
+FromEngine = Started | Attached | Detached | Refused | Report | LaneClosed | StepNotTaken

@@ -1,0 +1,146 @@
+"""What all lanes of one node share: its memory, its credit, its state. And who may attach.
+
+One node holds one KV layout at a time. The first weight node brings it; another one may be brought when
+no lane is left.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from flume_common.layout import KvLayout, LayoutMismatch
+from flume_common.wire import PROTOCOL_VERSION, Kind, LaneShape
+
+from flume_attention.blocks import BlockPool
+from flume_attention.credit import grants
+from flume_attention.errors import AttachRefused
+from flume_attention.holdings import Holdings
+from flume_attention.kv_pool import KvPool
+from flume_attention.messages import Attach
+
+MAX_FRAME_BYTES = 1 << 30
+
+
+@dataclass(slots=True)
+class Node:
+    """A node's memory budget and what became of it."""
+
+    kv_bytes: int
+    dtype: str | None = None  # the only one taken; None: the weight node's
+    draining: bool = False
+    epoch_rejected: int = 0  # messages refused for an older epoch
+    pool: KvPool | None = None
+    blocks: BlockPool = field(default_factory=lambda: BlockPool(0))
+    holdings: dict[str, Holdings] = field(default_factory=dict)  # by weight node
+    epochs: dict[str, int] = field(default_factory=dict)  # the newest seen of each weight node
+
+    @property
+    def capacity_blocks(self) -> int:
+        return self.blocks.num_blocks
+
+    @property
+    def free_blocks(self) -> int:
+        """Neither held nor promised to anyone."""
+        lanes = self.holdings.values()
+        return self.blocks.free + sum(lane.reserved_blocks - lane.unused for lane in lanes)
+
+    @property
+    def holds_nothing(self) -> bool:
+        return not any(lane.slots for lane in self.holdings.values())
+
+    def grant(self) -> list[str]:
+        """Give out what credit there is; returns the weight nodes whose credit grew."""
+        names = list(self.holdings)
+        demands = [self.holdings[name].demand for name in names]
+        grown = []
+        for name, blocks in zip(
+            names, grants(self.free_blocks, demands, draining=self.draining), strict=True
+        ):
+            self.holdings[name].granted += blocks
+            if blocks:
+                grown.append(name)
+        return grown
+
+    def admit(self, request: Attach) -> LaneShape:
+        """Decide about a lane and make room for its layout. Frees a lane it replaces only in `add`.
+
+        Raises AttachRefused naming the field of AttachRequest that is to blame.
+        """
+        self._require_protocol(request)
+        self.require_epoch(request.weight_node, request.epoch)
+        shape = _shape(request)
+        self._require_layout(shape.layout, others=any(n != request.weight_node for n in self.holdings))
+        return shape
+
+    def require_epoch(self, weight_node: str, epoch: int) -> None:
+        """Raises AttachRefused for an epoch older than one seen, and counts it."""
+        newest = self.epochs.get(weight_node, epoch)
+        if epoch < newest:
+            self.epoch_rejected += 1
+            raise AttachRefused(
+                "epoch", f"epoch {epoch} of {weight_node} is older than {newest}, which was seen already"
+            )
+        self.epochs[weight_node] = epoch
+
+    def add(self, weight_node: str, shape: LaneShape) -> Holdings:
+        """Holdings for a new lane of this weight node. Needs the lane it replaces removed."""
+        assert weight_node not in self.holdings
+        if self.pool is None or self.pool.layout != shape.layout:
+            self._adopt(shape.layout)
+        holdings = self.holdings[weight_node] = Holdings(self.blocks, shape)
+        return holdings
+
+    def remove(self, weight_node: str) -> None:
+        """Free everything this weight node's lane holds."""
+        self.holdings.pop(weight_node).release_all()
+
+    def _adopt(self, layout: KvLayout) -> None:
+        assert not self.holdings
+        self.pool = None  # before the next one is allocated
+        num_blocks = self.kv_bytes // layout.block_bytes
+        self.blocks = BlockPool(num_blocks)
+        self.pool = KvPool(layout, num_blocks)
+
+    def _require_protocol(self, request: Attach) -> None:
+        if request.protocol_version != PROTOCOL_VERSION:
+            raise AttachRefused(
+                "protocol_version",
+                f"protocol_version {request.protocol_version}: this node speaks {PROTOCOL_VERSION}",
+            )
+
+    def _require_layout(self, layout: KvLayout, *, others: bool) -> None:
+        if self.dtype is not None and layout.dtype != self.dtype:
+            raise AttachRefused("layout.dtype", f"this node was started for {self.dtype}, not {layout.dtype}")
+        if self.pool is not None and others:
+            try:
+                self.pool.layout.require_same(layout)
+            except LayoutMismatch as error:
+                raise AttachRefused(f"layout.{error.field}", str(error)) from error
+        if self.kv_bytes < layout.block_bytes:
+            raise AttachRefused(
+                "layout",
+                f"KV memory of {self.kv_bytes} bytes holds no block of {layout.block_tokens} tokens, "
+                f"which takes {layout.block_bytes}",
+            )
+
+
+def _shape(request: Attach) -> LaneShape:
+    shape = LaneShape(
+        request.layout, request.max_step_tokens, request.max_step_sequences, request.kv_frame_bytes
+    )
+    for name in ("max_step_tokens", "max_step_sequences"):
+        if getattr(shape, name) < 1:
+            raise AttachRefused(name, f"{name} must be at least 1")
+    if shape.kv_frame_bytes < shape.layout.layer_token_bytes:
+        raise AttachRefused(
+            "kv_frame_bytes",
+            f"kv_frame_bytes {shape.kv_frame_bytes} does not hold one token of one layer, "
+            f"which takes {shape.layout.layer_token_bytes}",
+        )
+    for kind in Kind:
+        if shape.body_bytes(kind) > MAX_FRAME_BYTES:
+            raise AttachRefused(
+                "max_step_tokens",
+                f"a {kind.name} frame of {shape.body_bytes(kind)} bytes is over {MAX_FRAME_BYTES}",
+            )
+    return shape

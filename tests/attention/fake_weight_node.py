@@ -1,0 +1,265 @@
+"""A fake weight node: drives a real attention engine over real UCX lanes, with random values.
+
+It keeps every token it appended in plain tensors, so that each partial can be compared with the
+double-precision reference over exactly the tokens the node should hold.
+"""
+
+from __future__ import annotations
+
+import itertools
+import time
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from flume_attention.messages import Attach, Attached
+from flume_common.lanes import Lane, Port, Side
+from flume_common.layout import KvLayout
+from flume_common.wire import (
+    PROTOCOL_VERSION,
+    Credit,
+    Header,
+    Kind,
+    LaneShape,
+    Op,
+    Plan,
+    sequence_key,
+)
+from flume_kernels import reference
+
+LAYOUT = KvLayout(
+    num_layers=3, num_query_heads=4, num_kv_heads=2, head_dim=16, dtype="float32", block_tokens=4
+)
+_lane_numbers = itertools.count(1000)
+
+
+@dataclass
+class FakeSlot:
+    """What the node should hold for a slot: K and V [layers, 2, tokens, kv_heads, head_dim]."""
+
+    kv: torch.Tensor
+
+    @property
+    def held(self) -> int:
+        return self.kv.shape[2]
+
+
+@dataclass
+class FakeWeightNode:
+    """One lane to an engine. Steps are driven by hand, or whole with `step`."""
+
+    name: str
+    port: Port
+    shape: LaneShape = field(
+        default_factory=lambda: LaneShape(
+            LAYOUT, max_step_tokens=64, max_step_sequences=8, kv_frame_bytes=64 * LAYOUT.layer_token_bytes
+        )
+    )
+    epoch: int = 1
+    timeout_s: float = 10.0
+
+    def __post_init__(self) -> None:
+        self.receive_lane = next(_lane_numbers)
+        self.lane: Lane
+        self.number = 0
+        self.kv_sent = 0
+        self.want = 16
+        self.returned = 0
+        self.taken = 0
+        self.credit: Credit | None = None
+        self.slots: dict[int, FakeSlot] = {}
+        self.random = torch.Generator().manual_seed(sum(map(ord, self.name)))
+
+    def attach_request(self, request: int = 1, **changes: object) -> Attach:
+        fields = {
+            "request": request,
+            "weight_node": self.name,
+            "epoch": self.epoch,
+            "protocol_version": PROTOCOL_VERSION,
+            "layout": self.shape.layout,
+            "worker_address": self.port.address,
+            "lane": self.receive_lane,
+            "max_step_tokens": self.shape.max_step_tokens,
+            "max_step_sequences": self.shape.max_step_sequences,
+            "kv_frame_bytes": self.shape.kv_frame_bytes,
+        }
+        return Attach(**(fields | changes))
+
+    def connect(self, attached: Attached) -> None:
+        self.lane = self.port.connect(
+            "attention", attached.worker_address, self.shape, Side.WEIGHT,
+            send_lane=attached.lane, receive_lane=self.receive_lane,
+        )  # fmt: skip
+
+    # Single messages
+
+    def plan(self, rows=(), ops=(), *, number=None, epoch=None, kv_sent=None) -> int:
+        """Send a PLAN of rows (slot, queries, append, held) and ops (op, slot, argument, key); its step."""
+        if number is None:
+            self.number += 1
+            number = self.number
+        plan = Plan(
+            step=number,
+            epoch=self.epoch if epoch is None else epoch,
+            ops=np.array(ops, dtype=np.int64).reshape(-1, 4),
+            rows=np.array(rows, dtype=np.int64).reshape(-1, 4),
+            layers_per_kv=1,
+            want_blocks=self.want,
+            returned_blocks=self.returned,
+            kv_sent_step=self.kv_sent if kv_sent is None else kv_sent,
+        )
+        frame = self._frame(Kind.PLAN)
+        self.lane.sender(Kind.PLAN).send(frame, plan.encode(frame.header, frame.words))
+        return number
+
+    def query(self, number: int, layer: int, q: torch.Tensor) -> None:
+        self._send(Kind.QUERY, number, layer, layer + 1, q)
+
+    def append(self, number: int, first: int, kv: torch.Tensor) -> None:
+        """kv [layers, 2, tokens, kv_heads, head_dim]"""
+        self._send(Kind.KV, number, first, first + kv.shape[0], kv)
+
+    def partial(self, number: int, layer: int, tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """The next partial of this step; those of older steps are dropped, as a weight node does."""
+        frame = self._receive(Kind.PARTIAL)
+        while frame.header[Header.STEP] < number:
+            self.lane.receiver(Kind.PARTIAL).give_back(frame)
+            frame = self._receive(Kind.PARTIAL)
+        assert (frame.header[Header.STEP], frame.header[Header.LAYER]) == (number, layer)
+        layout = self.shape.layout
+        split = tokens * layout.num_query_heads * layout.head_dim * layout.itemsize
+        size = split + 4 * tokens * layout.num_query_heads
+        assert frame.header[Header.BODY_BYTES] == size
+        body = torch.from_numpy(frame.body.copy())
+        o = body[:split].view(getattr(torch, layout.dtype)).view(tokens, -1, layout.head_dim)
+        lse = body[split:size].view(torch.float32).view(tokens, -1)
+        self.lane.receiver(Kind.PARTIAL).give_back(frame)
+        return o, lse
+
+    def await_credit(self, satisfied) -> Credit:
+        """The first credit, the last seen one included, that satisfies."""
+        deadline = time.monotonic() + self.timeout_s
+        while self.credit is None or not satisfied(self.credit):
+            assert time.monotonic() < deadline, f"no such credit; the last was {self.credit}"
+            frame = self._receive(Kind.CREDIT)
+            self.credit = Credit.decode(frame.words)
+            self.lane.receiver(Kind.CREDIT).give_back(frame)
+        return self.credit
+
+    def credits_waiting(self, for_s: float) -> int:
+        """How many CREDIT messages arrive in this time."""
+        count, until = 0, time.monotonic() + for_s
+        receiver = self.lane.receiver(Kind.CREDIT)
+        while time.monotonic() < until:
+            self.port.progress()
+            while (frame := receiver.poll()) is not None:
+                self.credit = Credit.decode(frame.words)
+                receiver.give_back(frame)
+                count += 1
+            time.sleep(0.005)
+        return count
+
+    # Whole steps
+
+    def rand(self, *shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=self.random).to(getattr(torch, self.shape.layout.dtype))
+
+    def new_kv(self, tokens: int) -> torch.Tensor:
+        layout = self.shape.layout
+        return self.rand(layout.num_layers, 2, tokens, layout.num_kv_heads, layout.head_dim)
+
+    def open(self, slot: int, sequence: str | None = None) -> tuple[int, int, int, int]:
+        """The op that opens a range in a slot."""
+        self.slots.setdefault(slot, FakeSlot(self.new_kv(0)))
+        return (Op.OPEN, slot, self.slots[slot].held, sequence_key(sequence or f"{self.name}/{slot}"))
+
+    def close(self, slot: int) -> tuple[int, int, int, int]:
+        return (Op.CLOSE, slot, self.slots[slot].held, 0)
+
+    def release(self, slot: int) -> tuple[int, int, int, int]:
+        del self.slots[slot]
+        return (Op.RELEASE, slot, 0, 0)
+
+    def step(self, *rows: tuple[int, int, int], ops=(), kv_layers: int = 1) -> None:
+        """One step with rows (slot, queries, append): send it, check every partial, and commit."""
+        self.finish(self.begin(*rows, ops=ops), kv_layers=kv_layers)
+
+    def begin(self, *rows: tuple[int, int, int], ops=()) -> RunningStep:
+        number = self.plan([(s, n, a, self.slots[s].held) for s, n, a in rows], ops)
+        return RunningStep(self, number, rows)
+
+    def finish(self, running: RunningStep, kv_layers: int = 1) -> None:
+        for layer in range(self.shape.layout.num_layers):
+            running.ask(layer)
+            running.check(layer)
+        running.send_kv(kv_layers)
+
+    def _frame(self, kind: Kind):
+        sender, got = self.lane.sender(kind), []
+        assert self.port.wait(lambda: (f := sender.frame()) is not None and not got.append(f), self.timeout_s)
+        return got[0]
+
+    def _send(self, kind: Kind, number: int, first: int, end: int, values: torch.Tensor) -> None:
+        frame = self._frame(kind)
+        frame.header[Header.STEP], frame.header[Header.EPOCH] = number, self.epoch
+        frame.header[Header.LAYER], frame.header[Header.LAYER_END] = first, end
+        data = values.contiguous().flatten().view(torch.uint8).numpy()
+        frame.body[: len(data)] = data
+        self.lane.sender(kind).send(frame, len(data))
+
+    def _receive(self, kind: Kind):
+        receiver, got = self.lane.receiver(kind), []
+        arrived = self.port.wait(
+            lambda: (f := receiver.poll()) is not None and not got.append(f), self.timeout_s
+        )
+        assert arrived, f"{self.name}: no {kind.name} within {self.timeout_s} s"
+        return got[0]
+
+
+class RunningStep:
+    """A step between its PLAN and its last KV."""
+
+    def __init__(self, node: FakeWeightNode, number: int, rows: tuple[tuple[int, int, int], ...]) -> None:
+        self.node = node
+        self.number = number
+        self.rows = rows
+        layout = node.shape.layout
+        self.queries = sum(n for _, n, _ in rows)
+        self.q = node.rand(layout.num_layers, self.queries, layout.num_query_heads, layout.head_dim)
+        self.past = {slot: node.slots[slot].kv for slot, _, _ in rows}
+        self.kv = {slot: node.new_kv(append) for slot, _, append in rows}
+
+    def ask(self, layer: int) -> None:
+        if self.queries:
+            self.node.query(self.number, layer, self.q[layer])
+
+    def check(self, layer: int) -> None:
+        """The partial of this layer equals attention over what was held when the step began."""
+        if not self.queries:
+            return
+        o, lse = self.node.partial(self.number, layer, self.queries)
+        tolerance = 1e-5 if self.node.shape.layout.dtype == "float32" else 1e-2
+        at = 0
+        for slot, n, _ in self.rows:
+            k, v = self.past[slot][layer].transpose(1, 2)
+            scale = self.node.shape.layout.head_dim**-0.5
+            want_o, want_lse = reference.attention(self.q[layer, at : at + n], k, v, scale)
+            torch.testing.assert_close(o[at : at + n].double(), want_o, atol=tolerance, rtol=tolerance)
+            torch.testing.assert_close(lse[at : at + n].double(), want_lse, atol=2e-3, rtol=1e-4)
+            at += n
+
+    def send_kv(self, layers_per_kv: int = 1, until: int | None = None) -> None:
+        """KV of the layers up to `until`; with all of them the step is committed."""
+        layers = self.node.shape.layout.num_layers
+        end = layers if until is None else until
+        appended = torch.cat(
+            [self.kv[slot] for slot, _, append in self.rows if append] or [self.node.new_kv(0)], 2
+        )
+        if appended.shape[2] == 0:
+            return
+        for first in range(0, end, layers_per_kv):
+            self.node.append(self.number, first, appended[first : min(end, first + layers_per_kv)])
+        if end == layers:
+            self.node.kv_sent = self.number
+            for slot, _, _ in self.rows:
+                self.node.slots[slot].kv = torch.cat([self.node.slots[slot].kv, self.kv[slot]], 2)

@@ -1,0 +1,393 @@
+"""The engine process over real UCX lanes, driven by fake weight nodes, against the reference."""
+
+from __future__ import annotations
+
+import asyncio
+from contextlib import asynccontextmanager
+
+import psutil
+import pytest
+import torch
+from fake_weight_node import LAYOUT, FakeWeightNode
+from flume_attention.messages import (
+    Ask,
+    Attached,
+    Detach,
+    Detached,
+    FromEngine,
+    LaneClosed,
+    Refused,
+    Report,
+    SetDraining,
+    Started,
+)
+from flume_common.engine_link import run_engine
+from flume_common.lanes import Port
+from flume_common.layout import KvLayout
+from flume_common.wire import LaneShape, Refusal
+
+CAPACITY = 32
+ENV = {"OMP_NUM_THREADS": "1", "UCX_TLS": "tcp,sm,self"}
+
+
+class Node:
+    """An attention engine and the supervisor's end of its link."""
+
+    def __init__(self, engine):
+        self.engine = engine
+        self.seen = []
+        self.requests = 100
+
+    async def expect(self, kind, *, timeout_s=10.0, where=lambda message: True):
+        async with asyncio.timeout(timeout_s):
+            while True:
+                message = await self.engine.receive()
+                self.seen.append(message)
+                if isinstance(message, kind) and where(message):
+                    return message
+
+    async def report(self) -> Report:
+        self.requests += 1
+        self.engine.send(Ask(request=self.requests))
+        return await self.expect(Report, where=lambda r: r.request == self.requests)
+
+    async def attach(self, node: FakeWeightNode, *, want: int = 16, **changes) -> FakeWeightNode:
+        """Attach, and wait until all the wanted credit is granted."""
+        self.engine.send(node.attach_request(**changes))
+        node.connect(await self.expect(Attached))
+        node.want = want
+        node.plan()
+        node.await_credit(lambda credit: credit.granted_blocks == want)
+        return node
+
+
+@asynccontextmanager
+async def engine_with(blocks=CAPACITY, layout=LAYOUT, args=()):
+    args = ["--kv-bytes", str(blocks * layout.block_bytes + 5), *args]
+    async with run_engine("flume_attention.engine", args, inbox=FromEngine, env=ENV) as engine:
+        node = Node(engine)
+        await node.expect(Started, timeout_s=60)
+        yield node
+
+
+@pytest.fixture
+async def node():
+    async with engine_with() as running:
+        yield running
+
+
+@pytest.fixture
+def port():
+    with Port() as opened:
+        yield opened
+
+
+async def test_a_sequence_is_prefilled_and_decoded_token_by_token(node, port):
+    w = await node.attach(FakeWeightNode("w1", port))
+    w.step((0, 0, 10), ops=[w.open(0)])
+    w.step((0, 7, 7))
+    for _ in range(9):
+        w.step((0, 1, 1), kv_layers=3)
+    report = await node.report()
+    assert (report.used_tokens, report.used_blocks, report.capacity_tokens) == (26, 7, CAPACITY * 4)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+async def test_half_precision_layouts(port, dtype):
+    layout = KvLayout(3, 6, 2, 16, dtype, 4)
+    async with engine_with(layout=layout) as node:
+        w = await node.attach(FakeWeightNode("w1", port, LaneShape(layout, 64, 8, 1 << 16)))
+        w.step((0, 0, 9), ops=[w.open(0)])
+        w.step((0, 5, 5))
+        w.step((0, 1, 1))
+
+
+async def test_rows_of_one_step_see_their_own_slot_only(node, port):
+    w = await node.attach(FakeWeightNode("w1", port))
+    w.step((0, 0, 9), (1, 0, 3), ops=[w.open(0), w.open(1), w.open(2)])
+    w.step((1, 1, 1), (2, 4, 4), (0, 1, 0))
+    w.step((2, 1, 1), (0, 3, 3), (1, 0, 2), kv_layers=2)
+    w.step((0, 1, 1), (1, 1, 1), (2, 1, 1))
+
+
+async def test_queries_on_a_slot_that_holds_nothing_get_zero_and_minus_infinity(node, port):
+    w = await node.attach(FakeWeightNode("w1", port))
+    running = w.begin((0, 3, 3), ops=[w.open(0)])
+    for layer in range(LAYOUT.num_layers):
+        running.ask(layer)
+        o, lse = w.partial(running.number, layer, 3)
+        assert not o.any() and bool((lse == -torch.inf).all())
+    running.send_kv()
+
+
+async def test_sequences_that_grow_side_by_side_stay_right_when_memory_is_scattered(node, port):
+    w = await node.attach(FakeWeightNode("w1", port), want=CAPACITY)
+    w.step(*[(slot, 0, 5) for slot in range(5)], ops=[w.open(slot) for slot in range(5)])
+    for turn in range(6):
+        w.step(*[(slot, 1, 3) for slot in range(5) if (slot + turn) % 3])
+    w.step((3, 2, 2), ops=[w.release(0), w.release(2)])
+    w.want = CAPACITY - 16
+    w.plan()
+    w.await_credit(lambda credit: credit.free_blocks == 0)
+    w.step((3, 30, 30))
+    w.step((3, 1, 1), (1, 1, 1))
+
+
+async def test_a_tail_that_comes_back_makes_a_second_range_in_its_slot(node, port):
+    w = await node.attach(FakeWeightNode("w1", port))
+    w.step((0, 0, 6), ops=[w.open(0)])
+    w.step((0, 1, 0), ops=[w.close(0)])
+    w.step((0, 1, 1), ops=[w.open(0)])
+    w.step((0, 2, 2))
+    report = await node.report()
+    assert report.lanes[0].ranges == 2 and report.lanes[0].sequences == 1 and report.used_blocks == 3
+
+
+async def test_two_weight_nodes_interleave_their_steps(node, port):
+    first = await node.attach(FakeWeightNode("w1", port), want=8)
+    second = await node.attach(FakeWeightNode("w2", port), want=8)
+    for w in (first, second):
+        w.step((0, 0, 8), ops=[w.open(0)])
+    one, two = first.begin((0, 1, 1)), second.begin((0, 4, 4))
+    for layer in range(LAYOUT.num_layers):
+        one.ask(layer)
+        two.ask(layer)
+        two.check(layer)
+        one.check(layer)
+    two.send_kv()
+    one.send_kv()
+    first.step((0, 1, 1))
+    second.step((0, 1, 1))
+    report = await node.report()
+    assert {lane.weight_node: lane.held_blocks for lane in report.lanes} == {"w1": 3, "w2": 4}
+
+
+async def test_a_plan_abandons_an_unfinished_step_and_nothing_of_it_is_kept(node, port):
+    w = await node.attach(FakeWeightNode("w1", port))
+    w.step((0, 0, 5), ops=[w.open(0)])
+    broken = w.begin((0, 1, 9))
+    broken.ask(0)
+    broken.check(0)
+    broken.send_kv(until=2)
+    broken.ask(1)  # nobody waits for this answer
+    w.step((0, 2, 2))
+    w.step((0, 1, 1))
+    report = await node.report()
+    assert (report.used_tokens, report.used_blocks) == (8, 2)
+
+
+async def test_a_step_abandoned_before_its_queries_came_does_not_disturb_the_next(node, port):
+    w = await node.attach(FakeWeightNode("w1", port))
+    w.step((0, 0, 5), ops=[w.open(0)])
+    for _ in range(3):
+        w.begin((0, 1, 9))
+    w.plan()
+    w.step((0, 1, 1))
+    assert (await node.report()).used_tokens == 6
+
+
+async def test_a_plan_that_overtakes_the_kv_sent_before_it_waits_for_it(node, port):
+    w = await node.attach(FakeWeightNode("w1", port))
+    w.step((0, 0, 5), ops=[w.open(0)])
+    overtaken = w.begin((0, 0, 2))
+    w.slots[0].kv, before = torch.cat([w.slots[0].kv, overtaken.kv[0]], 2), w.slots[0].kv
+    w.kv_sent = overtaken.number
+    running = w.begin((0, 1, 1))
+    running.ask(0)
+    w.slots[0].kv = before
+    overtaken.send_kv()
+    running.check(0)
+    for layer in range(1, LAYOUT.num_layers):
+        running.ask(layer)
+        running.check(layer)
+    running.send_kv()
+    w.step((0, 1, 1))
+    assert (await node.report()).used_tokens == 9
+
+
+@pytest.mark.parametrize(
+    "rows, refusal",
+    [
+        pytest.param([(7, 1, 0, 0)], Refusal.UNKNOWN_SLOT, id="unknown slot"),
+        pytest.param([(0, 1, 1, 4)], Refusal.LENGTH_MISMATCH, id="another length"),
+        pytest.param([(0, 0, 60, 5)], Refusal.OVER_CREDIT, id="over credit"),
+        pytest.param([(0, 65, 0, 5)], Refusal.TOO_LARGE, id="more queries than attached for"),
+        pytest.param([(1, 0, 1, 0)], Refusal.NO_OPEN_RANGE, id="closed range"),
+    ],
+)
+async def test_a_refused_step_says_why_and_the_next_one_goes_on(node, port, rows, refusal):
+    w = await node.attach(FakeWeightNode("w1", port), want=8)
+    w.step((0, 0, 5), ops=[w.open(0), w.open(1)])
+    w.plan(ops=[w.close(1)])
+    number = w.plan(rows)
+    # What was sent along with the refused step is dropped by its step number.
+    w.query(number, 0, w.rand(1, LAYOUT.num_query_heads, LAYOUT.head_dim))
+    w.append(number, 0, w.new_kv(1)[:1])
+    credit = w.await_credit(lambda credit: credit.refused_step == number)
+    assert credit.refusal is refusal
+    w.step((0, 1, 1))
+    assert (await node.report()).used_tokens == 6
+
+
+async def test_a_plan_of_an_older_epoch_is_refused_and_counted(node, port):
+    w = await node.attach(FakeWeightNode("w1", port, epoch=5))
+    w.step((0, 0, 5), ops=[w.open(0)])
+    number = w.plan(ops=[(3, 0, 0, 0)], epoch=4)
+    assert w.await_credit(lambda c: c.refused_step == number).refusal is Refusal.STALE_EPOCH
+    report = await node.report()
+    assert report.epoch_rejected == 1 and report.used_tokens == 5
+
+
+async def test_credit_runs_out_and_grows_again_when_memory_comes_back(node, port):
+    w = await node.attach(FakeWeightNode("w1", port), want=CAPACITY)
+    w.step((0, 0, 60), ops=[w.open(0)])
+    w.step((1, 0, 64), ops=[w.open(1)])
+    assert w.await_credit(lambda c: c.free_blocks == 0).granted_blocks == CAPACITY
+    number = w.plan([(1, 0, 5, 64)])
+    assert w.await_credit(lambda c: c.refused_step == number).refusal is Refusal.OVER_CREDIT
+    w.plan(ops=[w.release(0)])
+    w.await_credit(lambda c: c.granted_blocks == CAPACITY + 15)
+    w.step((1, 1, 60))
+
+
+async def test_credit_given_back_goes_to_who_wants_it(node, port):
+    first = await node.attach(FakeWeightNode("w1", port), want=CAPACITY)
+    second = FakeWeightNode("w2", port)
+    node.engine.send(second.attach_request())
+    second.connect(await node.expect(Attached))
+    second.want = 8
+    second.plan()
+    second.await_credit(lambda c: c.granted_blocks == 0)
+    first.want, first.returned = 4, 10
+    first.plan()
+    second.await_credit(lambda c: c.granted_blocks == 8)
+    second.step((0, 0, 32), ops=[second.open(0)])
+
+
+async def test_a_decode_step_sends_no_credit_of_its_own(node, port):
+    w = await node.attach(FakeWeightNode("w1", port), want=4)
+    w.step((0, 0, 1), ops=[w.open(0)])
+    w.credits_waiting(0.5)
+    for _ in range(2):
+        w.step((0, 1, 1))
+    assert w.credits_waiting(0.05) == 0
+    assert w.credits_waiting(0.5) <= 2 and w.credit.committed_step == w.number
+
+
+async def test_an_idle_node_uses_no_cpu(node, port):
+    await node.attach(FakeWeightNode("w1", port))
+    await asyncio.sleep(0.5)
+    process = psutil.Process(node.engine.pid)
+    before = sum(process.cpu_times()[:2])
+    await asyncio.sleep(1.0)
+    assert sum(process.cpu_times()[:2]) - before <= 0.03
+
+
+async def test_release_frees_everything(node, port):
+    w = await node.attach(FakeWeightNode("w1", port))
+    for turn in range(20):
+        w.step((turn, 0, 20), ops=[w.open(turn)])
+        w.step((turn, 1, 1))
+        w.plan(ops=[w.release(turn)])
+        w.await_credit(lambda c, turn=turn: c.granted_blocks == 16 + 6 * (turn + 1))
+    report = await node.report()
+    assert (report.used_blocks, report.used_tokens, report.lanes[0].sequences) == (0, 0, 0)
+
+
+async def test_a_weight_node_that_dies_leaves_nothing_behind(node, port):
+    other = await node.attach(FakeWeightNode("w2", port), want=4)
+    other.step((0, 0, 8), ops=[other.open(0)])
+    with Port() as dying_port:
+        w = await node.attach(FakeWeightNode("w1", dying_port))
+        w.step((0, 0, 20), ops=[w.open(0)])
+        w.begin((0, 1, 1))
+        w.lane.close()
+    closed = await node.expect(LaneClosed, timeout_s=5)
+    assert closed.weight_node == "w1"
+    report = await node.report()
+    assert (report.used_blocks, [lane.weight_node for lane in report.lanes]) == (2, ["w2"])
+    other.want = CAPACITY - 2
+    other.plan()
+    other.await_credit(lambda c: c.granted_blocks == CAPACITY)
+    other.step((0, 1, 1))
+
+
+async def test_draining_grants_nothing_and_serves_what_is_there(node, port):
+    w = await node.attach(FakeWeightNode("w1", port), want=4)
+    w.step((0, 0, 5), ops=[w.open(0)])
+    node.engine.send(SetDraining(request=1, draining=True))
+    await node.expect(Report, where=lambda r: r.draining)
+    credit = w.await_credit(lambda c: c.draining)
+    w.want = 20
+    w.step((0, 1, 1))
+    assert w.credits_waiting(0.3) <= 1 and w.credit.granted_blocks == credit.granted_blocks
+    node.engine.send(SetDraining(request=2, draining=False))
+    w.await_credit(lambda c: not c.draining and c.granted_blocks == 22)
+
+
+# Attach
+
+
+async def test_the_same_weight_node_attaching_again_replaces_its_lane(node, port):
+    w = await node.attach(FakeWeightNode("w1", port))
+    w.step((0, 0, 20), ops=[w.open(0)])
+    again = await node.attach(FakeWeightNode("w1", port))
+    assert (await node.report()).used_blocks == 0
+    again.step((0, 0, 5), ops=[again.open(0)])
+    again.step((0, 1, 1))
+
+
+async def test_another_layout_is_taken_only_when_no_lane_is_left(node, port):
+    w = await node.attach(FakeWeightNode("w1", port))
+    w.step((0, 0, 20), ops=[w.open(0)])
+    layout = KvLayout(2, 2, 1, 32, "float32", 8)
+    shape = LaneShape(layout, 64, 8, 1 << 16)
+    other = FakeWeightNode("w2", port, shape)
+    node.engine.send(other.attach_request())
+    refused = await node.expect(Refused)
+    assert refused.field == "layout.num_layers" and "has 3, the peer has 2" in refused.detail
+    node.engine.send(Detach(request=2, weight_node="w1", epoch=1))
+    await node.expect(Detached)
+    await node.attach(other, want=4)
+    other.step((0, 0, 9), ops=[other.open(0)])
+    other.step((0, 1, 1))
+
+
+@pytest.mark.parametrize(
+    "changes, field",
+    [
+        ({"protocol_version": 99}, "protocol_version"),
+        ({"epoch": 6}, "epoch"),
+        ({"max_step_tokens": 0}, "max_step_tokens"),
+        ({"max_step_tokens": 1 << 30}, "max_step_tokens"),
+        ({"kv_frame_bytes": 8}, "kv_frame_bytes"),
+        ({"layout": KvLayout(1000, 64, 64, 128, "float32", 16)}, "layout"),
+        ({"worker_address": b""}, "worker_address"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+async def test_an_attach_that_cannot_be_is_refused_by_the_fields_name(node, port, changes, field):
+    seen = await node.attach(FakeWeightNode("w1", port, epoch=7))
+    seen.step((0, 0, 5), ops=[seen.open(0)])
+    weight_node = FakeWeightNode("w1" if "epoch" in changes else "w2", port)
+    node.engine.send(weight_node.attach_request(**changes))
+    assert (await node.expect(Refused)).field == field
+    seen.step((0, 1, 1))
+    report = await node.report()
+    assert report.used_tokens == 6 and report.epoch_rejected == ("epoch" in changes)
+
+
+async def test_a_weight_node_that_contradicts_itself_loses_its_lane(node, port):
+    w = await node.attach(FakeWeightNode("w1", port))
+    w.step((0, 0, 5), ops=[w.open(0)])
+    number = w.plan([(0, 1, 1, 5)])
+    w.query(number, 1, w.rand(1, LAYOUT.num_query_heads, LAYOUT.head_dim))
+    closed = await node.expect(LaneClosed)
+    assert "expected layer 0" in closed.reason
+    assert (await node.report()).used_blocks == 0
+
+
+async def test_the_engine_ends_with_its_supervisor():
+    async with engine_with() as node:
+        process = node.engine.process
+    assert process.returncode == 0
