@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import shlex
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,11 @@ from flume_controller.serve import run
 @click.option("--listen", default="127.0.0.1:9400", show_default=True, help="Address of the admin API.")
 @click.option("--provider", type=click.Choice(["local"]), default="local", show_default=True)
 @click.option(
+    "--attention-command",
+    default=shlex.join((sys.executable, "-m", "flume_attention")),
+    help="What runs an attention node; something like numactl may come before it.",
+)
+@click.option(
     "--attention-args", default="", help="More options for every attention node, e.g. '--kv-memory 512MiB'."
 )
 @click.option(
@@ -33,9 +39,13 @@ from flume_controller.serve import run
     help="For records of the processes it starts and their logs.",
 )  # fmt: skip
 @click.option("--log-level", type=click.Choice(LEVELS), default="info", show_default=True)
-def main(attention_args: str, log_level: str, **settings: Any) -> None:
+def main(attention_command: str, attention_args: str, log_level: str, **settings: Any) -> None:
     """Keep as many attention nodes running as are wanted, and serve the admin API."""
-    config = ControllerConfig(attention_args=tuple(shlex.split(attention_args)), **settings)
+    config = ControllerConfig(
+        attention_command=tuple(shlex.split(attention_command)),
+        attention_args=tuple(shlex.split(attention_args)),
+        **settings,
+    )
     configure_logging("controller", config.node, log_level)
     asyncio.run(_until_signalled(config))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -17,6 +18,8 @@ class ControllerConfig(msgspec.Struct, frozen=True, kw_only=True):
     listen: str = "127.0.0.1:9400"
 
     provider: Literal["local"] = "local"
+    attention_command: tuple[str, ...] = (sys.executable, "-m", "flume_attention")
+    """What runs an attention node; something like `numactl` may come before it."""
     attention_args: tuple[str, ...] = ()
     """Added to the command line of every attention node."""
     data_dir: Path

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import os
 import socket
-import sys
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from typing import NoReturn
@@ -69,7 +68,7 @@ def initial_spec(config: ControllerConfig) -> AttentionSpec:
 
 def attention_command(config: ControllerConfig, node: str) -> Sequence[str]:
     return (
-        *(sys.executable, "-m", "flume_attention"),
+        *config.attention_command,
         *("--cluster", config.cluster, "--node", node, "--etcd", config.etcd, "--listen", "127.0.0.1:0"),
         *config.attention_args,
     )

@@ -1,0 +1,87 @@
+import pytest
+from flume_controller.plan import NodeView, Phase
+from flume_controller.spec import AttentionSpec, ConditionStatus
+from flume_controller.status import Crash, report
+
+SPEC = AttentionSpec(desired=2, generation=7)
+
+
+def nodes(*phases):
+    return [NodeView(f"attention-{number}", phase) for number, phase in enumerate(phases, 1)]
+
+
+def conditions(status):
+    return {item.type: (str(item.status), item.reason) for item in status.conditions}
+
+
+def make(*phases, spec=SPEC, crashes=(), failures=(), previous=None, now_s=1.0):
+    return report(spec, nodes(*phases), crashes, failures, previous, now_s)
+
+
+def test_the_generation_acted_on_and_the_counts_are_reported():
+    status = make(Phase.READY, Phase.STARTING, Phase.PREPARING, Phase.DRAINING, Phase.STOPPING, Phase.DEAD)
+    assert (status.observed_generation, status.desired) == (7, 2)
+    assert (status.ready, status.preparing, status.draining) == (1, 2, 2)
+
+
+@pytest.mark.parametrize(
+    "phases, expected",
+    [
+        ((Phase.READY, Phase.READY), {"Available": "True", "Progressing": "False", "Degraded": "False"}),
+        ((Phase.READY, Phase.STARTING), {"Available": "True", "Progressing": "True", "Degraded": "False"}),
+        ((Phase.STARTING,), {"Available": "False", "Progressing": "True", "Degraded": "False"}),
+        (
+            (Phase.READY, Phase.READY, Phase.DRAINING),
+            {"Available": "True", "Progressing": "True", "Degraded": "False"},
+        ),
+        ((Phase.READY, Phase.LOST), {"Available": "True", "Progressing": "True", "Degraded": "True"}),
+    ],
+    ids=["as desired", "scaling", "nothing ready", "draining", "one unreachable"],
+)
+def test_conditions_follow_from_the_phases(phases, expected):
+    found = {kind: status for kind, (status, _) in conditions(make(*phases)).items()}
+    assert found == expected
+
+
+def test_fewer_than_the_minimum_is_not_available():
+    status = make(Phase.READY, spec=AttentionSpec(desired=2, min=2))
+    assert conditions(status)["Available"] == ("False", "TooFewNodes")
+
+
+def test_wanting_none_is_not_available_but_as_desired():
+    found = conditions(make(spec=AttentionSpec(desired=0)))
+    assert found["Available"] == ("False", "ScaledToZero")
+    assert found["Progressing"] == ("False", "AsDesired")
+
+
+def test_a_crash_is_named_with_its_exit_code_and_log():
+    status = make(Phase.READY, crashes=[Crash("attention-2", -9, "/logs/attention-2.log")])
+    (degraded,) = (item for item in status.conditions if item.type == "Degraded")
+    assert degraded.reason == "NodeCrashed"
+    assert degraded.message == "attention-2 exited with -9 (log: /logs/attention-2.log)"
+
+
+def test_an_action_that_failed_is_reported():
+    assert conditions(make(failures=["Start(1): no such file"]))["Degraded"] == ("True", "ActionFailed")
+
+
+def test_the_transition_time_changes_with_the_status_only():
+    first = make(Phase.READY, Phase.STARTING, now_s=1.0)
+    reworded = make(Phase.READY, Phase.READY, Phase.DRAINING, previous=first, now_s=2.0)
+    turned = make(Phase.READY, Phase.READY, previous=reworded, now_s=3.0)
+    times = [
+        {item.type: item.last_transition_time_s for item in status.conditions}
+        for status in (first, reworded, turned)
+    ]
+    assert first.conditions[1].message != reworded.conditions[1].message
+    assert times == [
+        {"Available": 1.0, "Progressing": 1.0, "Degraded": 1.0},
+        {"Available": 1.0, "Progressing": 1.0, "Degraded": 1.0},
+        {"Available": 1.0, "Progressing": 3.0, "Degraded": 1.0},
+    ]
+
+
+def test_all_conditions_are_set_at_the_first_visit():
+    status = make()
+    assert [item.type for item in status.conditions] == ["Available", "Progressing", "Degraded"]
+    assert all(isinstance(item.status, ConditionStatus) for item in status.conditions)
