@@ -31,6 +31,7 @@ LAYOUT = KvLayout(
     num_layers=3, num_query_heads=4, num_kv_heads=2, head_dim=16, dtype="float32", block_tokens=4
 )
 _lane_numbers = itertools.count(1000)
+_names = itertools.count(1)
 
 
 @dataclass
@@ -48,7 +49,6 @@ class FakeSlot:
 class FakeWeightNode:
     """One lane to an engine. Steps are driven by hand, or whole with `step`."""
 
-    name: str
     port: Port
     shape: LaneShape = field(
         default_factory=lambda: LaneShape(
@@ -56,6 +56,7 @@ class FakeWeightNode:
         )
     )
     epoch: int = 1
+    name: str = field(default_factory=lambda: f"weight-{next(_names)}")
     timeout_s: float = 10.0
 
     def __post_init__(self) -> None:

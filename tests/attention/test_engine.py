@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+import sys
+from asyncio.subprocess import PIPE
 from contextlib import asynccontextmanager
+from pathlib import Path
 
+import msgspec
 import psutil
 import pytest
+import pytest_asyncio
 import torch
 from fake_weight_node import LAYOUT, FakeWeightNode
 from flume_attention.messages import (
     Ask,
+    Attach,
     Attached,
     Detach,
     Detached,
@@ -26,6 +32,7 @@ from flume_common.lanes import Port
 from flume_common.layout import KvLayout
 from flume_common.wire import LaneShape, Refusal
 
+pytestmark = pytest.mark.asyncio(loop_scope="module")
 CAPACITY = 32
 ENV = {"OMP_NUM_THREADS": "1", "UCX_TLS": "tcp,sm,self"}
 
@@ -70,20 +77,79 @@ async def engine_with(blocks=CAPACITY, layout=LAYOUT, args=()):
         yield node
 
 
-@pytest.fixture
-async def node():
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def shared_engine():
     async with engine_with() as running:
-        yield running
+        yield running.engine
 
 
-@pytest.fixture
+@pytest_asyncio.fixture(loop_scope="module")
+async def node(shared_engine):
+    """The engine of this module, with no lane."""
+    running = Node(shared_engine)
+    yield running
+    for lane in (await running.report()).lanes:
+        running.engine.send(Detach(request=1, weight_node=lane.weight_node, epoch=lane.epoch))
+        await running.expect(Detached)
+    assert (await running.report()).used_blocks == 0
+
+
+@pytest.fixture(scope="module")
 def port():
+    """The fake weight nodes' port; each has a lane of its own."""
     with Port() as opened:
         yield opened
 
 
+DYING = """
+import sys, time
+from fake_weight_node import FakeWeightNode
+from flume_attention.messages import Attached
+from flume_common.lanes import Port
+import msgspec
+with Port() as port:
+    w = FakeWeightNode(port, name="dying")
+    print(msgspec.msgpack.encode(w.attach_request()).hex(), flush=True)
+    w.connect(msgspec.msgpack.decode(bytes.fromhex(input()), type=Attached))
+    w.plan()
+    w.await_credit(lambda credit: credit.granted_blocks == 16)
+    w.step((0, 0, 20), ops=[w.open(0)])
+    w.begin((0, 1, 1)).ask(0)
+    print("held", flush=True)
+    time.sleep(60)
+"""
+
+
+@asynccontextmanager
+async def weight_node_process(node):
+    """A fake weight node in a process of its own, in the middle of a step on 20 tokens."""
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, "-c", DYING, cwd=Path(__file__).parent, stdin=PIPE, stdout=PIPE
+    )
+    try:
+        async with asyncio.timeout(30):
+            request = bytes.fromhex(await _line_of(process))
+            node.engine.send(msgspec.msgpack.decode(request, type=Attach))
+            attached = msgspec.msgpack.encode(await node.expect(Attached)).hex()
+            process.stdin.write(attached.encode() + b"\n")
+            assert await _line_of(process) == "held"
+        yield process
+    finally:
+        if process.returncode is None:
+            process.kill()
+        await process.wait()
+
+
+async def _line_of(process):
+    while True:
+        line = (await process.stdout.readline()).decode().strip()
+        assert line, "the process ended"
+        if " " not in line:  # not one of UCX's warnings
+            return line
+
+
 async def test_a_sequence_is_prefilled_and_decoded_token_by_token(node, port):
-    w = await node.attach(FakeWeightNode("w1", port))
+    w = await node.attach(FakeWeightNode(port))
     w.step((0, 0, 10), ops=[w.open(0)])
     w.step((0, 7, 7))
     for _ in range(9):
@@ -96,14 +162,14 @@ async def test_a_sequence_is_prefilled_and_decoded_token_by_token(node, port):
 async def test_half_precision_layouts(port, dtype):
     layout = KvLayout(3, 6, 2, 16, dtype, 4)
     async with engine_with(layout=layout) as node:
-        w = await node.attach(FakeWeightNode("w1", port, LaneShape(layout, 64, 8, 1 << 16)))
+        w = await node.attach(FakeWeightNode(port, LaneShape(layout, 64, 8, 1 << 16)))
         w.step((0, 0, 9), ops=[w.open(0)])
         w.step((0, 5, 5))
         w.step((0, 1, 1))
 
 
 async def test_rows_of_one_step_see_their_own_slot_only(node, port):
-    w = await node.attach(FakeWeightNode("w1", port))
+    w = await node.attach(FakeWeightNode(port))
     w.step((0, 0, 9), (1, 0, 3), ops=[w.open(0), w.open(1), w.open(2)])
     w.step((1, 1, 1), (2, 4, 4), (0, 1, 0))
     w.step((2, 1, 1), (0, 3, 3), (1, 0, 2), kv_layers=2)
@@ -111,7 +177,7 @@ async def test_rows_of_one_step_see_their_own_slot_only(node, port):
 
 
 async def test_queries_on_a_slot_that_holds_nothing_get_zero_and_minus_infinity(node, port):
-    w = await node.attach(FakeWeightNode("w1", port))
+    w = await node.attach(FakeWeightNode(port))
     running = w.begin((0, 3, 3), ops=[w.open(0)])
     for layer in range(LAYOUT.num_layers):
         running.ask(layer)
@@ -121,7 +187,7 @@ async def test_queries_on_a_slot_that_holds_nothing_get_zero_and_minus_infinity(
 
 
 async def test_sequences_that_grow_side_by_side_stay_right_when_memory_is_scattered(node, port):
-    w = await node.attach(FakeWeightNode("w1", port), want=CAPACITY)
+    w = await node.attach(FakeWeightNode(port), want=CAPACITY)
     w.step(*[(slot, 0, 5) for slot in range(5)], ops=[w.open(slot) for slot in range(5)])
     for turn in range(6):
         w.step(*[(slot, 1, 3) for slot in range(5) if (slot + turn) % 3])
@@ -134,7 +200,7 @@ async def test_sequences_that_grow_side_by_side_stay_right_when_memory_is_scatte
 
 
 async def test_a_tail_that_comes_back_makes_a_second_range_in_its_slot(node, port):
-    w = await node.attach(FakeWeightNode("w1", port))
+    w = await node.attach(FakeWeightNode(port))
     w.step((0, 0, 6), ops=[w.open(0)])
     w.step((0, 1, 0), ops=[w.close(0)])
     w.step((0, 1, 1), ops=[w.open(0)])
@@ -144,8 +210,8 @@ async def test_a_tail_that_comes_back_makes_a_second_range_in_its_slot(node, por
 
 
 async def test_two_weight_nodes_interleave_their_steps(node, port):
-    first = await node.attach(FakeWeightNode("w1", port), want=8)
-    second = await node.attach(FakeWeightNode("w2", port), want=8)
+    first = await node.attach(FakeWeightNode(port), want=8)
+    second = await node.attach(FakeWeightNode(port), want=8)
     for w in (first, second):
         w.step((0, 0, 8), ops=[w.open(0)])
     one, two = first.begin((0, 1, 1)), second.begin((0, 4, 4))
@@ -159,11 +225,12 @@ async def test_two_weight_nodes_interleave_their_steps(node, port):
     first.step((0, 1, 1))
     second.step((0, 1, 1))
     report = await node.report()
-    assert {lane.weight_node: lane.held_blocks for lane in report.lanes} == {"w1": 3, "w2": 4}
+    held = {lane.weight_node: lane.held_blocks for lane in report.lanes}
+    assert held == {first.name: 3, second.name: 4}
 
 
 async def test_a_plan_abandons_an_unfinished_step_and_nothing_of_it_is_kept(node, port):
-    w = await node.attach(FakeWeightNode("w1", port))
+    w = await node.attach(FakeWeightNode(port))
     w.step((0, 0, 5), ops=[w.open(0)])
     broken = w.begin((0, 1, 9))
     broken.ask(0)
@@ -177,7 +244,7 @@ async def test_a_plan_abandons_an_unfinished_step_and_nothing_of_it_is_kept(node
 
 
 async def test_a_step_abandoned_before_its_queries_came_does_not_disturb_the_next(node, port):
-    w = await node.attach(FakeWeightNode("w1", port))
+    w = await node.attach(FakeWeightNode(port))
     w.step((0, 0, 5), ops=[w.open(0)])
     for _ in range(3):
         w.begin((0, 1, 9))
@@ -187,7 +254,7 @@ async def test_a_step_abandoned_before_its_queries_came_does_not_disturb_the_nex
 
 
 async def test_a_plan_that_overtakes_the_kv_sent_before_it_waits_for_it(node, port):
-    w = await node.attach(FakeWeightNode("w1", port))
+    w = await node.attach(FakeWeightNode(port))
     w.step((0, 0, 5), ops=[w.open(0)])
     overtaken = w.begin((0, 0, 2))
     w.slots[0].kv, before = torch.cat([w.slots[0].kv, overtaken.kv[0]], 2), w.slots[0].kv
@@ -216,7 +283,7 @@ async def test_a_plan_that_overtakes_the_kv_sent_before_it_waits_for_it(node, po
     ],
 )
 async def test_a_refused_step_says_why_and_the_next_one_goes_on(node, port, rows, refusal):
-    w = await node.attach(FakeWeightNode("w1", port), want=8)
+    w = await node.attach(FakeWeightNode(port), want=8)
     w.step((0, 0, 5), ops=[w.open(0), w.open(1)])
     w.plan(ops=[w.close(1)])
     number = w.plan(rows)
@@ -230,16 +297,35 @@ async def test_a_refused_step_says_why_and_the_next_one_goes_on(node, port, rows
 
 
 async def test_a_plan_of_an_older_epoch_is_refused_and_counted(node, port):
-    w = await node.attach(FakeWeightNode("w1", port, epoch=5))
+    w = await node.attach(FakeWeightNode(port, epoch=5))
     w.step((0, 0, 5), ops=[w.open(0)])
+    before = (await node.report()).epoch_rejected
     number = w.plan(ops=[(3, 0, 0, 0)], epoch=4)
     assert w.await_credit(lambda c: c.refused_step == number).refusal is Refusal.STALE_EPOCH
     report = await node.report()
-    assert report.epoch_rejected == 1 and report.used_tokens == 5
+    assert report.epoch_rejected == before + 1 and report.used_tokens == 5
+
+
+async def test_an_attach_of_an_older_epoch_is_refused_even_after_the_lane_is_gone(node, port):
+    w = await node.attach(FakeWeightNode(port, epoch=5))
+    node.engine.send(Detach(request=2, weight_node=w.name, epoch=5))
+    await node.expect(Detached)
+    before = (await node.report()).epoch_rejected
+    node.engine.send(w.attach_request(epoch=4))
+    refused = await node.expect(Refused)
+    assert refused.field == "epoch" and "older than 5" in refused.detail
+    assert (await node.report()).epoch_rejected == before + 1
+
+
+async def test_memory_for_not_even_one_block_is_refused_with_the_numbers(node, port):
+    layout = KvLayout(1000, 64, 64, 128, "float32", 16)
+    node.engine.send(FakeWeightNode(port).attach_request(layout=layout))
+    refused = await node.expect(Refused)
+    assert refused.field == "layout" and f"which takes {layout.block_bytes}" in refused.detail
 
 
 async def test_credit_runs_out_and_grows_again_when_memory_comes_back(node, port):
-    w = await node.attach(FakeWeightNode("w1", port), want=CAPACITY)
+    w = await node.attach(FakeWeightNode(port), want=CAPACITY)
     w.step((0, 0, 60), ops=[w.open(0)])
     w.step((1, 0, 64), ops=[w.open(1)])
     assert w.await_credit(lambda c: c.free_blocks == 0).granted_blocks == CAPACITY
@@ -251,8 +337,8 @@ async def test_credit_runs_out_and_grows_again_when_memory_comes_back(node, port
 
 
 async def test_credit_given_back_goes_to_who_wants_it(node, port):
-    first = await node.attach(FakeWeightNode("w1", port), want=CAPACITY)
-    second = FakeWeightNode("w2", port)
+    first = await node.attach(FakeWeightNode(port), want=CAPACITY)
+    second = FakeWeightNode(port)
     node.engine.send(second.attach_request())
     second.connect(await node.expect(Attached))
     second.want = 8
@@ -265,7 +351,7 @@ async def test_credit_given_back_goes_to_who_wants_it(node, port):
 
 
 async def test_a_decode_step_sends_no_credit_of_its_own(node, port):
-    w = await node.attach(FakeWeightNode("w1", port), want=4)
+    w = await node.attach(FakeWeightNode(port), want=4)
     w.step((0, 0, 1), ops=[w.open(0)])
     w.credits_waiting(0.5)
     for _ in range(2):
@@ -275,7 +361,7 @@ async def test_a_decode_step_sends_no_credit_of_its_own(node, port):
 
 
 async def test_an_idle_node_uses_no_cpu(node, port):
-    await node.attach(FakeWeightNode("w1", port))
+    await node.attach(FakeWeightNode(port))
     await asyncio.sleep(0.5)
     process = psutil.Process(node.engine.pid)
     before = sum(process.cpu_times()[:2])
@@ -284,7 +370,7 @@ async def test_an_idle_node_uses_no_cpu(node, port):
 
 
 async def test_release_frees_everything(node, port):
-    w = await node.attach(FakeWeightNode("w1", port))
+    w = await node.attach(FakeWeightNode(port))
     for turn in range(20):
         w.step((turn, 0, 20), ops=[w.open(turn)])
         w.step((turn, 1, 1))
@@ -295,17 +381,15 @@ async def test_release_frees_everything(node, port):
 
 
 async def test_a_weight_node_that_dies_leaves_nothing_behind(node, port):
-    other = await node.attach(FakeWeightNode("w2", port), want=4)
+    other = await node.attach(FakeWeightNode(port), want=4)
     other.step((0, 0, 8), ops=[other.open(0)])
-    with Port() as dying_port:
-        w = await node.attach(FakeWeightNode("w1", dying_port))
-        w.step((0, 0, 20), ops=[w.open(0)])
-        w.begin((0, 1, 1))
-        w.lane.close()
+    async with weight_node_process(node) as process:
+        assert (await node.report()).used_blocks == 7
+        process.kill()
     closed = await node.expect(LaneClosed, timeout_s=5)
-    assert closed.weight_node == "w1"
+    assert closed.weight_node == "dying"
     report = await node.report()
-    assert (report.used_blocks, [lane.weight_node for lane in report.lanes]) == (2, ["w2"])
+    assert (report.used_blocks, [lane.weight_node for lane in report.lanes]) == (2, [other.name])
     other.want = CAPACITY - 2
     other.plan()
     other.await_credit(lambda c: c.granted_blocks == CAPACITY)
@@ -313,7 +397,7 @@ async def test_a_weight_node_that_dies_leaves_nothing_behind(node, port):
 
 
 async def test_draining_grants_nothing_and_serves_what_is_there(node, port):
-    w = await node.attach(FakeWeightNode("w1", port), want=4)
+    w = await node.attach(FakeWeightNode(port), want=4)
     w.step((0, 0, 5), ops=[w.open(0)])
     node.engine.send(SetDraining(request=1, draining=True))
     await node.expect(Report, where=lambda r: r.draining)
@@ -329,24 +413,24 @@ async def test_draining_grants_nothing_and_serves_what_is_there(node, port):
 
 
 async def test_the_same_weight_node_attaching_again_replaces_its_lane(node, port):
-    w = await node.attach(FakeWeightNode("w1", port))
+    w = await node.attach(FakeWeightNode(port))
     w.step((0, 0, 20), ops=[w.open(0)])
-    again = await node.attach(FakeWeightNode("w1", port))
+    again = await node.attach(FakeWeightNode(port, name=w.name))
     assert (await node.report()).used_blocks == 0
     again.step((0, 0, 5), ops=[again.open(0)])
     again.step((0, 1, 1))
 
 
 async def test_another_layout_is_taken_only_when_no_lane_is_left(node, port):
-    w = await node.attach(FakeWeightNode("w1", port))
+    w = await node.attach(FakeWeightNode(port))
     w.step((0, 0, 20), ops=[w.open(0)])
     layout = KvLayout(2, 2, 1, 32, "float32", 8)
     shape = LaneShape(layout, 64, 8, 1 << 16)
-    other = FakeWeightNode("w2", port, shape)
+    other = FakeWeightNode(port, shape)
     node.engine.send(other.attach_request())
     refused = await node.expect(Refused)
     assert refused.field == "layout.num_layers" and "has 3, the peer has 2" in refused.detail
-    node.engine.send(Detach(request=2, weight_node="w1", epoch=1))
+    node.engine.send(Detach(request=2, weight_node=w.name, epoch=1))
     await node.expect(Detached)
     await node.attach(other, want=4)
     other.step((0, 0, 9), ops=[other.open(0)])
@@ -361,24 +445,23 @@ async def test_another_layout_is_taken_only_when_no_lane_is_left(node, port):
         ({"max_step_tokens": 0}, "max_step_tokens"),
         ({"max_step_tokens": 1 << 30}, "max_step_tokens"),
         ({"kv_frame_bytes": 8}, "kv_frame_bytes"),
-        ({"layout": KvLayout(1000, 64, 64, 128, "float32", 16)}, "layout"),
+        ({"layout": KvLayout(3, 4, 1, 16, "float32", 4)}, "layout.num_kv_heads"),
         ({"worker_address": b""}, "worker_address"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
 async def test_an_attach_that_cannot_be_is_refused_by_the_fields_name(node, port, changes, field):
-    seen = await node.attach(FakeWeightNode("w1", port, epoch=7))
+    seen = await node.attach(FakeWeightNode(port, epoch=7))
     seen.step((0, 0, 5), ops=[seen.open(0)])
-    weight_node = FakeWeightNode("w1" if "epoch" in changes else "w2", port)
-    node.engine.send(weight_node.attach_request(**changes))
+    names = {"name": seen.name} if "epoch" in changes else {}
+    node.engine.send(FakeWeightNode(port, **names).attach_request(**changes))
     assert (await node.expect(Refused)).field == field
     seen.step((0, 1, 1))
-    report = await node.report()
-    assert report.used_tokens == 6 and report.epoch_rejected == ("epoch" in changes)
+    assert (await node.report()).used_tokens == 6
 
 
 async def test_a_weight_node_that_contradicts_itself_loses_its_lane(node, port):
-    w = await node.attach(FakeWeightNode("w1", port))
+    w = await node.attach(FakeWeightNode(port))
     w.step((0, 0, 5), ops=[w.open(0)])
     number = w.plan([(0, 1, 1, 5)])
     w.query(number, 1, w.rand(1, LAYOUT.num_query_heads, LAYOUT.head_dim))

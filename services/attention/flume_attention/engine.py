@@ -214,7 +214,7 @@ class Engine:
                 capacity_tokens=node.capacity_blocks * block_tokens,
                 used_tokens=sum(holdings.held_tokens for holdings in node.holdings.values()),
                 capacity_blocks=node.capacity_blocks,
-                used_blocks=node.blocks.held,
+                used_blocks=node.used_blocks,
                 epoch_rejected=node.epoch_rejected,
                 lanes=lanes,
             )

@@ -45,8 +45,9 @@ class Node:
         return self.blocks.free + sum(lane.reserved_blocks - lane.unused for lane in lanes)
 
     @property
-    def holds_nothing(self) -> bool:
-        return not any(lane.slots for lane in self.holdings.values())
+    def used_blocks(self) -> int:
+        """Held by committed tokens."""
+        return self.blocks.held - sum(lane.reserved_blocks for lane in self.holdings.values())
 
     def grant(self) -> list[str]:
         """Give out what credit there is; returns the weight nodes whose credit grew."""
@@ -68,9 +69,9 @@ class Node:
         """
         self._require_protocol(request)
         self.require_epoch(request.weight_node, request.epoch)
-        shape = _shape(request)
-        self._require_layout(shape.layout, others=any(n != request.weight_node for n in self.holdings))
-        return shape
+        others = any(name != request.weight_node for name in self.holdings)
+        self._require_layout(request.layout, others=others)
+        return _shape(request)
 
     def require_epoch(self, weight_node: str, epoch: int) -> None:
         """Raises AttachRefused for an epoch older than one seen, and counts it."""
