@@ -1,0 +1,21 @@
+"""Triton kernels of the GPU data path, each with a slow definition in `reference`.
+
+    attention_plan     which program attends to which keys: made once per step, on the device
+    decode_attention   attention over paged KV, split over the chip, with log-sum-exp
+    merge_partials     one answer from the partials of several ranges
+    kv_append          new keys and values into their blocks
+    rms_norm, rope, silu_mul, sampling     the dense path's small parts
+    signals            flags between the device, the host and peers
+
+Importing this package loads neither torch nor triton; its modules need both. A node on a CPU never imports
+them. Ways of running a kernel that depend on the card are in `tuning`, which remembers them on disk.
+"""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+
+
+def has_triton() -> bool:
+    """Whether the modules of this package can be imported here. Says nothing about a device."""
+    return find_spec("triton") is not None
