@@ -1,7 +1,8 @@
 """One answer as it grows: token ids become text that is final, cut at the first stop string.
 
 Values only. A token is shown when all of its text is: what a stop string may still take back is
-held, text and token alike, so that not even a token id or a logprob gives away half a stop string.
+held, text and token alike, so that not even a token id or a logprob gives away half a stop string; a
+token that reaches into one is never shown.
 """
 
 from __future__ import annotations
@@ -95,10 +96,6 @@ class Answer:
 
     def _shown_tokens(self) -> list[Token]:
         tokens = []
-        while self._waiting and self._may_show(self._waiting[0]):
+        while self._waiting and self._waiting[0].end <= self._shown:
             tokens.append(self._waiting.popleft())
         return tokens
-
-    def _may_show(self, token: Token) -> bool:
-        # At a stop string, a token that reaches into it has still said its first part.
-        return token.end <= self._shown or (self._stops.stopped and token.start < self._shown)

@@ -75,7 +75,7 @@ async def _replies(pool: WeightPool, request: SequenceRequest) -> AsyncGenerator
             except WeightNodeLost as error:
                 node.suspect()
                 failed.append(node.id)
-                log.warning("weight_node.lost", weight_node=node.id, sequence=request.id, detail=str(error))
+                log.warning("weight_node_lost", weight_node=node.id, sequence=request.id, detail=str(error))
                 if started or len(failed) == _ATTEMPTS:
                     raise
 

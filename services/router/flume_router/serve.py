@@ -84,15 +84,15 @@ async def serve(
         ):
             async with background(readiness=_report_readiness(pool, grpc)):
                 log.info(
-                    "router.serving", http=registration.member.http_address, grpc=grpc.address, model=model
+                    "router_serving", http=registration.member.http_address, grpc=grpc.address, model=model
                 )
                 serving.set()
                 await stop.wait()
-            log.info("router.draining", requests=len(in_flight))
+            log.info("router_draining", requests=len(in_flight))
             grpc.set_ready(False)
             await registration.update(state=State.DRAINING)
             await in_flight.drain(config.drain_s)
-    log.info("router.stopped")
+    log.info("router_stopped")
 
 
 async def _report_readiness(pool: WeightPool, grpc: Server) -> NoReturn:

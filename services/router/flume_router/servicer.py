@@ -115,6 +115,6 @@ async def _logged(request_id: str) -> AsyncIterator[None]:
         try:
             yield
         except RouterError as error:
-            log.info("request.refused", error=type(error).__name__, detail=str(error))
+            log.info("request_refused", error=type(error).__name__, detail=str(error))
             raise
-        log.info("request.answered")
+        log.info("request_answered")

@@ -158,7 +158,7 @@ class WeightPool:
                 await self._until_unused(node)
             # Before the channel closes, so that nobody is given a node that cannot be called.
             del self._nodes[key]
-        log.info("weight_node.disconnected", weight_node=node.id)
+        log.info("weight_node_disconnected", weight_node=node.id)
 
     async def _until_unused(self, node: WeightNode) -> None:
         while not node.retired.is_set() or node.outstanding:
@@ -172,21 +172,21 @@ class WeightPool:
                 assert node.stub is not None
                 described = await node.stub.Describe(pb.DescribeRequest(), timeout=_DESCRIBE_DEADLINE_S)
             except grpc.aio.AioRpcError as error:
-                log.debug("weight_node.describe_failed", weight_node=node.id, code=error.code().name)
+                log.debug("weight_node_describe_failed", weight_node=node.id, code=error.code().name)
                 await asyncio.sleep(backoff.next_s())
                 continue
             if not self._fits(node, described):
                 return
             node.described = described
             self._moved.set()
-            log.info("weight_node.connected", weight_node=node.id, context_tokens=described.context_tokens)
+            log.info("weight_node_connected", weight_node=node.id, context_tokens=described.context_tokens)
 
     def _fits(self, node: WeightNode, described: pb.DescribeReply) -> bool:
         """A node whose vocabulary is smaller than our tokenizer's has another model than we have."""
         fits = described.vocab_size >= self._vocab_size and described.model == self.model
         if not fits:
             log.error(
-                "weight_node.mismatch",
+                "weight_node_mismatch",
                 weight_node=node.id,
                 its_model=described.model,
                 our_model=self.model,

@@ -52,7 +52,7 @@ def request_id_of(given: str | None) -> str:
 def _log(scope: Scope, status: int, elapsed_s: float) -> None:
     write = log.debug if scope["path"] in _QUIET else log.info
     write(
-        "http.request",
+        "http_request",
         method=scope["method"],
         path=scope["path"],
         status=status,

@@ -64,15 +64,15 @@ class CompletionEndpoint:
         try:
             async with self._service.in_flight.request() as deadline_at:
                 body = await read_object(Request(scope, receive), self._body_limit_bytes)
-                async with background(client=_until_gone(receive)):
+                async with background(client=_until_gone(receive, reply)):
                     await self._answer(body, deadline_at, reply)
         except (RouterError, HttpError) as error:
-            log.info("request.refused", error=type(error).__name__, detail=str(error))
+            log.info("request_refused", error=type(error).__name__, detail=str(error))
             await reply.error(reply_of(error))
         except ClientDisconnect:
-            log.info("request.abandoned")
+            log.info("request_abandoned")
         except Exception:
-            log.exception("request.failed")
+            log.exception("request_failed")
             await reply.error(unexpected())
 
     async def _answer(self, body: Mapping[str, Any], deadline_at: float, reply: Reply) -> None:
@@ -87,7 +87,7 @@ class CompletionEndpoint:
                 await _stream(reply, shape, pieces, usage, include_usage=job.common.include_usage)
             else:
                 await _whole(reply, shape, pieces, usage, len(job.prompts) * job.common.n)
-        log.info("request.answered", **usage.document())
+        log.info("request_answered", **usage.document())
 
     def _check(self, job: Job) -> None:
         self._service.check_sampling(job.common.sampling)
@@ -135,9 +135,9 @@ def _count(usage: Usage, piece: Piece) -> None:
         usage.completion_tokens += piece.finished.completion_tokens
 
 
-async def _until_gone(receive: Receive) -> None:
-    """Raises ClientDisconnect when the client closes its connection."""
-    while True:
-        message = await receive()
-        if message["type"] == "http.disconnect":
-            raise ClientDisconnect
+async def _until_gone(receive: Receive, reply: Reply) -> None:
+    """Raises ClientDisconnect when the client closes its connection before it has its answer."""
+    while (await receive())["type"] != "http.disconnect":
+        pass
+    if not reply.ended:
+        raise ClientDisconnect

@@ -24,13 +24,14 @@ class Reply:
     def __init__(self, send: Send) -> None:
         self._send = send
         self.streaming = False
+        self.ended = False
 
     async def json(
         self, document: object, *, status: int = 200, headers: Mapping[str, str] | None = None
     ) -> None:
         data = _encode(document)
         await self._start(status, _JSON, {"content-length": str(len(data)), **(headers or {})})
-        await self._send({"type": "http.response.body", "body": data, "more_body": False})
+        await self._end(data)
 
     async def start_events(self) -> None:
         # Proxies must pass events on as they come; nginx reads the second header.
@@ -71,5 +72,6 @@ class Reply:
             {"type": "http.response.body", "body": b"data: " + data + b"\n\n", "more_body": True}
         )
 
-    async def _end(self) -> None:
-        await self._send({"type": "http.response.body", "body": b"", "more_body": False})
+    async def _end(self, data: bytes = b"") -> None:
+        self.ended = True
+        await self._send({"type": "http.response.body", "body": data, "more_body": False})
