@@ -87,8 +87,9 @@ class Receiver:
         self._tag = ucx.lib.UCXXTag(tag)
         self._posted: deque[Frame] = deque()
         self._given: set[Frame] = set()  # with the user
-        for frame in frames:
-            self._post(frame)
+        if lane.alive:
+            for frame in frames:
+                self._post(frame)
 
     def poll(self) -> Frame | None:
         """The oldest message that has arrived and was not polled yet; None if there is none.

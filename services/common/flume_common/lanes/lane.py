@@ -92,8 +92,8 @@ class Lane:
     def close(self) -> None:
         """Cancel what is in flight and let the endpoint go. Idempotent.
 
-        Frames the user still holds stay valid memory. A peer over shared memory is not told and
-        finds its messages unanswered; one over TCP sees its lane go down.
+        Frames the user still holds stay valid memory. The peer sees its lane go down: over TCP at
+        once, over shared memory when it next sends something.
         """
         self.fail("closed by this end")
         endpoint, self._endpoint = self._endpoint, None

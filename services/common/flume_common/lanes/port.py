@@ -124,21 +124,20 @@ class Port:
 
         `peer` is a name for messages. The two lane numbers must never have been used before on
         either port: what one end calls `send_lane` the other calls `receive_lane`.
-        `allocate(size_bytes)` returns uint8 [size_bytes] on a page boundary.
+        `allocate(size_bytes)` returns uint8 [size_bytes] on a page boundary. The lane to a peer that
+        is known to be gone is down from the start.
 
         Raises ValueError for an address, a lane number or a block that cannot be one.
         """
+        self._tidy()
         process, worker = address[: Process.SIZE_BYTES], address[Process.SIZE_BYTES :]
         try:
-            process_fd, error = Process.decode(process).open(), None
-        except ProcessLookupError:
-            process_fd, error = None, "its process ended"
-        self._tidy()
-        endpoint = ucx.connect(self._worker, worker)
+            process_fd = Process.decode(process).open()
+            endpoint = ucx.connect(self._worker, worker)
+        except ProcessLookupError as error:
+            process_fd, endpoint = None, ucx.Nowhere(str(error))
         lane = Lane(self, endpoint, process_fd, peer, shape, side, send_lane, receive_lane, allocate)
         self._lanes.append(lane)
-        if error is not None:
-            lane.fail(error)
         return lane
 
     def retire(self, lane: Lane, endpoint: Any, receive_lane: int, in_flight: list[Frame]) -> None:
@@ -157,6 +156,8 @@ class Port:
 
     def close(self) -> None:
         """Close every lane and the worker. Idempotent."""
+        if self._worker is None:
+            return
         for lane in list(self._lanes):
             lane.close()
         self._strays.close()

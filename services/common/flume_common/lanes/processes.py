@@ -55,7 +55,7 @@ class Process:
         try:
             fd = os.pidfd_open(self.pid)
         except ProcessLookupError:
-            raise
+            raise ProcessLookupError(f"process {self.pid} ended") from None
         except OSError:  # a sandbox that forbids pidfds
             return None
         # Only now: while the descriptor is open the number cannot pass to another process.

@@ -37,7 +37,7 @@ from ucxx._lib.arr import Array  # noqa: E402
 
 OK: Final = 0  # ucs_status_t of a transfer that went well
 
-__all__ = ["DEFAULT_TLS", "OK", "Array", "connect", "lib", "make_worker", "reason_of"]
+__all__ = ["DEFAULT_TLS", "OK", "Array", "Nowhere", "connect", "lib", "make_worker", "reason_of"]
 
 
 def make_worker(tls: str | None) -> Any:
@@ -49,13 +49,36 @@ def make_worker(tls: str | None) -> Any:
     return worker
 
 
+class Nowhere:
+    """Stands for the endpoint to a peer that was gone before there was one."""
+
+    alive = False
+
+    def __init__(self, reason: str) -> None:
+        self._reason = reason
+
+    def raise_on_error(self) -> None:
+        raise lib.UCXError(self._reason)
+
+    def tag_send(self, *_: object) -> None: ...
+
+    def tag_recv(self, *_: object) -> None: ...
+
+    def close_blocking(self) -> None: ...
+
+
 def connect(worker: Any, address: bytes) -> Any:
-    """An endpoint to the worker with this address. Raises ValueError when it is no worker's address."""
+    """An endpoint to the worker with this address, not alive if UCX finds that nobody is there.
+
+    Raises ValueError when it is no worker's address.
+    """
     try:
         remote = lib.UCXAddress.create_from_buffer(address)
         return lib.UCXEndpoint.create_from_worker_address(worker, remote, endpoint_error_handling=True)
+    except (lib.UCXInvalidParamError, lib.UCXInvalidAddrError) as error:
+        raise ValueError(f"not the address of a port: {error}") from error
     except lib.UCXError as error:
-        raise ValueError(f"no endpoint to that address: {error}") from error
+        return Nowhere(f"no connection: {error}")
 
 
 def reason_of(endpoint: Any) -> str:
@@ -63,5 +86,5 @@ def reason_of(endpoint: Any) -> str:
     try:
         endpoint.raise_on_error()
     except lib.UCXError as error:
-        return str(error).rpartition("error: ")[2]
+        return str(error).rpartition(" error: ")[2]
     return "closed"
