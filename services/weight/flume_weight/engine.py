@@ -140,7 +140,7 @@ class WeightEngine:
 
     def _forward(self, batch: Batch) -> torch.Tensor:
         self._threads.set_for(len(batch.token_ids))
-        self._attention.begin(self._step, self._fleet.epoch, batch.exchanges, batch.chunks)
+        self._attention.begin(self._step, batch.exchanges, batch.chunks)
         return self._model.forward(batch.token_ids, batch.positions, self._attention, batch.logit_rows)
 
     # -- tokens ----------------------------------------------------------------------------------
@@ -330,7 +330,7 @@ class WeightEngine:
     # -- what the supervisor hears ---------------------------------------------------------------
 
     def _set_epoch(self, message: m.Epoch) -> None:
-        self._fleet.epoch = message.epoch
+        self._fleet.epoch = self._attention.epoch = message.epoch
 
     def _tell_route(self, sequence: Sequence) -> None:
         self._link.send(m.RouteChanged(sequence.name, _ranges(sequence)))

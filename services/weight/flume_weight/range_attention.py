@@ -80,11 +80,12 @@ class RangeAttention:
         self._kv_frames: dict[Peer, Frame] = {}
         self._exchanges: Sequence[Exchange] = ()
         self._chunks: Sequence[slice] = ()
-        self._step = self._epoch = 0
+        self._step = 0
+        self.epoch = 0  # our fencing number, on every message
 
-    def begin(self, step: int, epoch: int, exchanges: Sequence[Exchange], chunks: Sequence[slice]) -> None:
+    def begin(self, step: int, exchanges: Sequence[Exchange], chunks: Sequence[slice]) -> None:
         """Send the PLANs. `chunks` are the batch's prefill rows of more than one token. Raises PeerLost."""
-        self._step, self._epoch = step, epoch
+        self._step = step
         self._exchanges, self._chunks = exchanges, chunks
         self._kv_frames.clear()
         for exchange in exchanges:
@@ -95,7 +96,7 @@ class RangeAttention:
         peer, sent = exchange.peer, False
         while not sent:
             frame = self._await_frame(peer, peer.plan_frame)
-            sent = peer.send_plan(frame, self._step, self._epoch, exchange.rows, exchange.layers_per_kv)
+            sent = peer.send_plan(frame, self._step, self.epoch, exchange.rows, exchange.layers_per_kv)
 
     def forget(self, peer: Peer) -> None:
         """The lane is closed: its frames are not ours any more."""
@@ -210,7 +211,7 @@ class RangeAttention:
 
     def _send(self, peer: Peer, sender: Sender, frame: Frame, body_bytes: int) -> None:
         frame.header[Header.STEP] = self._step
-        frame.header[Header.EPOCH] = self._epoch
+        frame.header[Header.EPOCH] = self.epoch
         try:
             sender.send(frame, body_bytes)
         except LaneDown as error:

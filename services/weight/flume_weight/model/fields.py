@@ -24,6 +24,7 @@ class Fields:
         return iter(self._values)
 
     def has(self, name: str) -> bool:
+        """Whether it is there and not null; `in` asks only whether it is there."""
         return self._values.get(name) is not None
 
     def raw(self, name: str) -> object:

@@ -47,6 +47,7 @@ LAYER_NAMES = {
     "ffn_down": "mlp.down_proj",
 }
 LAYER_NAME = re.compile(r"blk\.(\d+)\.(\w+)\.(weight|bias)")
+SCALES = ("attention.scale", "embedding_scale", "residual_scale", "logit_scale")
 END_TOKENS = ("eos", "eot", "eom")  # end of text, of a turn, of a message to a tool
 
 
@@ -140,7 +141,7 @@ def _config(file: GgufFile) -> ModelConfig:
         rope_theta=fields.number("rope.freq_base", 10000.0),
         rope_scaling=_scaling(fields),
         tie_word_embeddings="output.weight" not in names,
-        qkv_bias="blk.0.attn_q.bias" in names,
+        qkv_bias=architecture == "qwen2" or "blk.0.attn_q.bias" in names,
         output_bias="blk.0.attn_output.bias" in names,
         mlp_bias="blk.0.ffn_down.bias" in names,
         qk_norm=architecture == "qwen3",
@@ -162,6 +163,9 @@ def _refuse_what_is_not_computed(fields: Fields, head_dim: int, context: int) ->
             raise UnsupportedFeature(
                 path, fields.name_of(name), fields.raw(name), f"the head size {head_dim}"
             )
+    for name in SCALES:
+        if fields.has(name):
+            raise UnsupportedFeature(path, fields.name_of(name), fields.raw(name), "models without it")
     window = fields.integer("attention.sliding_window", 0, minimum=0)
     if 0 < window < context:
         supported = f"full attention (a window of at least context_length {context})"

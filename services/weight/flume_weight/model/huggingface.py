@@ -8,6 +8,7 @@ by name here, before a weight is read.
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 from flume_weight.model.config import (
@@ -28,6 +29,7 @@ from flume_weight.model.fields import Fields
 
 CLASSES = tuple(f"{name}ForCausalLM" for name in ("Llama", "Mistral", "Qwen2", "Qwen3"))
 ROPE_TYPES = "default, linear, llama3"
+DEFAULT_WINDOW = 4096  # of transformers' Mistral and Qwen configs
 
 
 def read_config(directory: Path) -> ModelConfig:
@@ -50,7 +52,7 @@ def read_config(directory: Path) -> ModelConfig:
         intermediate_size=fields.integer("intermediate_size"),
         num_layers=fields.integer("num_hidden_layers"),
         num_query_heads=heads,
-        num_kv_heads=fields.integer("num_key_value_heads", heads),
+        num_kv_heads=_kv_heads(fields, architecture, heads),
         head_dim=fields.integer("head_dim", _head_dim(architecture, hidden, heads)),
         rms_norm_eps=fields.number("rms_norm_eps", 1e-6),
         rope_theta=theta,
@@ -125,25 +127,40 @@ def _refuse_what_is_not_computed(fields: Fields, architecture: str) -> None:
 
 def _refuse_sliding_window(fields: Fields, architecture: str, context: int) -> None:
     """Windows need masks at range edges. A window that no position can leave is no window."""
-    if not fields.has("sliding_window") or architecture == "llama":
-        return
-    window = fields.integer("sliding_window")
-    layers = _list(fields, "layer_types")
-    active = architecture == "mistral" or fields.flag("use_sliding_window", False)
-    if layers:
-        active = any(kind != "full_attention" for kind in layers)
+    kinds = _list(fields, "layer_types")
+    for kind in kinds:
+        if kind not in ("full_attention", "sliding_attention"):
+            raise UnsupportedFeature(fields.path, "layer_types", kind, "full_attention")
+    active = {
+        "llama": False,
+        "mistral": True,
+        "qwen2": fields.flag("use_sliding_window", False),
+        "qwen3": fields.flag("use_sliding_window", False),
+    }[architecture] and (not kinds or "sliding_attention" in kinds)
+    window = _window(fields)
     if active and window < context:
         supported = f"full attention (a window of at least max_position_embeddings {context})"
         raise UnsupportedFeature(fields.path, "sliding_window", window, supported)
 
 
+def _window(fields: Fields) -> float:
+    """Tokens; null is none at all, but a config that does not speak of it means the classes' default."""
+    if "sliding_window" in fields and not fields.has("sliding_window"):
+        return math.inf
+    return fields.integer("sliding_window", DEFAULT_WINDOW)
+
+
 def _rope(fields: Fields, context: int) -> tuple[float, RopeScaling | None]:
-    parameters = fields.sub("rope_parameters")
-    scaling = parameters or fields.sub("rope_scaling")
     theta = fields.number("rope_theta", 10000.0)
-    if parameters:
-        theta = parameters.number("rope_theta", theta)
-    return theta, _scaling(scaling, context) if scaling else None
+    parameters = fields.sub("rope_scaling") or fields.sub("rope_parameters")
+    if parameters is None:
+        return theta, None
+    for name in parameters:
+        if isinstance(parameters.raw(name), dict):
+            raise UnsupportedFeature(
+                fields.path, parameters.name_of(name), parameters.raw(name), "one RoPE for all layers"
+            )
+    return parameters.number("rope_theta", theta), _scaling(parameters, context)
 
 
 def _scaling(fields: Fields, context: int) -> RopeScaling | None:
@@ -171,6 +188,12 @@ def _llama3(fields: Fields, context: int) -> Llama3Scaling:
     if scaling.high_freq_factor <= scaling.low_freq_factor:
         raise fields.bad("high_freq_factor", f"more than low_freq_factor {scaling.low_freq_factor}")
     return scaling
+
+
+def _kv_heads(fields: Fields, architecture: str, heads: int) -> int:
+    # Absent means as many as query heads for Llama only; the others' classes default to a number.
+    optional = architecture == "llama" or "num_key_value_heads" in fields
+    return fields.integer("num_key_value_heads", heads if optional else None)
 
 
 def _head_dim(architecture: str, hidden: int, heads: int) -> int:
