@@ -30,20 +30,20 @@ def test_nodes_that_stay_ready_end_the_series():
 def test_a_crash_is_counted_once_however_often_it_is_seen():
     memory = Memory()
     for now_s in range(3):
-        memory.note([], [CRASHED], now_s)
+        memory.note_processes([CRASHED], now_s)
     assert memory.backoff.crashes == 1
     assert [crash.node for crash in memory.crashes] == ["attention-1"]
 
 
 def test_a_process_that_was_told_to_end_did_not_crash():
     memory = Memory()
-    memory.note([], [replace(CRASHED, stopping=True)], 1)
+    memory.note_processes([replace(CRASHED, stopping=True)], 1)
     assert memory.crashes == []
 
 
 def test_a_crash_is_forgotten_once_as_many_are_ready_as_are_wanted():
     memory = Memory()
-    memory.note([], [CRASHED], 1)
+    memory.note_processes([CRASHED], 1)
     memory.all_ready([CRASHED], 2)
     assert memory.crashes, "its record is still there, and would count again"
     memory.all_ready([], 3)
@@ -52,13 +52,13 @@ def test_a_crash_is_forgotten_once_as_many_are_ready_as_are_wanted():
 
 def test_a_node_that_was_there_at_the_first_pass_is_taken_for_a_registered_one():
     memory = Memory()
-    memory.note([], [RUNNING], 5)
-    memory.note([], [RUNNING, replace(RUNNING, id="attention-2")], 6)
+    memory.note_processes([RUNNING], 5)
+    memory.note_processes([RUNNING, replace(RUNNING, id="attention-2")], 6)
     assert memory.last_seen_s == {"attention-1": 5}
 
 
 def test_an_id_that_is_used_again_begins_anew():
     memory = Memory()
-    memory.note([], [RUNNING], 5)
+    memory.note_processes([RUNNING], 5)
     memory.forget("attention-1")
     assert memory.last_seen_s == {}

@@ -87,14 +87,15 @@ class AdminServicer(rpc.AdminServicer):
                 yield (last := reply)
 
     async def ListNodes(self, request: pb.ListNodesRequest, context: Context) -> pb.ListNodesReply:
-        members = list(self._from.members.current.values())
+        instances = {item.id: item for item in await self._from.provider.instances()}
+        ended = {id for id, item in instances.items() if not item.running}
+        # A process that is known to have ended is gone, although its lease has yet to run out.
+        members = [m for m in self._from.members.current.values() if m.id not in ended]
         held = await self._from.nodes.held(m for m in members if m.role is Role.ATTENTION)
         now_s = time.time()
         nodes = [node_message(member, held.get(member.id), now_s) for member in members]
-        known = {member.id for member in members}
-        for instance in await self._from.provider.instances():
-            if instance.running and instance.id not in known:
-                nodes.append(unregistered_message(instance, now_s))
+        unregistered = instances.keys() - ended - {member.id for member in members}
+        nodes += [unregistered_message(instances[id], now_s) for id in unregistered]
         return pb.ListNodesReply(nodes=in_order(nodes), revision=self._from.members.revision)
 
     async def ListRoutes(self, request: pb.ListRoutesRequest, context: Context) -> pb.ListRoutesReply:

@@ -66,10 +66,10 @@ class AttentionFleet:
         """One pass. Raises StoreError, InvalidSpec, ActionsFailed."""
         spec = await desired.ensure(self._store, self._keys, self._initial)
         members = await self._members()
-        instances = await self._provider.instances()
+        instances = await self._instances(members)
         views = await self._observe(members, instances)
         self._learn(spec, views, instances)
-        failures = await self._act(plan(spec.desired, views), members, instances)
+        failures = await self._act(plan(spec.desired, views), members)
         await self._report(spec, views, failures)
         if failures:
             raise ActionsFailed(failures)
@@ -81,9 +81,19 @@ class AttentionFleet:
         members = (_member_or_none(kv) for kv in found.items.values())
         return {member.id: member for member in members if member is not None}
 
+    async def _instances(self, members: Members) -> Sequence[Instance]:
+        """What the provider has, after dropping what has ended and whose registration is gone, too."""
+        instances = await self._provider.instances()
+        self._memory.note_processes(instances, self._clock())
+        for instance in instances:
+            if not instance.running and instance.id not in members:
+                await self._provider.forget(instance.id)
+                self._memory.forget(instance.id)
+        return await self._provider.instances()
+
     async def _observe(self, members: Members, instances: Sequence[Instance]) -> list[NodeView]:
         now_s = self._clock()
-        self._memory.note(members.values(), instances, now_s)
+        self._memory.note_members(members, now_s)
         held = await self._nodes.held(members.values())
         return observe(members.values(), instances, held, self._memory.last_seen_s, now_s, self._patience)
 
@@ -91,10 +101,7 @@ class AttentionFleet:
         if sum(view.phase is Phase.READY for view in views) >= spec.desired:
             self._memory.all_ready(instances, self._clock())
 
-    async def _act(
-        self, actions: Sequence[Action], members: Members, instances: Sequence[Instance]
-    ) -> list[str]:
-        await self._forget_what_is_gone(members, instances)
+    async def _act(self, actions: Sequence[Action], members: Members) -> list[str]:
         failures = []
         for action in actions:
             try:
@@ -102,12 +109,6 @@ class AttentionFleet:
             except (OSError, grpc.aio.AioRpcError) as error:
                 failures.append(f"{action}: {_reason(error)}")
         return failures
-
-    async def _forget_what_is_gone(self, members: Members, instances: Sequence[Instance]) -> None:
-        for instance in instances:
-            if not instance.running and instance.id not in members:
-                await self._provider.forget(instance.id)
-                self._memory.forget(instance.id)
 
     async def _do(self, action: Action, members: Members) -> None:
         match action:

@@ -9,7 +9,6 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import structlog
-from flume_common.membership import Member
 
 from flume_controller.providers.base import Instance
 from flume_controller.status import Crash
@@ -60,8 +59,8 @@ class Memory:
         """Those not made good yet."""
         return list(self._crashes.values())
 
-    def note(self, members: Iterable[Member], instances: Iterable[Instance], now_s: float) -> None:
-        """What one pass found."""
+    def note_processes(self, instances: Iterable[Instance], now_s: float) -> None:
+        """What the provider has at the beginning of a pass."""
         for instance in instances:
             if self._first:
                 # Whether an adopted node had been registered is not known. Assume so: it may hold KV
@@ -69,8 +68,11 @@ class Memory:
                 self.last_seen_s[instance.id] = now_s
             if not instance.running and not instance.stopping:
                 self._note_crash(instance, now_s)
-        self.last_seen_s |= {member.id: now_s for member in members}
         self._first = False
+
+    def note_members(self, nodes: Iterable[str], now_s: float) -> None:
+        """Who is registered now."""
+        self.last_seen_s |= dict.fromkeys(nodes, now_s)
 
     def _note_crash(self, instance: Instance, now_s: float) -> None:
         key = (instance.id, instance.pid)

@@ -57,7 +57,8 @@ class GrpcNodes:
     async def keep_only(self, addresses: Iterable[str]) -> None:
         """Close channels to nodes that are gone."""
         for address in self._channels.keys() - set(addresses):
-            await self._channels.pop(address).close()
+            # With a grace, as closing a channel under a call cancels whoever awaits that call.
+            await self._channels.pop(address).close(CALL_DEADLINE_S)
 
     async def close(self) -> None:
         await self.keep_only(())

@@ -21,6 +21,10 @@ from pathlib import Path
 import msgspec
 
 
+KILL_S = 5.0
+"""How long what was killed may take to be gone; longer only in an uninterruptible call."""
+
+
 class ProcessRecord(msgspec.Struct, frozen=True, kw_only=True):
     """One process, as written to its file."""
 
@@ -88,11 +92,9 @@ def send(record: ProcessRecord, signal_number: signal.Signals) -> bool:
 
 def kill_session(record: ProcessRecord) -> None:
     """SIGKILL the process and every child it left in its process group."""
-    stat = _stat(record.pid)
-    if record.boot_id != _boot_id() or (stat is not None and not _is(record, stat)):
-        return  # the pid has gone to someone else, which it cannot while the group has members
-    with suppress(ProcessLookupError, PermissionError):
-        os.killpg(record.pid, signal.SIGKILL)
+    if _has_its_group(record):
+        with suppress(ProcessLookupError, PermissionError):
+            os.killpg(record.pid, signal.SIGKILL)
 
 
 async def wait_ended(record: ProcessRecord) -> None:
@@ -116,7 +118,10 @@ async def stop(record: ProcessRecord, *, grace_s: float) -> None:
         async with asyncio.timeout(grace_s):
             await wait_ended(record)
     kill_session(record)
-    await wait_ended(record)
+    with suppress(TimeoutError):
+        async with asyncio.timeout(KILL_S):
+            while _group_runs(record):  # noqa: ASYNC110  (only a process can be waited for, not its group)
+                await asyncio.sleep(0.01)
 
 
 class RecordDir:
@@ -155,6 +160,23 @@ def _stat(pid: int) -> list[str] | None:
     except (FileNotFoundError, ProcessLookupError):
         return None
     return text[text.rindex(")") + 2 :].split()  # the second field, the name, may hold spaces
+
+
+def _has_its_group(record: ProcessRecord) -> bool:
+    """Whether the process group of that number is still its own, though it may have ended itself.
+
+    A pid goes to nobody else while a process group of that number has members.
+    """
+    stat = _stat(record.pid)
+    return record.boot_id == _boot_id() and (stat is None or _is(record, stat))
+
+
+def _group_runs(record: ProcessRecord) -> bool:
+    if not _has_its_group(record):
+        return False
+    pids = (int(path.name) for path in Path("/proc").iterdir() if path.name.isdecimal())
+    stats = (stat for stat in map(_stat, pids) if stat is not None)
+    return any(int(stat[2]) == record.pid and stat[0] not in ("Z", "X") for stat in stats)
 
 
 def _is(record: ProcessRecord, stat: Sequence[str]) -> bool:
