@@ -7,7 +7,7 @@ compares the owner's member key, so a node that was replaced changes nothing. No
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Iterable, Mapping
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from itertools import islice
@@ -24,13 +24,10 @@ from flume_common.store import (
     Delete,
     Get,
     KeyValue,
-    Op,
-    OpResult,
     OutcomeUnknown,
     Put,
     Store,
     StoreError,
-    TxnResult,
     View,
     create_revision,
     live,
@@ -78,11 +75,13 @@ async def watch_routes(store: Store, keys: Keys) -> AsyncIterator[Routes]:
         yield routes
 
 
-class NotOwner(StoreError):
-    """Our member key is not the one our epoch was taken from: these routes are not ours to write now."""
+class NotWritten(StoreError):
+    """Our epoch is old, so that these routes are not ours now, or an earlier write went through after all."""
 
-    def __init__(self, member_key: str, epoch: int) -> None:
-        super().__init__(f"{member_key} is no longer registered under epoch {epoch}")
+    def __init__(self, member_key: str, epoch: int, member: KeyValue | None) -> None:
+        owned = member is not None and member.create_revision == epoch
+        why = "a route's key has changed" if owned else f"{member_key} is not registered under epoch {epoch}"
+        super().__init__(f"routes not written: {why}")
         self.member_key = member_key
         self.epoch = epoch
 
@@ -103,6 +102,8 @@ class RouteWriter:
         # mod_revision of the keys we wrote, 0 for none; None when that has to be read.
         self._revisions: dict[str, int | None] = {}
         self._poked = asyncio.Event()
+        self._settled = asyncio.Event()
+        self._settled.set()
         self._scope = self._run()
 
     async def __aenter__(self) -> RouteWriter:
@@ -117,6 +118,10 @@ class RouteWriter:
         """Routes whose newest value is not in etcd yet."""
         return len(self._dirty)
 
+    async def settled(self) -> None:
+        """Waits until the newest value of every route is in etcd."""
+        await self._settled.wait()
+
     def put(self, route: Route) -> None:
         """Write this route, soon. Its epoch is replaced by the one we are registered under then."""
         self._wanted[route.sequence] = route
@@ -129,6 +134,7 @@ class RouteWriter:
 
     def _mark(self, sequence: str) -> None:
         self._dirty[sequence] = None
+        self._settled.clear()
         self._poked.set()
 
     @asynccontextmanager
@@ -171,56 +177,63 @@ class RouteWriter:
         return batch
 
     async def _write(self, batch: Mapping[str, Route | None], life: Life) -> None:
-        """One transaction. What fails stays dirty. Raises StoreError."""
-        await self._read_back([s for s in batch if self._revisions.get(s, 0) is None])
-        owner = self._registration.key
-        compares, ops = [create_revision(owner, life.epoch)], list[Op]()
-        for sequence, route in batch.items():
-            key = self._keys.route(sequence)
-            compares.append(mod_revision(key, self._revisions.get(sequence) or 0))
-            ops.append(self._put(key, route, life) if route else Delete(key))
-        try:
-            result = await self._store.txn(compares, ops, [Get(owner), *self._gets(batch)])
-        except OutcomeUnknown:
-            self._revisions |= dict.fromkeys(batch)
-            raise
+        """Bring these keys to their values, in one transaction. What fails stays dirty. Raises StoreError."""
+        ops = {sequence: self._op(sequence, route, life) for sequence, route in batch.items()}
+        done = await self._read_back([s for s in batch if self._revisions.get(s, 0) is None], ops)
+        rest = [sequence for sequence in batch if sequence not in done]
+        if rest:
+            await self._transact({sequence: ops[sequence] for sequence in rest}, life)
         if self._registration.epoch != life.epoch:
-            # Whatever came of it went with the old lease; what is marked since then must stay so.
+            # Whatever came of it went with the old lease; what was marked since then must stay so.
             self._revisions |= dict.fromkeys(batch)
-        elif result.succeeded:
-            self._settle(batch, result.revision)
-        else:
-            self._refused(batch, life, result)
-
-    @staticmethod
-    def _put(key: str, route: Route, life: Life) -> Put:
-        return Put(key, encode_route(replace(route, epoch=life.epoch)), life.lease)
-
-    def _gets(self, sequences: Iterable[str]) -> list[Get]:
-        return [Get(self._keys.route(sequence)) for sequence in sequences]
-
-    def _settle(self, batch: Mapping[str, Route | None], revision: int) -> None:
+            return
         for sequence, route in batch.items():
             if route is None:
                 self._revisions.pop(sequence, None)
-            else:
-                self._revisions[sequence] = revision
             if self._wanted.get(sequence) is route:
                 self._dirty.pop(sequence, None)
+        if not self._dirty:
+            self._settled.set()
 
-    def _refused(self, batch: Iterable[str], life: Life, result: TxnResult) -> None:
-        """Our epoch is old, or an earlier write went through after all: learn which. Raises NotOwner."""
-        self._learn(batch, result.results[1:])
-        member = result.kv(0)
-        if member is None or member.create_revision != life.epoch:
+    def _op(self, sequence: str, route: Route | None, life: Life) -> Put | Delete:
+        key = self._keys.route(sequence)
+        if route is None:
+            return Delete(key)
+        return Put(key, encode_route(replace(route, epoch=life.epoch)), life.lease)
+
+    async def _read_back(self, sequences: Sequence[str], ops: Mapping[str, Put | Delete]) -> set[str]:
+        """Learn the revisions of these keys. Returns those that already are as they should be."""
+        if not sequences:
+            return set()
+        result = await self._store.txn([], [Get(self._keys.route(sequence)) for sequence in sequences])
+        done = set()
+        for index, sequence in enumerate(sequences):
+            kv = result.kv(index)
+            self._revisions[sequence] = kv.mod_revision if kv else 0
+            if _is_done(ops[sequence], kv):
+                done.add(sequence)
+        return done
+
+    async def _transact(self, ops: Mapping[str, Put | Delete], life: Life) -> None:
+        """All or nothing, and only if we are who we think and nobody touched the keys."""
+        owner = self._registration.key
+        unchanged = [mod_revision(op.key, self._revisions.get(sequence) or 0) for sequence, op in ops.items()]
+        try:
+            result = await self._store.txn(
+                [create_revision(owner, life.epoch), *unchanged], list(ops.values()), [Get(owner)]
+            )
+        except OutcomeUnknown:
+            self._revisions |= dict.fromkeys(ops)
+            raise
+        if not result.succeeded:
+            self._revisions |= dict.fromkeys(ops)
             self._registration.look()
-            raise NotOwner(self._registration.key, life.epoch)
+            raise NotWritten(self._registration.key, life.epoch, result.kv(0))
+        for sequence, op in ops.items():
+            self._revisions[sequence] = result.revision if isinstance(op, Put) else 0
 
-    async def _read_back(self, sequences: list[str]) -> None:
-        if sequences:
-            result = await self._store.txn([], self._gets(sequences))
-            self._learn(sequences, result.results)
 
-    def _learn(self, sequences: Iterable[str], found: Iterable[OpResult]) -> None:
-        for sequence, kv in zip(sequences, found, strict=True):
-            self._revisions[sequence] = kv.mod_revision if isinstance(kv, KeyValue) else 0
+def _is_done(op: Put | Delete, kv: KeyValue | None) -> bool:
+    if isinstance(op, Delete):
+        return kv is None
+    return kv is not None and (kv.value, kv.lease) == (op.value, op.lease)

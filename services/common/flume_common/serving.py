@@ -12,7 +12,7 @@ import signal
 import socket
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
@@ -56,6 +56,23 @@ class CannotListen(Exception):
         self.bind = bind
 
 
+class _Health(health_aio.HealthServicer):  # type: ignore[misc] # grpc_health has no types
+    """Watches of health end soon after the server starts to end: they are no work to wait for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._ending = asyncio.Event()
+
+    async def Watch(self, request: Any, context: Any) -> None:
+        async with background(health_watch=super().Watch(request, context)):
+            await self._ending.wait()
+
+    async def end_watches(self) -> None:
+        # Time for the last word, NOT_SERVING, to be sent.
+        await asyncio.sleep(0.1)
+        self._ending.set()
+
+
 class Server:
     """A running gRPC server."""
 
@@ -71,14 +88,14 @@ class Server:
         self.ready = ready
         self._poked.set()
 
-    async def report_health(self, health: health_aio.HealthServicer, names: Sequence[str]) -> NoReturn:
+    async def report_health(self, health: _Health, names: Sequence[str]) -> NoReturn:
         while True:
             self._poked.clear()
             await _set_all(health, names, self.ready)
             await self._poked.wait()
 
 
-async def _set_all(health: health_aio.HealthServicer, names: Sequence[str], serving: bool) -> None:
+async def _set_all(health: _Health, names: Sequence[str], serving: bool) -> None:
     statuses = health_pb2.HealthCheckResponse
     for name in names:
         await health.set(name, statuses.SERVING if serving else statuses.NOT_SERVING)
@@ -106,7 +123,7 @@ async def serve(
     Raises CannotListen.
     """
     server = grpc.aio.server(options=_SERVER, interceptors=tuple(interceptors))
-    health = health_aio.HealthServicer()
+    health = _Health()
     health_pb2_grpc.add_HealthServicer_to_server(health, server)
     add(server)
     reflection.enable_server_reflection(
@@ -124,7 +141,8 @@ async def serve(
             yield running
     finally:
         await _set_all(health, names, False)
-        await server.stop(grace_s)
+        async with background(end_watches=health.end_watches()):
+            await server.stop(grace_s)
 
 
 def _listen(server: grpc.aio.Server, bind: str) -> int:

@@ -1,0 +1,158 @@
+"""Routes in etcd: soon, newest last, under the owner's epoch and lease."""
+
+import asyncio
+import os
+import time
+
+import pytest
+from flume_common.membership import Member, Role, State, register
+from flume_common.route_store import RouteWriter, decode_route, encode_route, watch_routes
+from flume_common.routes import Route
+from flume_common.store import KeyValue, StoreConfig, connect
+
+
+def owner(node="w0") -> Member:
+    return Member(
+        id=node, role=Role.WEIGHT, state=State.READY, address="a:1", host="h", pid=os.getpid(), version="0",
+        protocol_version=1, started_at_s=time.time(),
+    )  # fmt: skip
+
+
+async def eventually(view, done, timeout_s=15.0):
+    version = view.version
+    async with asyncio.timeout(timeout_s):
+        while not done():
+            version = await view.wait_newer(version)
+
+
+def test_a_route_is_json_that_people_can_read():
+    route = Route.start("s", "w0", 7, "a0").move_tail(32, "a1")
+    assert encode_route(route) == (
+        b'{"sequence":"s","weight_node":"w0","epoch":7,'
+        b'"ranges":[{"start":0,"end":32,"node":"a0"},{"start":32,"end":null,"node":"a1"}]}'
+    )
+    assert decode_route(KeyValue("k", encode_route(route), 1, 1, 1)) == route
+
+
+async def test_a_route_is_seen_moves_and_ends(store, keys):
+    async with (
+        watch_routes(store, keys) as routes,
+        register(store, keys, owner()) as registration,
+        RouteWriter(store, keys, registration) as writer,
+    ):
+        route = Route.start("s/1", "w0", 0, "a0")
+        writer.put(route)
+        await eventually(routes, lambda: routes.current)
+        assert routes.current["s/1"].epoch == registration.epoch
+        writer.put(route.move_tail(100, "a1"))
+        await eventually(routes, lambda: len(routes.current["s/1"].ranges) == 2)
+        assert [r.sequence for r in routes.through("a0")] == ["s/1"]
+        assert routes.through("a2") == []
+        writer.end("s/1")
+        await eventually(routes, lambda: not routes.current)
+        await asyncio.wait_for(writer.settled(), 5)
+        assert writer.pending == 0
+
+
+async def test_many_changes_between_two_writes_are_one_write(store, keys):
+    async with (
+        watch_routes(store, keys) as routes,
+        register(store, keys, owner()) as registration,
+        RouteWriter(store, keys, registration) as writer,
+    ):
+        for number in range(300):
+            route = Route.start(f"s{number}", "w0", 0, "a0")
+            writer.put(route)
+            writer.put(route.move_tail(16, "a1"))
+        writer.end("s0")
+        writer.end("never heard of")
+        await eventually(routes, lambda: len(routes.current) == 299)
+        assert all(len(route.ranges) == 2 for route in routes.current.values())
+        stored = (await store.range(keys.routes)).items.values()
+        assert {kv.version for kv in stored} == {1}
+        assert len({kv.mod_revision for kv in stored}) == 3, "a hundred to a transaction"
+
+
+async def test_routes_end_with_their_owner(store, keys):
+    async with register(store, keys, owner()) as registration:
+        async with RouteWriter(store, keys, registration) as writer, watch_routes(store, keys) as routes:
+            writer.put(Route.start("s", "w0", 0, "a0"))
+            await eventually(routes, lambda: routes.current)
+        assert (await store.get(keys.route("s"))).lease == registration.lease
+    assert await store.get(keys.route("s")) is None
+
+
+async def test_after_a_lost_lease_every_route_comes_back_under_the_new_epoch(store, keys):
+    async with (
+        watch_routes(store, keys) as routes,
+        register(store, keys, owner(), ttl_s=2) as registration,
+        RouteWriter(store, keys, registration) as writer,
+    ):
+        for number in range(3):
+            writer.put(Route.start(f"s{number}", "w0", 0, "a0"))
+        await eventually(routes, lambda: len(routes.current) == 3)
+        writer.end("s0")
+        first = registration.epoch
+        await store.revoke(registration.lease)
+        await eventually(
+            routes,
+            lambda: (
+                set(routes.current) == {"s1", "s2"}
+                and all(route.epoch > first for route in routes.current.values())
+            ),
+        )
+        assert routes.current["s1"].epoch == registration.epoch
+        assert (await store.get(keys.route("s1"))).lease == registration.lease
+
+
+async def test_a_replaced_owner_writes_nothing(store, keys):
+    async with (
+        register(store, keys, owner(), ttl_s=2) as registration,
+        RouteWriter(store, keys, registration) as writer,
+    ):
+        # Somebody else is w0 now, and our registration does not know it yet.
+        thief = await store.grant(60)
+        await store.delete(registration.key)
+        young = owner().__class__(**{**_fields(owner()), "started_at_s": time.time() + 100})
+        await store.put(registration.key, young.encode(), thief.id)
+        writer.put(Route.start("s", "w0", 0, "a0"))
+        await asyncio.sleep(0.5)
+        assert await store.get(keys.route("s")) is None
+        assert writer.pending == 1
+
+
+def _fields(member: Member) -> dict[str, object]:
+    return {name: getattr(member, name) for name in member.__struct_fields__}
+
+
+@pytest.mark.parametrize("fault", ["mute", "stall", "shut"])
+async def test_no_write_is_lost_or_done_twice_when_etcd_goes_away(etcd_endpoint, store, gate, keys, fault):
+    async with (
+        gate(etcd_endpoint) as between,
+        connect(StoreConfig((between.address,), timeout_s=0.6)) as cut_off,
+        register(store, keys, owner()) as registration,
+        RouteWriter(cut_off, keys, registration) as writer,
+        watch_routes(store, keys) as routes,
+    ):
+        route = Route.start("s", "w0", 0, "a0")
+        writer.put(route)
+        await eventually(routes, lambda: routes.current)
+        if fault == "mute":
+            between.muted = True
+        elif fault == "stall":
+            between.stall()
+        else:
+            await between.shut()
+        writer.put(route.move_tail(10, "a1"))
+        writer.put(Route.start("other", "w0", 0, "a0"))
+        await asyncio.sleep(1.5)
+        assert writer.pending == 2
+        if fault == "mute":
+            # What a muted connection swallowed is lost to its client: it must get a new one.
+            await between.shut()
+        await between.open()
+        await asyncio.wait_for(writer.settled(), 15)
+        await eventually(routes, lambda: len(routes.current) == 2)
+        assert len(routes.current["s"].ranges) == 2
+        assert (await store.get(keys.route("s"))).version == 2
+        assert (await store.get(keys.route("other"))).version == 1
