@@ -20,7 +20,6 @@ from pathlib import Path
 
 import msgspec
 
-
 KILL_S = 5.0
 """How long what was killed may take to be gone; longer only in an uninterruptible call."""
 

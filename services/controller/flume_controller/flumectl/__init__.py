@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import click
 
 from flume_controller.flumectl.completion import completion
@@ -15,7 +17,17 @@ from flume_controller.flumectl.up import up
 from flume_controller.flumectl.version import version
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+class Commands(click.Group):
+    """A group whose commands end on Ctrl-C as programs do in a shell: silently, with 128 + SIGINT."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            raise SystemExit(130) from None
+
+
+@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 def main() -> None:
     """Run and operate KernelFlume: LLM serving whose unit of elasticity is KV capacity.
 
