@@ -16,7 +16,6 @@ from flume_attention.messages import Attach, Attached
 from flume_common.lanes import Lane, Port, Side
 from flume_common.layout import KvLayout
 from flume_common.wire import (
-    PROTOCOL_VERSION,
     Credit,
     Header,
     Kind,
@@ -76,7 +75,6 @@ class FakeWeightNode:
             "request": request,
             "weight_node": self.name,
             "epoch": self.epoch,
-            "protocol_version": PROTOCOL_VERSION,
             "layout": self.shape.layout,
             "worker_address": self.port.address,
             "lane": self.receive_lane,

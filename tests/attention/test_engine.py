@@ -440,7 +440,6 @@ async def test_another_layout_is_taken_only_when_no_lane_is_left(node, port):
 @pytest.mark.parametrize(
     "changes, field",
     [
-        ({"protocol_version": 99}, "protocol_version"),
         ({"epoch": 6}, "epoch"),
         ({"max_step_tokens": 0}, "max_step_tokens"),
         ({"max_step_tokens": 1 << 30}, "max_step_tokens"),

@@ -14,6 +14,7 @@ _started = time.monotonic()
 
 import argparse  # noqa: E402
 import os  # noqa: E402
+import signal  # noqa: E402
 from collections.abc import Sequence  # noqa: E402
 
 import torch  # noqa: E402
@@ -265,6 +266,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def main() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the supervisor, too, and it closes the link
     args = parse()
     imported = time.monotonic()
     link: EngineLink[ToEngine] = EngineLink(args.link_fd, ToEngine)

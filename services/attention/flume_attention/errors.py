@@ -2,6 +2,8 @@
 
 * StepRefused     a PLAN asks for something that does not fit what the lane holds; the weight node is told
 * AttachRefused   two nodes cannot be joined: layout, protocol version, epoch, memory or sizes
+* ConfigRefused   a flag's value cannot be
+* EngineGone      the engine is not up now, or did not answer; it is being restarted
 * ProtocolError   a weight node's messages contradict each other; its lane is closed
 
 `blocks.OutOfBlocks` and `blocks.StaleBlock` are bugs of the node itself and end the engine.
@@ -28,6 +30,14 @@ class AttachRefused(Exception):
         super().__init__(detail)
         self.field = field
         self.detail = detail
+
+
+class ConfigRefused(Exception):
+    """Printed at start, naming the flag and what it may be."""
+
+
+class EngineGone(Exception):
+    """Answered with UNAVAILABLE: worth a retry."""
 
 
 class ProtocolError(Exception):

@@ -219,7 +219,8 @@ class LaneSession:
         frame.header[Header.STEP], frame.header[Header.EPOCH] = credit.committed_step, self.epoch
         self._credits.send(frame, credit.encode(frame.words))
         self.credit_due = False
-        self._last_credit = credit
+        self._refused = (0, Refusal.NONE)  # said once
+        self._last_credit = self._credit()
         return True
 
     @property

@@ -15,7 +15,6 @@ class Attach(msgspec.Struct, tag=True, frozen=True, kw_only=True):
     request: int
     weight_node: str
     epoch: int
-    protocol_version: int
     layout: KvLayout
     worker_address: bytes
     lane: int

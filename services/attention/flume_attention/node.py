@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from flume_common.layout import KvLayout, LayoutMismatch
-from flume_common.wire import PROTOCOL_VERSION, Kind, LaneShape
+from flume_common.wire import Kind, LaneShape
 
 from flume_attention.blocks import BlockPool
 from flume_attention.credit import grants
@@ -67,7 +67,6 @@ class Node:
 
         Raises AttachRefused naming the field of AttachRequest that is to blame.
         """
-        self._require_protocol(request)
         self.require_epoch(request.weight_node, request.epoch)
         others = any(name != request.weight_node for name in self.holdings)
         self._require_layout(request.layout, others=others)
@@ -101,13 +100,6 @@ class Node:
         num_blocks = self.kv_bytes // layout.block_bytes
         self.blocks = BlockPool(num_blocks)
         self.pool = KvPool(layout, num_blocks)
-
-    def _require_protocol(self, request: Attach) -> None:
-        if request.protocol_version != PROTOCOL_VERSION:
-            raise AttachRefused(
-                "protocol_version",
-                f"protocol_version {request.protocol_version}: this node speaks {PROTOCOL_VERSION}",
-            )
 
     def _require_layout(self, layout: KvLayout, *, others: bool) -> None:
         if self.dtype is not None and layout.dtype != self.dtype:

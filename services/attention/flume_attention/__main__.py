@@ -1,0 +1,90 @@
+"""`python -m flume_attention`: an attention node."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import socket
+import sys
+import time
+
+import grpc
+import structlog
+from flume_common.keys import Keys
+from flume_common.membership import Member, Registration, Role, State, register
+from flume_common.serving import CannotListen, Server, serve, until_signalled
+from flume_common.store import StoreConfig, connect
+from flume_common.tasks import background
+from flume_common.telemetry import configure_logging, version
+from flume_common.wire import PROTOCOL_VERSION
+from flume_protos.v1 import attention_pb2_grpc as rpc
+
+from flume_attention.config import Config, engine_args, parse
+from flume_attention.errors import ConfigRefused
+from flume_attention.memory import kv_bytes, measure
+from flume_attention.servicer import AttentionServicer
+from flume_attention.startup import elapsed_ms
+from flume_attention.supervisor import Supervisor
+
+SERVICE = "flume.v1.Attention"
+log = structlog.get_logger()
+
+
+def main() -> int:
+    try:
+        config = parse()
+        configure_logging("attention", config.node, config.log_level)
+        budget_bytes = kv_bytes(config.kv_memory, measure())
+        asyncio.run(run(config, budget_bytes))
+    except (ConfigRefused, CannotListen, ValueError) as refused:
+        print(f"Error: {refused}", file=sys.stderr)
+        return 1
+    return 0
+
+
+async def run(config: Config, budget_bytes: int) -> None:
+    """Serve until SIGTERM or SIGINT. Raises CannotListen, and ValueError for names that cannot be."""
+    keys, etcd = Keys(config.cluster), StoreConfig.parse(config.etcd)
+    keys.member(Role.ATTENTION, config.node)
+    log.info("imported", elapsed_ms=elapsed_ms(), kv_bytes=budget_bytes)
+    supervisor = Supervisor(engine_args(config, budget_bytes))
+    registered: list[Registration] = []
+    servicer = AttentionServicer(
+        config.node, budget_bytes, supervisor, lambda: registered[0].epoch if registered else 0
+    )
+    async with (
+        # First, as it takes longest; last to stop, so that ranges are served until we are out of the list.
+        background(engine=supervisor.keep_engine()),
+        connect(etcd) as store,
+        serve(config.listen, lambda server: _add(server, servicer), [SERVICE]) as server,
+        register(store, keys, _member(config, server), ttl_s=config.lease_ttl_s) as registration,
+        background(publish=supervisor.publish(registration, server)),
+    ):
+        registered.append(registration)
+        log.info("registered", elapsed_ms=elapsed_ms(), address=server.address, epoch=registration.epoch)
+        await until_signalled()
+        log.info("stopping", used_tokens=supervisor.report.used_tokens)
+        server.set_ready(False)
+
+
+def _add(server: grpc.aio.Server, servicer: AttentionServicer) -> None:
+    rpc.add_AttentionServicer_to_server(servicer, server)  # type: ignore[no-untyped-call]
+
+
+def _member(config: Config, server: Server) -> Member:
+    host = config.advertise_host
+    return Member(
+        id=config.node,
+        role=Role.ATTENTION,
+        state=State.PREPARING,
+        address=f"{host}:{server.port}" if host else server.address,
+        host=socket.gethostname(),
+        pid=os.getpid(),
+        version=version(),
+        protocol_version=PROTOCOL_VERSION,
+        started_at_s=time.time(),
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,143 @@
+"""gRPC face of an attention node: decode, ask the engine, encode. Decisions are the engine's."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import grpc
+import structlog
+from flume_common.layout import KvLayout, LayoutMismatch
+from flume_common.membership import State
+from flume_common.serving import status_errors
+from flume_common.wire import PROTOCOL_VERSION
+from flume_protos.v1 import attention_pb2 as pb
+from flume_protos.v1 import attention_pb2_grpc as rpc
+from flume_protos.v1 import common_pb2
+
+from flume_attention import messages as m
+from flume_attention.errors import AttachRefused, EngineGone
+from flume_attention.supervisor import Supervisor
+
+log = structlog.get_logger()
+
+STATUS_OF: dict[type[Exception], grpc.StatusCode] = {
+    AttachRefused: grpc.StatusCode.FAILED_PRECONDITION,
+    LayoutMismatch: grpc.StatusCode.FAILED_PRECONDITION,
+    EngineGone: grpc.StatusCode.UNAVAILABLE,
+    ValueError: grpc.StatusCode.INVALID_ARGUMENT,
+}
+_STATE = {
+    State.PREPARING: common_pb2.PREPARING,
+    State.READY: common_pb2.READY,
+    State.DRAINING: common_pb2.DRAINING,
+}
+
+
+class AttentionServicer(rpc.AttentionServicer):
+    """`epoch` gives the node's own fencing number, which a lost lease changes."""
+
+    def __init__(self, node: str, kv_bytes: int, supervisor: Supervisor, epoch: Callable[[], int]) -> None:
+        self._node = node
+        self._kv_bytes = kv_bytes
+        self._supervisor = supervisor
+        self._epoch = epoch
+
+    async def Attach(
+        self, request: pb.AttachRequest, context: grpc.aio.ServicerContext[pb.AttachRequest, pb.AttachReply]
+    ) -> pb.AttachReply:
+        async with status_errors(context, STATUS_OF):
+            layout = _layout(request)
+            attached = await self._supervisor.ask(lambda number: _attach(number, request, layout), m.Attached)
+        log.info("lane_attached", weight_node=request.weight_node, epoch=request.epoch, layout=layout.hash)
+        return pb.AttachReply(
+            node=self._node,
+            epoch=self._epoch(),
+            worker_address=attached.worker_address,
+            lane=attached.lane,
+            capacity_blocks=attached.capacity_blocks,
+        )
+
+    async def Detach(
+        self, request: pb.DetachRequest, context: grpc.aio.ServicerContext[pb.DetachRequest, pb.DetachReply]
+    ) -> pb.DetachReply:
+        async with status_errors(context, STATUS_OF):
+            await self._supervisor.ask(
+                lambda number: m.Detach(request=number, weight_node=request.weight_node, epoch=request.epoch),
+                m.Detached,
+            )
+        return pb.DetachReply()
+
+    async def Stats(
+        self, request: pb.StatsRequest, context: grpc.aio.ServicerContext[pb.StatsRequest, pb.StatsReply]
+    ) -> pb.StatsReply:
+        return stats(
+            self._node, self._kv_bytes, self._supervisor.state, await self._supervisor.fresh_report()
+        )
+
+    async def Drain(
+        self, request: pb.DrainRequest, context: grpc.aio.ServicerContext[pb.DrainRequest, pb.DrainReply]
+    ) -> pb.DrainReply:
+        log.info("draining")
+        await self._supervisor.set_draining(True)
+        return pb.DrainReply()
+
+    async def Undrain(
+        self,
+        request: pb.UndrainRequest,
+        context: grpc.aio.ServicerContext[pb.UndrainRequest, pb.UndrainReply],
+    ) -> pb.UndrainReply:
+        log.info("undrained")
+        await self._supervisor.set_draining(False)
+        return pb.UndrainReply()
+
+
+def _layout(request: pb.AttachRequest) -> KvLayout:
+    """Raises AttachRefused, LayoutMismatch or ValueError. The version says what all the rest means."""
+    if request.protocol_version != PROTOCOL_VERSION:
+        raise AttachRefused(
+            "protocol_version",
+            f"protocol_version {request.protocol_version}: this node speaks {PROTOCOL_VERSION}",
+        )
+    if not request.weight_node:
+        raise ValueError("weight_node is empty")
+    return KvLayout.from_proto(request.layout)
+
+
+def _attach(number: int, request: pb.AttachRequest, layout: KvLayout) -> m.Attach:
+    return m.Attach(
+        request=number,
+        weight_node=request.weight_node,
+        epoch=request.epoch,
+        layout=layout,
+        worker_address=request.worker_address,
+        lane=request.lane,
+        max_step_tokens=request.max_step_tokens,
+        max_step_sequences=request.max_step_sequences,
+        kv_frame_bytes=request.kv_frame_bytes,
+    )
+
+
+def stats(node: str, kv_bytes: int, state: State, report: m.Report) -> pb.StatsReply:
+    """The engine's report as the API shows it."""
+    lanes = [
+        pb.LaneStats(**{name: getattr(lane, name) for name in m.LaneReport.__struct_fields__})
+        for lane in report.lanes
+    ]
+    return pb.StatsReply(
+        node=node,
+        state=_STATE[state],
+        capacity_tokens=report.capacity_tokens,
+        used_tokens=report.used_tokens,
+        capacity_blocks=report.capacity_blocks,
+        used_blocks=report.used_blocks,
+        kv_bytes=kv_bytes,
+        epoch_rejected=report.epoch_rejected,
+        lanes=lanes,
+        safe_to_delete=safe_to_delete(state, report),
+    )
+
+
+def safe_to_delete(state: State, report: m.Report) -> bool:
+    """DRAINING and holds nothing: no sequence loses tokens when this node goes."""
+    holds = report.used_blocks > 0 or any(lane.sequences for lane in report.lanes)
+    return state is State.DRAINING and not holds

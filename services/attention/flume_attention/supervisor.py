@@ -1,0 +1,184 @@
+"""The supervisor's half of a node: keeps an engine running, asks it, and knows how it is. No torch.
+
+An engine that dies takes what it held with it; weight nodes notice by their lanes. The next one starts
+with nothing, and they attach again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn, TypeVar
+
+import structlog
+from flume_common.backoff import Backoff
+from flume_common.engine_link import Engine, LinkClosed, run_engine
+from flume_common.membership import Registration, State
+from flume_common.serving import Server
+
+from flume_attention import messages as m
+from flume_attention.errors import AttachRefused, EngineGone
+from flume_attention.startup import elapsed_ms
+
+log = structlog.get_logger()
+T = TypeVar("T")
+
+ENGINE_MODULE = "flume_attention.engine"
+# A thread that waits for the next parallel region must not take the core from the weight node.
+ENGINE_ENV = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "0"}
+ENGINE_START_S = 120.0
+STABLE_S = 10.0
+PUBLISH_INTERVAL_S = 0.5
+ANSWER_S = 10.0
+
+
+class Supervisor:
+    """`keep_engine` and `publish` run for as long as the node does."""
+
+    def __init__(self, args: Sequence[str]) -> None:
+        self.draining = False
+        self.report = m.Report()  # the newest of this engine
+        self._args = args
+        self._engine: Engine[m.FromEngine] | None = None
+        self._answers: dict[int, asyncio.Future[Any]] = {}
+        self._requests = itertools.count(1)
+        self._changed = asyncio.Event()
+        self._urgent = asyncio.Event()  # changed in a way that others should see at once
+
+    @property
+    def state(self) -> State:
+        if self._engine is None:
+            return State.PREPARING
+        return State.DRAINING if self.draining else State.READY
+
+    @property
+    def engine_pid(self) -> int | None:
+        return self._engine.pid if self._engine else None
+
+    async def keep_engine(self) -> NoReturn:
+        """Run an engine; when it dies, run another."""
+        backoff = Backoff(cap_s=5.0)
+        while True:
+            started_at = time.monotonic()
+            async with run_engine(ENGINE_MODULE, self._args, inbox=m.FromEngine, env=ENGINE_ENV) as engine:
+                try:
+                    await self._run(engine)
+                except (LinkClosed, TimeoutError) as error:
+                    log.error("engine_lost", engine_pid=engine.pid, reason=str(error) or "start timed out")
+                finally:
+                    self._lose_engine()
+            log.error("engine_ended", exit_code=engine.process.returncode)
+            if time.monotonic() - started_at >= STABLE_S:
+                backoff.reset()
+            await asyncio.sleep(backoff.next_s())
+
+    async def _run(self, engine: Engine[m.FromEngine]) -> NoReturn:
+        started_at = time.monotonic()
+        async with asyncio.timeout(ENGINE_START_S):
+            started = await engine.receive()
+        assert isinstance(started, m.Started), started
+        log.info(
+            "engine_started", engine_pid=engine.pid, elapsed_ms=round(1e3 * (time.monotonic() - started_at)),
+            import_ms=round(started.import_ms), port_ms=round(started.port_ms),
+        )  # fmt: skip
+        self._engine = engine
+        if self.draining:
+            engine.send(m.SetDraining(request=0, draining=True))
+        self._urgent.set()
+        self._changed.set()
+        while True:
+            self._take(await engine.receive())
+
+    def _lose_engine(self) -> None:
+        self._engine = None
+        self.report = m.Report()
+        for answer in self._answers.values():
+            if not answer.done():
+                answer.set_exception(EngineGone("the engine ended"))
+        self._urgent.set()
+        self._changed.set()
+
+    def _take(self, message: m.FromEngine) -> None:
+        match message:
+            case m.LaneClosed():
+                log.info("lane_closed", weight_node=message.weight_node, reason=message.reason)
+            case m.StepNotTaken():
+                log.warning(
+                    "step_refused", weight_node=message.weight_node, step=message.step,
+                    refusal=message.refusal, detail=message.detail,
+                )  # fmt: skip
+            case m.Report():
+                self._take_report(message)
+        answer = self._answers.get(getattr(message, "request", 0))
+        if answer is not None and not answer.done():
+            answer.set_result(message)
+
+    def _take_report(self, report: m.Report) -> None:
+        if report.capacity_blocks != self.report.capacity_blocks:
+            self._urgent.set()  # nobody places a tail here before they know how much fits
+        self.report = report
+        self._changed.set()
+
+    async def ask(self, make: Callable[[int], object], kind: type[T]) -> T:
+        """Send the engine a request, made with its number, and wait for the answer.
+
+        Raises EngineGone, and AttachRefused when the engine refuses.
+        """
+        if self._engine is None:
+            raise EngineGone("the engine is not up yet")
+        number = next(self._requests)
+        answer = self._answers[number] = asyncio.get_running_loop().create_future()
+        try:
+            self._engine.send(make(number))
+            async with asyncio.timeout(ANSWER_S):
+                message = await answer
+        except LinkClosed as error:
+            raise EngineGone(str(error)) from error
+        except TimeoutError as error:
+            raise EngineGone(f"the engine did not answer within {ANSWER_S:.0f} s") from error
+        finally:
+            del self._answers[number]
+        if isinstance(message, m.Refused):
+            raise AttachRefused(message.field, message.detail)
+        assert isinstance(message, kind), message
+        return message
+
+    async def fresh_report(self) -> m.Report:
+        """How the engine is now, or was when it last said: a long step does not hold this up."""
+        try:
+            async with asyncio.timeout(1.0):
+                return await self.ask(lambda number: m.Ask(request=number), m.Report)
+        except (EngineGone, TimeoutError):
+            return self.report
+
+    async def set_draining(self, draining: bool) -> None:
+        """Takes effect at once, and again in every engine to come."""
+        self.draining = draining
+        self._urgent.set()
+        self._changed.set()
+        try:
+            await self.ask(lambda number: m.SetDraining(request=number, draining=draining), m.Report)
+        except EngineGone as error:
+            log.warning("drain_not_told", draining=draining, reason=str(error))
+
+    async def publish(self, registration: Registration, server: Server) -> NoReturn:
+        """Keep the health service and our member in etcd true: states at once, counts every now and then."""
+        while True:
+            self._urgent.clear()
+            self._changed.clear()
+            server.set_ready(self.state is State.READY)
+            if registration.member.state is not self.state:
+                log.info("state", state=self.state, elapsed_ms=elapsed_ms())
+            await registration.update(
+                state=self.state,
+                kv_capacity_tokens=self.report.capacity_tokens,
+                kv_used_tokens=self.report.used_tokens,
+                sequences=sum(lane.sequences for lane in self.report.lanes),
+            )
+            try:
+                async with asyncio.timeout(PUBLISH_INTERVAL_S):
+                    await self._urgent.wait()
+            except TimeoutError:
+                await self._changed.wait()
