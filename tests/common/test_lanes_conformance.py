@@ -310,6 +310,7 @@ def test_wait_wakes_when_a_descriptor_becomes_readable(peer, lane):
     assert 0.09 < time.monotonic() - start < 0.5
     assert peer.port.wait(lambda: False, DEADLINE_S, (ours,)), "it is readable still"
     assert not peer.port.wait(lambda: False, 0.05), "nobody asks for it"
+    assert peer.port.wait(lambda: False, 0.0, (ours,)), "no time is time enough to look"
     timer.join()
     os.close(ours)
     os.close(theirs)
@@ -331,6 +332,26 @@ def test_both_ends_sleep_while_nothing_happens(peer, lane):
     assert not peer.port.wait(lambda: False, 1.0)
     assert time.process_time() - ours < 0.05
     assert cpu_s(peer.pid) - theirs < 0.05
+
+
+def test_waiting_for_a_peer_that_takes_nothing_costs_little(peer):
+    lanes = [peer.connect() for _ in range(4)]
+    os.kill(peer.pid, signal.SIGSTOP)
+    try:
+        for lane in lanes:  # 4 MB, more than fits a queue in shared memory
+            for kind, _ in itertools.product((Kind.QUERY, Kind.KV), range(4)):
+                send(peer, lane, kind, noise(130_000))
+        start = time.process_time()
+        assert not peer.port.wait(lambda: False, 1.0)
+        assert time.process_time() - start < 0.2
+    finally:
+        os.kill(peer.pid, signal.SIGCONT)
+    for lane in lanes:
+        for _ in range(4):
+            assert take_credit(peer, lane)[1] == zlib.crc32(noise(130_000))
+            take_partial(peer, lane)
+        lane.close()
+        peer.ask("close", name=lane.peer)
 
 
 def test_no_wake_up_is_lost_between_two_sleepers(tls, monkeypatch):

@@ -22,6 +22,9 @@ from flume_common.lanes.strays import Strays
 from flume_common.lanes.tags import Side
 from flume_common.wire import LaneShape
 
+_BUSY_ROUNDS = 100  # a few hundred µs
+_LONGEST_SLEEP_S = 3600.0
+
 
 class Port:
     """One UCX worker. A context manager; leaving it closes every lane.
@@ -82,28 +85,22 @@ class Port:
         watched = self._watched()
         for fd in (self._events, *watched, *fds):
             poller.register(fd, select.POLLIN)
+        busy_rounds = 0
         while True:
             self._worker.progress()
             if ready():
                 return True
             left_s = deadline - time.monotonic()
-            if left_s <= 0:
-                return False
-            events = poller.poll(self._sleep_ms(left_s))
+            busy_rounds = 0 if self._worker.arm() else busy_rounds + 1
+            events = poller.poll(_sleep_ms(left_s, busy_rounds))
             for fd, _ in events:
                 if fd in watched:
                     watched.pop(fd).fail("its process ended")
                     poller.unregister(fd)
                 elif fd != self._events:
                     return True
-
-    def _sleep_ms(self, left_s: float) -> int:
-        """How long to sleep: not at all while UCX has events pending or sends it cannot place yet."""
-        if self._worker.arm():
-            return math.ceil(left_s * 1e3)
-        # The peer must empty its queue first, perhaps on this core: 3 ms for 2 MB without yielding.
-        os.sched_yield()
-        return 0
+            if left_s <= 0:
+                return False
 
     def _watched(self) -> dict[int, Lane]:
         lanes = [lane for lane in self._lanes if lane.process_fd is not None and lane.alive]
@@ -163,3 +160,18 @@ class Port:
         self._strays.close()
         self._cancelled.clear()
         self._worker = None
+
+
+def _sleep_ms(left_s: float, busy_rounds: int) -> int:
+    """How long to sleep when UCX refused to be slept on `busy_rounds` times in a row.
+
+    It refuses while events are pending, which one progress clears, and while it has messages it cannot
+    place because a peer's queue is full. Then that peer must run, perhaps on this core (without
+    yielding, 2 MB took 3 ms); and if it does not for a while, nothing wakes us when there is room.
+    """
+    if left_s <= 0:
+        return 0
+    if not busy_rounds:
+        return math.ceil(min(left_s, _LONGEST_SLEEP_S) * 1e3)
+    os.sched_yield()
+    return 0 if busy_rounds < _BUSY_ROUNDS else 1
