@@ -1,0 +1,120 @@
+"""The gRPC face over a fake supervisor: what it refuses itself, and how answers map."""
+
+import grpc
+import pytest
+import pytest_asyncio
+from flume_attention import messages as m
+from flume_attention.errors import AttachRefused, EngineGone
+from flume_attention.servicer import AttentionServicer, safe_to_delete, stats
+from flume_common.layout import KvLayout
+from flume_common.membership import State
+from flume_common.serving import channel, serve
+from flume_common.wire import PROTOCOL_VERSION
+from flume_protos.v1 import attention_pb2 as pb
+from flume_protos.v1 import attention_pb2_grpc as rpc
+from flume_protos.v1 import common_pb2
+
+LAYOUT = KvLayout(3, 4, 2, 16, "float32", 4)
+HELD = m.LaneReport(
+    weight_node="w1", epoch=3, granted_blocks=9, held_blocks=4, sequences=2, ranges=3, steps=7
+)
+
+
+class FakeSupervisor:
+    """Answers every request with `answer`, or raises it."""
+
+    state = State.READY
+
+    def __init__(self):
+        self.asked = []
+        self.answer = m.Attached(request=1, worker_address=b"addr", lane=5, capacity_blocks=100)
+
+    async def ask(self, make, kind):
+        self.asked.append(make(1))
+        if isinstance(self.answer, Exception):
+            raise self.answer
+        return self.answer
+
+
+@pytest.fixture
+def supervisor():
+    return FakeSupervisor()
+
+
+@pytest_asyncio.fixture
+async def stub(supervisor):
+    servicer = AttentionServicer("a1", 1000, supervisor, lambda: 42)
+    add = lambda server: rpc.add_AttentionServicer_to_server(servicer, server)  # noqa: E731
+    async with (
+        serve("127.0.0.1:0", add, ["flume.v1.Attention"], grace_s=0) as server,
+        channel(server.address) as c,
+    ):
+        yield rpc.AttentionStub(c)
+
+
+def request(**changes):
+    fields = {"weight_node": "w1", "epoch": 3, "protocol_version": PROTOCOL_VERSION} | {
+        "layout": LAYOUT.to_proto(), "worker_address": b"theirs", "lane": 9,
+        "max_step_tokens": 10, "max_step_sequences": 2, "kv_frame_bytes": 1 << 20,
+    }  # fmt: skip
+    return pb.AttachRequest(**(fields | changes))
+
+
+async def test_an_attach_reaches_the_engine_whole_and_comes_back_with_our_epoch(stub, supervisor):
+    reply = await stub.Attach(request(), timeout=5)
+    assert (reply.node, reply.epoch, reply.lane, reply.worker_address) == ("a1", 42, 5, b"addr")
+    (asked,) = supervisor.asked
+    assert asked == m.Attach(
+        request=1, weight_node="w1", epoch=3, layout=LAYOUT, worker_address=b"theirs", lane=9,
+        max_step_tokens=10, max_step_sequences=2, kv_frame_bytes=1 << 20,
+    )  # fmt: skip
+
+
+def wrong_hash():
+    layout = LAYOUT.to_proto()
+    layout.hash = "0" * 16
+    return layout
+
+
+@pytest.mark.parametrize(
+    "changes, answer, code, said",
+    [
+        ({"protocol_version": 99}, None, "FAILED_PRECONDITION", "protocol_version 99"),
+        ({"protocol_version": 99, "layout": wrong_hash()}, None, "FAILED_PRECONDITION", "protocol_version"),
+        ({"layout": wrong_hash()}, None, "FAILED_PRECONDITION", "differs in hash"),
+        ({"layout": common_pb2.KvLayout()}, None, "INVALID_ARGUMENT", "dtype"),
+        ({"weight_node": ""}, None, "INVALID_ARGUMENT", "weight_node is empty"),
+        ({}, AttachRefused("epoch", "epoch 3 is older"), "FAILED_PRECONDITION", "epoch 3 is older"),
+        ({}, EngineGone("not up yet"), "UNAVAILABLE", "not up yet"),
+    ],
+)
+async def test_refusals_have_a_status_and_a_reason(stub, supervisor, changes, answer, code, said):
+    supervisor.answer = answer or supervisor.answer
+    with pytest.raises(grpc.aio.AioRpcError) as error:
+        await stub.Attach(request(**changes), timeout=5)
+    assert error.value.code().name == code and said in error.value.details()
+
+
+def test_stats_show_the_report():
+    report = m.Report(capacity_tokens=400, used_tokens=33, capacity_blocks=100, used_blocks=9,
+                      epoch_rejected=2, lanes=[HELD])  # fmt: skip
+    reply = stats("a1", 1000, State.READY, report)
+    assert (reply.capacity_tokens, reply.used_tokens, reply.capacity_blocks) == (400, 33, 100)
+    assert (reply.used_blocks, reply.epoch_rejected, reply.kv_bytes) == (9, 2, 1000)
+    (lane,) = reply.lanes
+    assert (lane.weight_node, lane.epoch, lane.granted_blocks, lane.held_blocks) == ("w1", 3, 9, 4)
+    assert (lane.sequences, lane.ranges, lane.steps) == (2, 3, 7) and reply.state == common_pb2.READY
+
+
+@pytest.mark.parametrize(
+    "state, report, safe",
+    [
+        (State.DRAINING, m.Report(), True),
+        (State.READY, m.Report(), False),
+        (State.DRAINING, m.Report(used_blocks=1), False),
+        (State.DRAINING, m.Report(lanes=[HELD]), False),
+    ],
+    ids=["drained", "not draining", "holds blocks", "holds a sequence"],
+)
+def test_only_a_draining_node_that_holds_nothing_is_safe_to_delete(state, report, safe):
+    assert safe_to_delete(state, report) is safe
