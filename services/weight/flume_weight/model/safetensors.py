@@ -12,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from flume_weight.model.errors import DamagedFile, MissingFile, UnsupportedDtype
+from flume_weight.model.fields import Fields
 from flume_weight.model.huggingface import read_json
 from flume_weight.model.source import Stored
 
@@ -52,7 +53,7 @@ class SafetensorsSource:
         names = read_json(index, "it lists the shards").sub("weight_map")
         if names is None:
             raise DamagedFile(index, "has no weight_map")
-        shards = {name: directory / names.text(name) for name in names}
+        shards = {name: directory / _shard(names, name) for name in names}
         found: dict[str, Stored] = {}
         for shard in sorted(set(shards.values())):
             if not shard.is_file():
@@ -66,6 +67,13 @@ class SafetensorsSource:
     def _list(self, path: Path) -> dict[str, Stored]:
         file = self._files[path] = _open(path)
         return {name: _stored(path, file, name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
+
+
+def _shard(names: Fields, tensor: str) -> str:
+    shard = names.text(tensor)
+    if Path(shard).name != shard:
+        raise names.bad(tensor, "the name of a file in the same directory")
+    return shard
 
 
 def _open(path: Path) -> Any:  # the bindings have no types
