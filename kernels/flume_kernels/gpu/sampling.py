@@ -52,7 +52,7 @@ def _weight_from(row_ptr, edge, floor, top, inverse, vocabulary, COUNT: tl.const
 def _edge(
     row_ptr, low, high, need, floor, top, inverse, vocabulary, COUNT: tl.constexpr, LANES: tl.constexpr
 ):
-    # The largest edge in [low, high] from which on there is at least `need`; int64 so that sums do not overflow.
+    # The largest edge in [low, high] from which on there is at least `need`; int64, as the span overflows int32.
     while low < high:
         middle = low + (high - low + 1) // 2
         reached = _weight_from(row_ptr, middle.to(tl.int32), floor, top, inverse, vocabulary, COUNT, LANES)
@@ -143,7 +143,7 @@ def _sample_kernel(
             at = base + quarter * LANES
             x = _logits(row_ptr, at, vocabulary, LANES)
             noise = tl.where(greedy, 0.0, -tl.log(-tl.log(_uniform(word))))
-            allowed = (at + lanes < vocabulary) & (greedy | (_ordered(x) >= floor))
+            allowed = (at + lanes < vocabulary) & (_ordered(x) >= floor)
             value = tl.where(allowed, x * inverse + noise, -float("inf"))
             better = value > best
             best = tl.where(better, value, best)
