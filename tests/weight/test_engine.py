@@ -1,4 +1,4 @@
-"""The weight engine and attention engines as real processes over real lanes; only the supervisors are played."""
+"""The weight engine and attention engines as real processes over real lanes; supervisors are played."""
 
 from __future__ import annotations
 
@@ -9,10 +9,8 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import pytest
 from flume_attention import messages as attention
 from flume_common.engine_link import Engine, LinkClosed, run_engine
-from flume_common.wire import PROTOCOL_VERSION
 from flume_weight import messages as m
 from flume_weight.attachments import layout_of
 from flume_weight.sampling import SamplingParams
@@ -85,7 +83,6 @@ class Rig:
             attention.Attach,
             weight_node="weight-1",
             epoch=1,
-            protocol_version=PROTOCOL_VERSION,
             layout=layout_of(self.ready),
             worker_address=self.ready.worker_address,
             lane=lane,
@@ -115,6 +112,27 @@ class Rig:
         assert isinstance(end, m.Finished), end
         return self.tokens(name)
 
+    async def tokens_of(self, name, count) -> None:
+        """Wait until this many tokens of a sequence came out."""
+        await self.until(lambda _: len(self.tokens(name)) >= count)
+
+    async def route_of(self, name, found) -> list[m.RangeInfo]:
+        """The first route of this sequence that `found` likes."""
+        change = await self.until(
+            lambda message: (
+                isinstance(message, m.RouteChanged) and message.sequence == name and found(message.ranges)
+            )
+        )
+        return change.ranges
+
+    async def is_free(self) -> bool:
+        """Whether no node holds a block within a second."""
+        for _ in range(50):
+            if not sum((await self.used_blocks()).values()):
+                return True
+            await asyncio.sleep(0.02)
+        return False
+
     async def used_blocks(self) -> dict[str, int]:
         return {name: (await node.report()).used_blocks for name, node in self.nodes.items()}
 
@@ -130,7 +148,17 @@ async def attention_node(name: str, capacity_tokens: int):
 @asynccontextmanager
 async def rig(*capacities: int, args=()):
     """One weight engine with an attention node for each capacity, in tokens."""
-    weight_args = ["--node", "weight-1", "--model", str(GGUF), "--dtype", "float32", "--prefill-threads", "1", *args]
+    weight_args = [
+        "--node",
+        "weight-1",
+        "--model",
+        str(GGUF),
+        "--dtype",
+        "float32",
+        "--prefill-threads",
+        "1",
+        *args,
+    ]
     async with AsyncExitStack() as stack:
         weight = await stack.enter_async_context(
             run_engine("flume_weight.engine_process", weight_args, inbox=m.Outbound)
@@ -160,7 +188,7 @@ async def test_tokens_do_not_depend_on_how_many_nodes_hold_the_ranges():
     async with rig(4096, 4096, 4096, args=["--tail-margin-tokens", "16"]) as three:
         for length, tokens in alone.items():
             assert await three.generate(f"s{length}", prompt(length)) == tokens
-        assert await three.used_blocks() == dict.fromkeys(three.nodes, 0)
+        assert await three.is_free()
         spread = [message for message in three.said if isinstance(message, m.RouteChanged)]
         assert any(len({item.node for item in message.ranges}) == 3 for message in spread)
         names = [f"t{length}" for length in alone]
@@ -169,3 +197,95 @@ async def test_tokens_do_not_depend_on_how_many_nodes_hold_the_ranges():
         for name, length in zip(names, alone, strict=True):
             await three.end_of(name)
             assert three.tokens(name) == alone[length]
+
+
+async def test_cancelling_frees_every_block_within_a_second():
+    async with rig(2048, 2048, args=["--tail-margin-tokens", "16"]) as one:
+        one.submit("s", prompt(300), max_tokens=1000)
+        await one.tokens_of("s", 3)
+        assert sum((await one.used_blocks()).values()) > 0
+        one.weight.send(m.Cancel("s"))
+        assert await one.is_free()
+        end = await one.end_of("s")
+        assert end.reason == "abort"
+        assert one.routes["s"] == []
+
+
+async def test_a_request_that_could_never_fit_is_refused_with_the_numbers():
+    async with rig(256, 128) as small:
+        small.submit("big", prompt(300), max_tokens=200)
+        end = await small.end_of("big")
+        assert (end.code, "500 tokens of KV" in end.message) == ("RESOURCE_EXHAUSTED", True), end.message
+        assert "2 attention nodes hold 368" in end.message
+        assert await small.generate("fits", prompt(300), max_tokens=4)
+        small.submit("long", prompt(5), max_tokens=9000)
+        assert "8192" in (await small.end_of("long")).message
+
+
+async def test_without_a_limit_of_its_own_an_answer_ends_where_memory_does():
+    async with rig(64) as small:
+        small.submit("s", prompt(40), max_tokens=0)
+        end = await small.end_of("s")
+        assert (end.reason, end.completion_tokens) == ("length", 24)
+
+
+async def test_sequences_that_outgrow_memory_take_turns_and_say_the_same_as_alone():
+    async with rig(4096) as large:
+        alone = [await large.generate(f"s{n}", prompt(60, seed=n), 60) for n in range(4)]
+    async with rig(256) as small:  # 480 tokens want to live in 256
+        for n in range(4):
+            small.submit(f"s{n}", prompt(60, seed=n), 60)
+        for n in range(4):
+            await small.end_of(f"s{n}")
+        assert [small.tokens(f"s{n}") for n in range(4)] == alone
+        assert await small.is_free()
+
+
+async def test_a_killed_attention_node_costs_time_and_no_token():
+    async with rig(4096, 4096, args=["--tail-margin-tokens", "32"]) as two:
+        expected = await two.generate("s", prompt(200), 60)
+        two.submit("t", prompt(200), 60)
+        await two.route_of("t", lambda ranges: len({item.node for item in ranges}) == 2)
+        dead = two.nodes.pop("attention-2")
+        dead.engine.process.kill()
+        await two.until(lambda message: isinstance(message, m.LaneLost))
+        await two.end_of("t")
+        assert two.tokens("t") == expected
+        assert await two.is_free()
+
+
+async def test_a_draining_node_gets_no_new_tokens_and_keeps_what_it_holds():
+    async with rig(4096, 4096) as two:
+        expected = await two.generate("s", prompt(100), 80)
+        two.submit("t", prompt(100), 80)
+        await two.tokens_of("t", 3)
+        (first,) = two.routes["t"]
+        two.weight.send(m.NodeDraining(first.node, True))
+        closed, tail = await two.route_of("t", lambda ranges: len(ranges) == 2)
+        held = (await two.nodes[first.node].report()).used_tokens
+        assert closed.node == first.node and closed.end == tail.start == held
+        assert tail.node != first.node
+        await two.end_of("t")
+        assert two.tokens("t") == expected
+
+
+async def test_sampled_tokens_depend_on_the_seed_and_not_on_the_company():
+    async with rig(4096) as one:
+        wild = {"temperature": 1.0, "seed": 7}
+        alone = await one.generate("s", prompt(30), 24, **wild)
+        for n in range(5):
+            one.submit(f"other{n}", prompt(20 + n, seed=n), 40, temperature=0.9)
+        assert await one.generate("t", prompt(30), 24, **wild) == alone
+        assert await one.generate("u", prompt(30), 24, temperature=1.0, seed=8) != alone
+
+
+async def test_a_wrong_request_is_refused_by_name_and_leaves_nothing():
+    async with rig(1024) as one:
+        for name, message in {
+            "empty": m.Submit("empty", [], SamplingParams()),
+            "vocabulary": m.Submit("vocabulary", [49152], SamplingParams()),
+            "bias": m.Submit("bias", [5], SamplingParams(logit_bias={50000: 1.0})),
+        }.items():
+            one.weight.send(message)
+            assert (await one.end_of(name)).code == "INVALID_ARGUMENT"
+        assert await one.is_free()
