@@ -54,7 +54,7 @@ class FakeWeight(rpc.WeightServicer):
         try:
             async for reply in self.script(request, context):
                 yield reply
-        except asyncio.CancelledError:
+        except (asyncio.CancelledError, GeneratorExit):  # the second one when it was about to send
             self.cancelled_at[request.request_id] = time.monotonic()
             raise
         finally:
@@ -243,3 +243,10 @@ def eventually():
 @pytest.fixture
 def sequence_finish():
     return finish
+
+
+@pytest.fixture(scope="session")
+def spellable(text_model):
+    """Whether a vocabulary has every byte of a text: SmolLM2's lacks some that no alphabet uses."""
+    known = {text_model.tokenizer.token_bytes(i) for i in range(49152)}
+    return lambda text: all(bytes([byte]) in known for byte in text.encode())

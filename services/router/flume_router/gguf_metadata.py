@@ -30,13 +30,20 @@ class GgufError(Exception):
 
 def read_metadata(path: Path) -> dict[str, Any]:
     """Every metadata key: numbers, booleans, strings and lists of them. Raises GgufError, OSError."""
-    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-        try:
-            return _Cursor(data).metadata()
-        except (struct.error, IndexError, MemoryError, OverflowError) as error:
-            raise GgufError(path, "the file ends inside its metadata; is it whole?") from error
-        except (UnicodeDecodeError, ValueError) as error:
-            raise GgufError(path, str(error)) from error
+    with path.open("rb") as file:
+        if file.read(4) != b"GGUF":
+            raise GgufError(path, "the file does not begin with the letters GGUF")
+        with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+            return _read(path, data)
+
+
+def _read(path: Path, data: mmap.mmap) -> dict[str, Any]:
+    try:
+        return _Cursor(data).metadata()
+    except (struct.error, IndexError, MemoryError, OverflowError) as error:
+        raise GgufError(path, "the file ends inside its metadata; is it whole?") from error
+    except ValueError as error:
+        raise GgufError(path, str(error)) from error
 
 
 class _Cursor:
@@ -45,8 +52,6 @@ class _Cursor:
         self._at = 0
 
     def metadata(self) -> dict[str, Any]:
-        if self._data[:4] != b"GGUF":
-            raise ValueError("the file does not begin with the letters GGUF")
         self._at = 4
         (version,) = self._take("<I")
         if version not in _VERSIONS:
@@ -76,13 +81,15 @@ class _Cursor:
 
     def _strings(self, count: int) -> list[str]:
         # Written out flat: this loop is nearly all of the time.
-        data, at, unpack = self._data, self._at, struct.Struct("<Q").unpack_from
+        data, at, end, unpack = self._data, self._at, len(self._data), struct.Struct("<Q").unpack_from
         values = []
         for _ in range(count):
             start = at + 8
             at = start + unpack(data, at)[0]
+            if at > end:  # a slice past the end is short, not an error
+                raise IndexError(at)
             values.append(data[start:at].decode("utf-8"))
-        self._at = self._within(at)
+        self._at = at
         return values
 
     def _string(self) -> str:
@@ -92,11 +99,6 @@ class _Cursor:
         values = struct.unpack_from(layout, self._data, self._at)
         self._at += struct.calcsize(layout)
         return values
-
-    def _within(self, at: int) -> int:
-        if at > len(self._data):  # a slice past the end is short, not an error
-            raise IndexError(at)
-        return at
 
 
 def _scalar(kind: int) -> str:

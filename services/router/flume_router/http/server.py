@@ -13,6 +13,7 @@ from flume_common.tasks import background
 from starlette.types import ASGIApp
 
 _KEEP_ALIVE_S = 75  # longer than clients keep an idle connection, so that they never meet a closed one
+_BACKLOG = 2048
 _CLOSE_S = 3  # for connections that are still writing when requests are already over
 
 
@@ -41,13 +42,23 @@ class _Server(uvicorn.Server):
 def bind(address: str) -> socket.socket:
     """Listen on `host:port`. Raises CannotListen with the system's reason."""
     host, _, port = address.rpartition(":")
-    host = host.strip("[]")
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
-        return socket.create_server((host, int(port)), family=family, backlog=2048)
+        [(family, kind, _, _, where), *_] = socket.getaddrinfo(
+            host.strip("[]"), int(port), type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )
+        # The protocol by name: asyncio turns Nagle's algorithm off only where it sees TCP, and with it
+        # every small write, thus every token, waits 40 ms for an acknowledgement.
+        bound = socket.socket(family, kind, socket.IPPROTO_TCP)
+        try:
+            bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            bound.bind(where)
+            bound.listen(_BACKLOG)
+        except OSError:
+            bound.close()
+            raise
     except (OSError, OverflowError) as error:
-        reason = error.strerror if isinstance(error, OSError) else str(error)
-        raise CannotListen(address, reason or str(error)) from error
+        raise CannotListen(address, getattr(error, "strerror", None) or str(error)) from error
+    return bound
 
 
 def reachable_address(address: str, bound: socket.socket) -> str:

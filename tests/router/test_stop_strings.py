@@ -1,0 +1,81 @@
+"""No stop string, and no half of one, is ever shown."""
+
+import hypothesis.strategies as st
+import pytest
+from flume_router.stop_strings import StopStrings, first_stop
+from hypothesis import given, settings
+
+LETTERS = st.text("ab", max_size=20)
+STOPS = st.lists(st.text("ab", min_size=1, max_size=4), max_size=4)
+
+
+def run(pieces, stops):
+    stopper = StopStrings(stops)
+    shown = [stopper.push(piece) for piece in pieces]
+    return stopper, shown
+
+
+def shown_text(pieces, stops):
+    stopper, shown = run(pieces, stops)
+    return "".join(shown) + stopper.finish(), stopper.stopped
+
+
+@settings(max_examples=1000)
+@given(text=LETTERS, stops=STOPS, data=st.data())
+def test_where_the_text_is_cut_changes_nothing(text, stops, data):
+    cuts = sorted(data.draw(st.lists(st.integers(0, len(text)), max_size=6)))
+    edges = [0, *cuts, len(text)]
+    pieces = [text[a:b] for a, b in zip(edges, edges[1:], strict=False)]
+    assert shown_text(pieces, stops) == shown_text(list(text), stops)
+
+
+@settings(max_examples=1000)
+@given(pieces=st.lists(st.text("ab", max_size=4)), stops=STOPS)
+def test_the_answer_is_the_text_before_the_first_stop_string(pieces, stops):
+    text = "".join(pieces)
+    shown, stopped = shown_text(pieces, stops)
+    assert text.startswith(shown)
+    assert not any(stop in shown for stop in stops)
+    assert stopped == any(stop in text for stop in stops)
+    if stopped:
+        assert any(text.startswith(stop, len(shown)) for stop in stops)
+    else:
+        assert shown == text
+
+
+@settings(max_examples=500)
+@given(pieces=st.lists(st.text("ab", max_size=4)), stops=STOPS, more=LETTERS)
+def test_what_was_shown_is_never_part_of_a_later_stop_string(pieces, stops, more):
+    """Whatever comes next, the final answer begins with what has been shown so far."""
+    stopper, shown = run(pieces, stops)
+    final, _ = shown_text([*pieces, *more], stops)
+    assert final.startswith("".join(shown))
+
+
+@pytest.mark.parametrize(
+    "text, stops, cut",
+    [
+        ("abc", ["abcd", "bc"], 1),  # complete first
+        ("xabc", ["abc", "c"], 1),  # complete together: the longest
+        ("xx", ["y"], None),
+        ("", ["y"], None),
+    ],
+)
+def test_the_stop_string_that_is_complete_first_wins(text, stops, cut):
+    assert first_stop(text, stops) == cut
+
+
+def test_text_is_shown_as_soon_as_it_is_harmless():
+    _, shown = run(["he", "l", "lo", " w", "or", "x"], ["lo world"])
+    assert shown == ["he", "", "l", "", "", "lo worx"]
+
+
+def test_without_stop_strings_nothing_is_held():
+    _, shown = run(["a", "b"], [])
+    assert shown == ["a", "b"]
+
+
+def test_nothing_is_shown_after_the_end():
+    stopper, shown = run(["a", "STOP", "b"], ["STOP"])
+    assert shown == ["a", "", ""]
+    assert stopper.finish() == ""

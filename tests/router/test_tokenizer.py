@@ -1,0 +1,152 @@
+"""Ids and texts are those of transformers for the same file."""
+
+import hypothesis.strategies as st
+import pytest
+from flume_common.model_source import resolve_model
+from flume_router.text_model import load_text_model
+from flume_router.tokenizer import TokenizerError, character_of_byte, spelling_of
+from hypothesis import assume, example, given, settings
+
+TEXTS = [
+    "",
+    " ",
+    "hello",
+    " hello",
+    "Hello, World!",
+    "don't I'LL we'Ve",
+    "1234567890",
+    "in 2024 it was 3.14159, or 1,000,000",
+    "  two  spaces  ",
+    "a   1",
+    "tabs\tand\t\ttabs",
+    "\n\n\nlines\r\n\r\n",
+    " \n \n\t x",
+    "日本語のテキスト",
+    "Привет, мир",
+    "مرحبا بالعالم",
+    "naïve café — “quotes”…",
+    "e\u0301 combining",
+    "🙂🙃 👩‍👩‍👧‍👦 🇩🇪",
+    "𓀀𓀁 rare",
+    "\u0000\u0001\u007f\u0080",
+    "\u00a0\u2003\u3000 spaces",
+    "\ufeffbom \ufffd",
+    "<|im_start|>user\nhi<|im_end|>\n",
+    "x<|endoftext|>y <|im_start|> z",
+    "<|im_start|><|im_start|>",
+    "<|im_start |> < |im_end|>",
+    "<repo_name>a<file_sep>b<issue_start>",
+    "def f(x):\n    return x ** 2  # comment\n",
+    "<0x0A> ▁ Ġ",
+    "a" * 5000,
+    "word " * 2000,
+    "é" * 3000,
+]
+ANYTHING = st.text(st.characters(exclude_categories=["Cs"]))
+LIKELY = st.lists(
+    st.sampled_from(["hello", " ", "  ", "\n", "\t", "1", "23", "é", "語", "🙂", "<|im_start|>", "<|im_end|>", "'s", "."])
+).map("".join)
+
+
+@pytest.mark.parametrize("text", TEXTS, ids=lambda text: repr(text[:24]))
+def test_ids_are_those_of_transformers(text_model, reference, text):
+    ids = text_model.tokenizer.encode_now(text, add_special_tokens=True)
+    assert ids == reference(text)["input_ids"]
+
+
+@settings(max_examples=400, deadline=None)
+@given(text=ANYTHING | LIKELY)
+def test_ids_of_any_text_are_those_of_transformers(text_model, reference, text):
+    ids = text_model.tokenizer.encode_now(text, add_special_tokens=False)
+    assert ids == reference(text, add_special_tokens=False)["input_ids"]
+
+
+@settings(max_examples=300, deadline=None)
+@given(ids=st.lists(st.integers(0, 49151), max_size=30))
+@example(ids=[255, 254, 131])
+def test_any_ids_decode_as_in_transformers(text_model, reference, ids):
+    assert text_model.tokenizer.decode(ids) == reference.decode(ids, skip_special_tokens=True)
+
+
+@settings(max_examples=200, deadline=None)
+@given(text=ANYTHING)
+def test_a_text_survives_the_way_there_and_back(text_model, spellable, text):
+    assume(spellable(text))
+    tokenizer = text_model.tokenizer
+    ids = tokenizer.encode_now(text, add_special_tokens=False)
+    assert b"".join(map(tokenizer.token_bytes, ids)).decode() == text
+
+
+async def test_a_long_text_is_encoded_beside_the_loop_and_alike(text_model):
+    text = "some words and wörds " * 5000
+    ids = await text_model.tokenizer.encode(text, add_special_tokens=True)
+    assert ids == text_model.tokenizer.encode_now(text, add_special_tokens=True)
+
+
+def test_special_tokens_are_known(text_model):
+    tokenizer = text_model.tokenizer
+    assert tokenizer.special_tokens["bos_token"] == "<|im_start|>"
+    assert tokenizer.special_tokens["eos_token"] == "<|im_end|>"
+    assert [i for i in range(49152) if tokenizer.is_special(i)] == list(range(17))
+    assert tokenizer.vocab_size == 49152
+
+
+def test_an_id_beyond_the_vocabulary_stands_for_nothing(text_model):
+    assert text_model.tokenizer.token_bytes(60_000) == b""
+
+
+def test_the_byte_table_is_one_to_one():
+    assert sorted(character_of_byte()) == list(range(256))
+    assert len(set(character_of_byte().values())) == 256
+
+
+@pytest.mark.parametrize("decoder", [None, {"type": "WordPiece"}, {"type": "Sequence", "decoders": [{"type": "CTC"}]}])
+def test_a_decoder_we_cannot_spell_is_refused_by_name(decoder):
+    with pytest.raises(TokenizerError, match="WordPiece|CTC|none"):
+        spelling_of(decoder)
+
+
+@pytest.fixture(scope="session")
+def hf_directory(reference, tmp_path_factory):
+    """The same tokenizer saved as a Hugging Face directory."""
+    directory = tmp_path_factory.mktemp("hf")
+    reference.save_pretrained(directory)
+    (directory / "config.json").write_text('{"model_type": "llama"}')
+    return directory
+
+
+@settings(max_examples=50, deadline=None)
+@given(text=LIKELY)
+def test_a_directory_gives_the_same_ids(hf_directory, reference, text):
+    assert _loaded(hf_directory).tokenizer.encode_now(text, add_special_tokens=True) == reference(text)["input_ids"]
+
+
+_cache = {}
+
+
+def _loaded(directory):
+    if directory not in _cache:
+        _cache[directory] = load_text_model(resolve_model(str(directory)))
+    return _cache[directory]
+
+
+def test_a_directory_gives_the_same_template_and_special_tokens(hf_directory, text_model):
+    loaded = _loaded(hf_directory)
+    assert loaded.tokenizer.special_tokens == text_model.tokenizer.special_tokens
+    messages = [{"role": "user", "content": "Hi"}]
+    assert loaded.chat_template.render(messages) == text_model.chat_template.render(messages)
+
+
+def test_a_directory_without_tokenizer_json_says_so(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(TokenizerError, match=r"tokenizer\.json does not exist"):
+        load_text_model(resolve_model(str(tmp_path)))
+
+
+def test_a_broken_tokenizer_json_says_which_file(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "tokenizer.json").write_text('{"model": 5}')
+    with pytest.raises(TokenizerError, match=r"tokenizer\.json"):
+        load_text_model(resolve_model(str(tmp_path)))
+
+
