@@ -115,15 +115,15 @@ class Peer:
         time.sleep(seconds)
         return "computed"
 
-    def credit(self, name: str, times: int) -> int:
-        """Send unasked CREDITs; how many the lane took before it went down."""
-        sender = self.lanes[name].sender(Kind.CREDIT)
+    def unasked(self, kind: str, name: str, times: int, size: int) -> int:
+        """Send messages nobody asked for; how many the lane took before it went down."""
+        sender = self.lanes[name].sender(Kind[kind])
         for sent in range(times):
             try:
                 assert self.port.wait(lambda: sender.frame() is not None, 5.0)
                 frame = sender.frame()
                 assert frame is not None
-                sender.send(frame, 8)
+                sender.send(frame, size)
             except LaneDown:
                 return sent
         return times

@@ -81,16 +81,13 @@ class PeerProcess:
         return lane
 
     def end(self):
+        """By its own will, as stdin ends."""
         self.process.stdin.close()
-        self.process.kill() if self.process.poll() is None and not self._ends() else None
-        self.process.wait(DEADLINE_S)
-        self.process.stdout.close()
-
-    def _ends(self):
         try:
-            return self.process.wait(DEADLINE_S) is not None
-        except subprocess.TimeoutExpired:
-            return False
+            self.process.wait(DEADLINE_S)
+        finally:
+            self.process.kill()
+            self.process.stdout.close()
 
 
 @contextmanager
@@ -321,6 +318,18 @@ def test_what_ready_raises_comes_out_of_wait(peer, lane):
         peer.port.wait(lambda: bool(1 / 0), 1.0)
 
 
+def test_shared_memory_carries_a_lane_where_there_is_some(tls, peer, lane):
+    assert_echoes(peer, lane)
+    assert bool(tcp_connections(peer.pid)) == (tls == TRANSPORTS["TCP"])
+
+
+def tcp_connections(pid):
+    """Inodes of the established TCP sockets of a process."""
+    rows = [line.split() for line in Path(f"/proc/{pid}/net/tcp").read_text().splitlines()[1:]]
+    established = {f"socket:[{row[9]}]" for row in rows if row[3] == "01"}
+    return established & {os.readlink(fd) for fd in Path(f"/proc/{pid}/fd").iterdir()}
+
+
 def cpu_s(pid):
     fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
@@ -400,7 +409,7 @@ def test_a_killed_peer_is_noticed_without_a_pidfd(tls, monkeypatch):
 def test_a_message_sent_before_the_death_is_still_delivered(peer, tls):
     victim = PeerProcess(peer.port, tls)
     lane = victim.connect()
-    assert victim.ask("credit", name=lane.peer, times=3) == 3
+    assert victim.ask("unasked", kind="CREDIT", name=lane.peer, times=3, size=8) == 3
     peer.port.progress()
     victim.process.kill()
     assert peer.port.wait(lambda: not lane.alive, DEADLINE_S)
@@ -474,7 +483,7 @@ def test_a_closed_lane_says_so_and_closing_again_changes_nothing(peer):
 def test_messages_for_a_closed_lane_do_not_pile_up(peer, lane):
     closed = peer.connect(SMALL)
     assert_echoes(peer, closed)
-    peer.tell("credit", name=closed.peer, times=500)
+    peer.tell("unasked", kind="CREDIT", name=closed.peer, times=500, size=8)
     closed.close()  # while they come
     peer.port.wait(lambda: False, DEADLINE_S, (peer.process.stdout.fileno(),))
     peer._line()
@@ -487,6 +496,22 @@ def test_messages_for_a_closed_lane_do_not_pile_up(peer, lane):
 def anything_unclaimed(port):
     """Does UCX keep a message of any lane that nobody has posted a receive for?"""
     return port._worker.tag_probe(lib.UCXXTag(0), lib.UCXXTagMask(0)).matched
+
+
+@pytest.mark.parametrize("fate", [signal.SIGKILL, signal.SIGSTOP])
+def test_a_port_closes_at_once_whatever_a_peer_left_half_sent(tls, fate):
+    with joined(tls) as peer:
+        lane = peer.connect()
+        # Four fill the ring; the others are announced, nobody will ever receive them.
+        assert peer.ask("unasked", kind="PARTIAL", name=lane.peer, times=7, size=500_000) == 7
+        peer.port.wait(lambda: False, 0.05)
+        assert anything_unclaimed(peer.port)
+        peer.process.send_signal(fate)
+        closing = threading.Thread(target=peer.port.close, daemon=True)
+        closing.start()
+        closing.join(2.0)
+        assert not closing.is_alive()
+        peer.process.kill()
 
 
 def resident_bytes(pid):

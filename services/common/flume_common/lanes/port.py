@@ -158,8 +158,10 @@ class Port:
         for lane in list(self._lanes):
             lane.close()
         self._strays.close()
+        for frame in self._cancelled:
+            frame.request = None
+        self._worker = None  # a transfer holds the worker, the worker may hold a frame's memory
         self._cancelled.clear()
-        self._worker = None
 
 
 def _sleep_ms(left_s: float, busy_rounds: int) -> int:

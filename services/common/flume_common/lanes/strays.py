@@ -36,11 +36,22 @@ class Strays:
         """Take what has come since the last time."""
         self._receiving = [entry for entry in self._receiving if not entry[0].completed]
         for lane in self._lanes:
-            while (found := self._worker.tag_probe(lane, self._mask, True)).matched:
-                scratch = ucx.Array(np.empty(max(found.length, 1), dtype=np.uint8))
-                self._receiving.append((self._worker.tag_recv_with_handle(scratch, found), scratch))
+            self._take(lane, self._mask)
+
+    def _take(self, tag: Any, mask: Any) -> None:
+        while (found := self._worker.tag_probe(tag, mask, True)).matched:
+            scratch = ucx.Array(np.empty(max(found.length, 1), dtype=np.uint8))
+            self._receiving.append((self._worker.tag_recv_with_handle(scratch, found), scratch))
 
     def close(self) -> None:
-        self.collect()
-        self._receiving.clear()
+        """Take everything, of any lane, and let go of the worker, which is about to end.
+
+        UCXX would do it too, but wait for each message to be whole: for ever, when it is a large one
+        from a peer that died or stands still. The buffers stay until this object goes.
+        """
+        any_tag, any_mask = ucx.lib.UCXXTag(0), ucx.lib.UCXXTagMask(0)
+        self._take(any_tag, any_mask)
+        self._worker.progress()
+        self._take(any_tag, any_mask)
+        self._receiving = [(None, scratch) for _, scratch in self._receiving]
         self._worker = None
