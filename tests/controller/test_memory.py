@@ -41,13 +41,20 @@ def test_a_process_that_was_told_to_end_did_not_crash():
     assert memory.crashes == []
 
 
-def test_a_crash_is_forgotten_once_as_many_are_ready_as_are_wanted():
+def test_crashes_of_one_node_are_one_entry_with_a_count():
+    memory = Memory()
+    for pid in (1, 2, 3):
+        memory.note_processes([replace(CRASHED, pid=pid)], pid)
+    (crash,) = memory.crashes
+    assert str(crash) == "attention-1 exited with 1, 3 times so far"
+
+
+def test_a_crash_is_made_good_once_as_many_are_ready_as_are_wanted():
     memory = Memory()
     memory.note_processes([CRASHED], 1)
-    memory.all_ready([CRASHED], 2)
-    assert memory.crashes, "its record is still there, and would count again"
-    memory.all_ready([], 3)
-    assert memory.crashes == []
+    memory.all_ready(2)
+    memory.note_processes([CRASHED], 3)
+    assert memory.crashes == [], "its record lingers, and is no news"
 
 
 def test_a_node_that_was_there_at_the_first_pass_is_taken_for_a_registered_one():

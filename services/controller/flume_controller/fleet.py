@@ -68,7 +68,8 @@ class AttentionFleet:
         members = await self._members()
         instances = await self._instances(members)
         views = await self._observe(members, instances)
-        self._learn(spec, views, instances)
+        if sum(view.phase is Phase.READY for view in views) >= spec.desired:
+            self._memory.all_ready(self._clock())
         failures = await self._act(plan(spec.desired, views), members)
         await self._report(spec, views, failures)
         if failures:
@@ -96,10 +97,6 @@ class AttentionFleet:
         self._memory.note_members(members, now_s)
         held = await self._nodes.held(members.values())
         return observe(members.values(), instances, held, self._memory.last_seen_s, now_s, self._patience)
-
-    def _learn(self, spec: AttentionSpec, views: Sequence[NodeView], instances: Sequence[Instance]) -> None:
-        if sum(view.phase is Phase.READY for view in views) >= spec.desired:
-            self._memory.all_ready(instances, self._clock())
 
     async def _act(self, actions: Sequence[Action], members: Members) -> list[str]:
         failures = []

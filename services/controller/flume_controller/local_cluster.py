@@ -5,6 +5,7 @@
   + PortsInUse       others listen where it would
   + StoreNotUsable   the given etcd does not answer, or already knows this cluster
   + StartTimeout     something was not ready in time
+  + AttentionFailed  an attention node ended while starting
 (and `supervise.ChildFailed`, `ModelSourceError`, `EtcdNotFound`)
 """
 
@@ -41,7 +42,11 @@ from flume_controller.cluster_files import (
     clusters_of,
 )
 from flume_controller.logfiles import last_lines
-from flume_controller.supervise import ChildFailed, Supervisor
+from flume_controller.spec import AttentionStatus
+from flume_controller.status import NODE_CRASHED
+from flume_controller.supervise import Supervisor
+from flume_controller.views import Report as AttentionReport
+from flume_controller.views import watch_status
 
 Report = Callable[[str], None]
 """Takes one line for people."""
@@ -122,11 +127,20 @@ class StoreNotUsable(ClusterError):
 
 class StartTimeout(ClusterError):
     def __init__(self, waiting_for: Sequence[str], timeout_s: float, log_dir: Path) -> None:
-        lines = [f"not ready after {timeout_s:g} s: {', '.join(waiting_for)} (--timeout waits longer)"]
-        for node in waiting_for:
-            lines += [f"  {node}| {line}" for line in last_lines(log_dir / f"{node}.log", 4)]
-        super().__init__("\n".join(lines))
+        what = f"not ready after {timeout_s:g} s: {', '.join(waiting_for)} (--timeout waits longer)"
+        super().__init__("\n".join([what, *_last_words(waiting_for, log_dir)]))
         self.waiting_for = tuple(waiting_for)
+
+
+class AttentionFailed(ClusterError):
+    """The controller would go on starting it, ever more slowly."""
+
+    def __init__(self, why: str, waiting_for: Sequence[str], log_dir: Path) -> None:
+        super().__init__("\n".join([f"while starting, {why}", *_last_words(waiting_for, log_dir)]))
+
+
+def _last_words(nodes: Iterable[str], log_dir: Path) -> list[str]:
+    return [f"  {node}| {line}" for node in nodes for line in last_lines(log_dir / f"{node}.log", 4)]
 
 
 def check(config: ClusterConfig) -> ModelSource:
@@ -268,11 +282,11 @@ class _Start:
             await self._start_store(store)
             self._start_controller()
             self._start_models()
-            async with watch_members(store, self._keys) as members:
-                await self._until_ready(members, [CONTROLLER])
+            async with watch_members(store, self._keys) as members, watch_status(store, self._keys) as report:
+                await self._until_ready(members, report, [CONTROLLER])
                 # A given etcd may hold a wish from earlier.
                 await self._wish()
-                await self._until_ready(members, self._nodes())
+                await self._until_ready(members, report, self._nodes())
 
     async def _start_store(self, store: Store) -> None:
         self._waiting_for = ["etcd"]
@@ -315,7 +329,7 @@ class _Start:
         common = ("--cluster", self._config.name, "--etcd", self._config.endpoints)
         return [sys.executable, "-m", module, *common, *args]
 
-    async def _until_ready(self, members: Members, nodes: Iterable[str]) -> None:
+    async def _until_ready(self, members: Members, report: AttentionReport, nodes: Iterable[str]) -> None:
         missing = set(nodes)
         while missing:
             ready = {m.id for m in members.current.values() if m.state is State.READY}
@@ -323,7 +337,7 @@ class _Start:
                 self._is_ready(node)
             missing -= ready
             self._waiting_for = sorted(missing)
-            self._require_attention_alive()
+            self._require_attention_alive(report.status)
             if missing:
                 await _changed_or_soon(members)
 
@@ -333,11 +347,11 @@ class _Start:
         attention = [f"attention-{number}" for number in range(1, self._config.attention + 1)]
         return [ROUTER, *weights, *attention]
 
-    def _require_attention_alive(self) -> None:
-        """The controller would start it again for ever; while starting, the first death is the answer."""
-        for record in self._files.records.all():
-            if record.role == Role.ATTENTION and record.ended and record.stopping_at_s is None:
-                raise ChildFailed(record.id, record.exit_code, Path(record.log))
+    def _require_attention_alive(self, status: AttentionStatus | None) -> None:
+        for condition in status.conditions if status else ():
+            if condition.reason == NODE_CRASHED:
+                missing = [node for node in self._waiting_for if node.startswith(Role.ATTENTION)]
+                raise AttentionFailed(condition.message, missing, self._files.logs)
 
     async def _wish(self) -> None:
         async with grpc.aio.insecure_channel(self._config.admin_address) as channel:

@@ -5,7 +5,7 @@ A restarted controller begins with an empty memory and acts the same, but for wa
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 import structlog
@@ -51,7 +51,8 @@ class Memory:
 
     last_seen_s: dict[str, float] = field(default_factory=dict)  # Unix time, by node id
     backoff: StartBackoff = field(default_factory=StartBackoff)
-    _crashes: dict[tuple[str, int], Crash] = field(default_factory=dict)  # by id and pid
+    _crashes: dict[str, Crash] = field(default_factory=dict)  # by node id
+    _counted: set[tuple[str, int]] = field(default_factory=set)  # id and pid of crashes still to be seen
     _first: bool = True
 
     @property
@@ -59,15 +60,16 @@ class Memory:
         """Those not made good yet."""
         return list(self._crashes.values())
 
-    def note_processes(self, instances: Iterable[Instance], now_s: float) -> None:
+    def note_processes(self, instances: Sequence[Instance], now_s: float) -> None:
         """What the provider has at the beginning of a pass."""
-        for instance in instances:
-            if self._first:
-                # Whether an adopted node had been registered is not known. Assume so: it may hold KV
-                # and merely be waiting for etcd.
-                self.last_seen_s[instance.id] = now_s
-            if not instance.running and not instance.stopping:
-                self._note_crash(instance, now_s)
+        crashed = {(i.id, i.pid): i for i in instances if not i.running and not i.stopping}
+        for key in crashed.keys() - self._counted:
+            self._note_crash(crashed[key], now_s)
+        self._counted = set(crashed)
+        if self._first:
+            # Whether an adopted node had been registered is not known. Assume so: it may hold KV
+            # and merely be waiting for etcd.
+            self.last_seen_s = {instance.id: now_s for instance in instances}
         self._first = False
 
     def note_members(self, nodes: Iterable[str], now_s: float) -> None:
@@ -75,18 +77,17 @@ class Memory:
         self.last_seen_s |= dict.fromkeys(nodes, now_s)
 
     def _note_crash(self, instance: Instance, now_s: float) -> None:
-        key = (instance.id, instance.pid)
-        if key not in self._crashes:
-            self._crashes[key] = Crash(instance.id, instance.exit_code, instance.log)
-            self.backoff.crashed(now_s)
-            log.warning("node_crashed", node=instance.id, exit_code=instance.exit_code)
+        before = self._crashes.get(instance.id)
+        times = before.times + 1 if before else 1
+        self._crashes[instance.id] = Crash(instance.id, instance.exit_code, instance.log, times)
+        self.backoff.crashed(now_s)
+        log.warning("node_crashed", node=instance.id, exit_code=instance.exit_code, times=times)
 
     def forget(self, node: str) -> None:
         """The id means a new node from now on."""
         self.last_seen_s.pop(node, None)
 
-    def all_ready(self, instances: Iterable[Instance], now_s: float) -> None:
+    def all_ready(self, now_s: float) -> None:
         """As many nodes are ready as are wanted: what crashed has been made good."""
         self.backoff.all_ready(now_s)
-        lingering = {(instance.id, instance.pid) for instance in instances}
-        self._crashes = {key: crash for key, crash in self._crashes.items() if key in lingering}
+        self._crashes.clear()

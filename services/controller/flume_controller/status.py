@@ -8,6 +8,9 @@ from dataclasses import dataclass
 from flume_controller.plan import NodeView, Phase
 from flume_controller.spec import AttentionSpec, AttentionStatus, Condition, ConditionStatus
 
+NODE_CRASHED = "NodeCrashed"
+"""Reason of `Degraded`."""
+
 
 @dataclass(frozen=True, slots=True)
 class Crash:
@@ -16,10 +19,12 @@ class Crash:
     node: str
     exit_code: int | None  # None: unknown, as it was not this controller's child
     log: str = ""  # where its output is
+    times: int = 1
 
     def __str__(self) -> str:
         how = "ended" if self.exit_code is None else f"exited with {self.exit_code}"
-        return f"{self.node} {how}" + (f" (log: {self.log})" if self.log else "")
+        often = f", {self.times} times so far" if self.times > 1 else ""
+        return f"{self.node} {how}{often}" + (f" (log: {self.log})" if self.log else "")
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,7 +104,7 @@ def _degraded(count: Counts, crashes: Sequence[Crash], failures: Sequence[str]) 
     if failures:
         return Finding("Degraded", True, "ActionFailed", "; ".join(failures))
     if crashes:
-        return Finding("Degraded", True, "NodeCrashed", "; ".join(map(str, crashes)))
+        return Finding("Degraded", True, NODE_CRASHED, "; ".join(map(str, crashes)))
     if count.unreachable:
         message = f"running but not registered: {', '.join(count.unreachable)}"
         return Finding("Degraded", True, "NodeUnreachable", message)

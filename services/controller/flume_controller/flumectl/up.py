@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import signal
 import subprocess
 import sys
@@ -11,22 +10,17 @@ import time
 from typing import Any
 
 import click
-import msgspec
-from flume_common.etcd_binary import EtcdError
-from flume_common.model_source import ModelSourceError
 
-from flume_controller.cluster_files import ClusterRecord, ClusterState
+from flume_controller import foreground
+from flume_controller.cluster_files import ClusterState
 from flume_controller.flumectl.duration import DURATION
 from flume_controller.flumectl.errors import CommandError
 from flume_controller.flumectl.options import data_dir_option, name_option
-from flume_controller.local_cluster import DEFAULT_MODEL, ClusterConfig, ClusterError, check, local_cluster
+from flume_controller.local_cluster import DEFAULT_MODEL, ClusterConfig, check
 from flume_controller.logfiles import LineReader
-from flume_controller.supervise import ChildFailed, kill_all
 
 FOLLOW_POLL_S = 0.1
 PORT = click.IntRange(1, 65535)
-
-Refused = (ClusterError, ChildFailed, ModelSourceError, EtcdError)
 
 
 @click.command()
@@ -82,56 +76,9 @@ def up(detach: bool, **settings: Any) -> None:
         if detach:
             _detach(config)
         else:
-            asyncio.run(_foreground(config))
-    except Refused as error:
+            asyncio.run(foreground.run(config))
+    except foreground.REFUSALS as error:
         raise CommandError(str(error)) from error
-
-
-async def _foreground(config: ClusterConfig) -> None:
-    running = asyncio.current_task()
-    assert running is not None
-    stopping = _stop_on_signals(running, config)
-    try:
-        async with local_cluster(config, click.echo) as record:
-            click.echo(_hints(record))
-            await asyncio.get_running_loop().create_future()
-    except asyncio.CancelledError:
-        if not stopping.is_set():
-            raise
-        click.echo("stopped")
-
-
-def _stop_on_signals(running: asyncio.Task[Any], config: ClusterConfig) -> asyncio.Event:
-    """The first signal stops in order, a second one at once."""
-    stopping = asyncio.Event()
-
-    def on_signal(number: int) -> None:
-        if stopping.is_set():
-            kill_all(config.files.records)
-            config.files.forget()
-            os._exit(128 + number)
-        stopping.set()
-        click.echo("stopping (once more: at once)", err=True)
-        running.cancel()
-
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        asyncio.get_running_loop().add_signal_handler(number, on_signal, number)
-    return stopping
-
-
-def _hints(record: ClusterRecord) -> str:
-    name = "" if record.name == "default" else f" --name {record.name}"
-    return f"""
-OpenAI API   {record.http_url}/v1
-Admin API    {record.admin_address}
-
-  curl {record.http_url}/v1/chat/completions -H 'Content-Type: application/json' \\
-    -d '{{"model": "{record.model_name}", "messages": [{{"role": "user", "content": "Hello!"}}]}}'
-  flumectl generate{name} "Why is the sky blue?"
-  flumectl scale attention{name} --replicas 3
-  flumectl get nodes{name}
-
-`flumectl down{name}` stops it, in the foreground Ctrl-C does, too."""
 
 
 def _detach(config: ClusterConfig) -> None:
@@ -141,9 +88,10 @@ def _detach(config: ClusterConfig) -> None:
     reader = LineReader(output, at_end=True)
     with output.open("ab") as file:
         child = subprocess.Popen(
-            [sys.executable, "-m", __name__, msgspec.json.encode(config).decode()],
+            [sys.executable, "-m", foreground.__name__, foreground.encode(config)],
             stdin=subprocess.DEVNULL, stdout=file, stderr=file, start_new_session=True,
         )  # fmt: skip
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # asked to end, it ends what it began, too
     try:
         _follow(child, config, reader)
     except KeyboardInterrupt:
@@ -174,17 +122,3 @@ def _show(lines: list[str]) -> None:
         # An error may have several lines; it is the last thing such a process says.
         failed = failed or line.startswith("Error: ")
         click.echo(line, err=failed)
-
-
-def _main(argument: str) -> None:
-    """The detached process."""
-    config = msgspec.json.decode(argument, type=ClusterConfig)
-    try:
-        asyncio.run(_foreground(config))
-    except Refused as error:
-        print(f"Error: {error}", file=sys.stderr, flush=True)
-        raise SystemExit(1) from error
-
-
-if __name__ == "__main__":
-    _main(sys.argv[1])
