@@ -114,7 +114,7 @@ def _decode_kernel(
         query_head = head * GROUP + index % GROUP
         q_at = q_ptr + (token * q_token_stride + query_head * HEAD_DIM)[:, None] + dims[None, :]
         if Q_ON_HOST:
-            q = tl.load(q_at, mask=asked[:, None] & in_head[None, :], other=0.0, cache_modifier=".cv")
+            q = tl.load(q_at, mask=asked[:, None] & in_head[None, :], other=0.0, volatile=True)
         else:
             q = tl.load(q_at, mask=asked[:, None] & in_head[None, :], other=0.0)
 

@@ -42,8 +42,8 @@ def _merge_partials_kernel(
     for part in range(num_parts):
         far = tl.cast(part, tl.int64)
         if ON_HOST:
-            lse = tl.load(lse_at + far * lse_part_stride, cache_modifier=".cv")
-            o = tl.load(o_at + far * o_part_stride, mask=in_head, other=0.0, cache_modifier=".cv")
+            lse = tl.load(lse_at + far * lse_part_stride, volatile=True)
+            o = tl.load(o_at + far * o_part_stride, mask=in_head, other=0.0, volatile=True)
         else:
             lse = tl.load(lse_at + far * lse_part_stride)
             o = tl.load(o_at + far * o_part_stride, mask=in_head, other=0.0)

@@ -52,7 +52,7 @@ def _weight_from(row_ptr, edge, floor, top, inverse, vocabulary, COUNT: tl.const
 def _edge(
     row_ptr, low, high, need, floor, top, inverse, vocabulary, COUNT: tl.constexpr, LANES: tl.constexpr
 ):
-    # The largest edge in [low, high] from which on there is at least `need`; int64, as the span overflows int32.
+    # The largest edge in [low, high] from which on there is `need`; int64, as the span overflows int32.
     while low < high:
         middle = low + (high - low + 1) // 2
         reached = _weight_from(row_ptr, middle.to(tl.int32), floor, top, inverse, vocabulary, COUNT, LANES)

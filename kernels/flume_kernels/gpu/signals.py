@@ -53,7 +53,7 @@ def _await_kernel(flag_ptr, counter_ptr, status_ptr, POISONED: tl.constexpr):
 @triton.jit
 def _land_kernel(from_ptr, to_ptr, count, BLOCK: tl.constexpr):
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    tl.store(to_ptr + at, tl.load(from_ptr + at, mask=at < count, cache_modifier=".cv"), mask=at < count)
+    tl.store(to_ptr + at, tl.load(from_ptr + at, mask=at < count, volatile=True), mask=at < count)
 
 
 def signal(flag: Tensor, counter: Tensor, status: Tensor) -> None:

@@ -1,0 +1,166 @@
+"""Every kernel compiles for Ampere and Hopper, on any machine: the wrappers run, and launches stop after
+the compiler.
+
+What the interpreter cannot see: types that only the compiler checks, registers that spill, shared memory
+that does not fit.
+"""
+
+import re
+import subprocess
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import torch
+
+if find_spec("triton") is None:
+    pytest.skip("triton is not installed", allow_module_level=True)
+
+import triton
+from flume_kernels.gpu.attention_plan import AttentionPlan, PlanShape
+from flume_kernels.gpu.decode_attention import DecodeConfig, decode_attention
+from flume_kernels.gpu.kv_append import kv_append
+from flume_kernels.gpu.kv_pool import FP8, KvPool
+from flume_kernels.gpu.merge_partials import merge_partials
+from flume_kernels.gpu.rms_norm import rms_norm
+from flume_kernels.gpu.rope import rope
+from flume_kernels.gpu.sampling import greedy, greedy_workspace_size, sample
+from flume_kernels.gpu.signals import await_, land, signal
+from flume_kernels.gpu.silu_mul import silu_mul
+from triton.backends.compiler import GPUTarget
+
+TARGETS = {"sm80": 80, "sm90": 90}
+SHARED_BYTES = {80: 163 << 10, 90: 227 << 10}
+BF16 = torch.bfloat16
+
+
+class CompileOnly:
+    """Stands for the driver of a device that is not there; its number is its compute capability."""
+
+    def __init__(self, capability):
+        self.capability = capability
+
+    def get_current_device(self):
+        return self.capability
+
+    def get_current_stream(self, device):
+        return 0
+
+    def get_current_target(self):
+        return GPUTarget("cuda", self.capability, 32)
+
+
+@pytest.fixture(params=TARGETS.values(), ids=TARGETS)
+def compiled(request, monkeypatch):
+    """The kernels compiled so far for one target, in order of launch."""
+    kernels = []
+
+    def launch(self, grid):
+        return lambda *args, **kwargs: kernels.append(self.run(*args, grid=grid, warmup=True, **kwargs))
+
+    monkeypatch.setattr(triton.runtime.driver, "_active", CompileOnly(request.param))
+    monkeypatch.setattr(triton.runtime.jit.JITFunction, "__getitem__", launch)
+    monkeypatch.setattr(triton.knobs.runtime, "interpret", False)
+    kernels_of_target = kernels
+    yield request.param, kernels_of_target
+
+
+def usage(kernel, tmp_path):
+    """(registers, stack bytes) of one thread, from the machine code."""
+    cubin = tmp_path / "kernel.cubin"
+    cubin.write_bytes(kernel.asm["cubin"])
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    out = subprocess.run([tool, "-res-usage", cubin], capture_output=True, text=True, check=True).stdout
+    registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", out).groups()
+    return int(registers), int(stack)
+
+
+def attend(head_dim=128, block_tokens=16, kv_dtype=BF16, queries=1, config=None):
+    config = config or DecodeConfig()
+    tokens = 2 * queries
+    shape = PlanShape(2, tokens, 4096, 32, 8, config.tile_rows, config.tile_keys)
+    plan = AttentionPlan.allocate(shape, head_dim, "cpu")
+    lengths = torch.full((2,), 4096, dtype=torch.int32)
+    starts = torch.tensor([0, queries, tokens], dtype=torch.int32)
+    plan.update(lengths, starts if queries > 1 else None)
+    scales = torch.ones(4, 2, 8) if kv_dtype == FP8 else None
+    pool = KvPool(torch.zeros(4, 2, 8, block_tokens, head_dim).to(kv_dtype), scales)
+    q = torch.zeros(tokens, 32, head_dim, dtype=BF16)
+    tables = torch.zeros(2, 256, dtype=torch.int32)
+    decode_attention(q, pool, tables, plan, q.clone(), torch.zeros(tokens, 32), 0.1, config)
+
+
+@pytest.mark.parametrize("block_tokens", [16, 64, 128])
+def test_decode_attention_streams_16_bytes_a_thread_without_spilling(compiled, block_tokens, tmp_path):
+    capability, kernels = compiled
+    attend(block_tokens=block_tokens)
+    kernel = kernels[1]
+    copies = re.findall(
+        r"cp\.async\.c[ag]\.shared\.global \[.*?\], \[.*?\], (0x[0-9a-f]+|\d+)", kernel.asm["ptx"]
+    )
+    assert copies and {int(size, 0) for size in copies} == {16}
+    registers, stack = usage(kernel, tmp_path)
+    assert stack == 0
+    assert registers * 128 * DecodeConfig().programs_per_sm <= 64 << 10
+    assert kernel.metadata.shared * DecodeConfig().programs_per_sm <= SHARED_BYTES[capability]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"head_dim": 64},
+        {"head_dim": 80},
+        {"head_dim": 256, "config": DecodeConfig(num_stages=2, programs_per_sm=1)},
+        {"queries": 64, "config": DecodeConfig(tile_rows=64, num_stages=2)},
+    ],
+    ids=["64", "80", "256", "a chunk"],
+)
+def test_decode_attention_compiles_without_spilling(compiled, options, tmp_path):
+    _, kernels = compiled
+    attend(**options)
+    assert len(kernels) == 3
+    assert usage(kernels[1], tmp_path)[1] == 0
+
+
+def test_fp8_compiles_where_the_hardware_has_it(compiled):
+    capability, kernels = compiled
+    if capability < 89:
+        pytest.skip("e4m3 needs compute capability 8.9")
+    attend(kv_dtype=FP8, block_tokens=16)
+    attend(kv_dtype=FP8, block_tokens=64)
+    kv_append(
+        KvPool(torch.zeros(4, 2, 8, 16, 128).to(FP8), torch.ones(4, 2, 8)),
+        *torch.zeros(2, 3, 8, 128, dtype=BF16),
+        torch.zeros(3, dtype=torch.int64),
+    )
+    assert len(kernels) == 7
+
+
+def test_the_small_kernels_compile(compiled):
+    _, kernels = compiled
+    x = torch.zeros(3, 4096, dtype=BF16)
+    heads = x.view(3, 32, 128)
+    angles = torch.zeros(9, 64)
+    longs = torch.zeros(3, dtype=torch.int64)
+    rms_norm(x, x[0], x.clone(), 1e-5)
+    rms_norm(x, x[0], x.clone(), 1e-5, x.clone())
+    rope(heads, longs, angles, angles, heads)
+    silu_mul(x, x[:, :2048])
+    kv_append(KvPool(torch.zeros(4, 2, 32, 16, 128, dtype=BF16)), heads, heads, longs)
+    merge_partials(heads[None], torch.zeros(1, 3, 32), heads.clone(), torch.zeros(3, 32))
+    sample(x, torch.ones(3), longs.int(), torch.ones(3), longs, longs, longs)
+    greedy(x, longs, torch.zeros(greedy_workspace_size(3, 4096), dtype=torch.int64))
+    assert len(kernels) == 9
+
+
+def test_a_wait_reads_its_flag_anew_each_time_and_a_signal_releases_to_the_system(compiled):
+    _, kernels = compiled
+    word = torch.zeros(1, dtype=torch.int64)
+    signal(word, word, word)
+    await_(word, word, word)
+    land(word, word)
+    given, awaited, landed = (kernel.asm["ptx"] for kernel in kernels)
+    assert "sys.release.exch.b64" in given
+    loop = awaited[awaited.index("$L__BB0_1:") :]
+    assert loop.index("ld.volatile.global") < loop.index("bra")
+    assert "ld.volatile.global" in landed and "ld.global" not in landed
