@@ -200,7 +200,7 @@ async def test_a_write_without_an_answer_is_neither_repeated_nor_called_failed(
     etcd_endpoint, store, gate, keys
 ):
     async with gate(etcd_endpoint) as between:
-        config = StoreConfig((between.address,), timeout_s=1.0)
+        config = StoreConfig((between.address,), timeout_s=0.5)
         async with connect(config) as cut_off:
             await cut_off.put(keys.root + "warm", b"")
             between.muted = True
@@ -219,7 +219,7 @@ async def test_a_write_without_an_answer_is_neither_repeated_nor_called_failed(
 async def test_a_read_without_an_answer_changed_nothing_and_says_so_in_time(etcd_endpoint, gate, keys):
     async with (
         gate(etcd_endpoint) as between,
-        connect(StoreConfig((between.address,), timeout_s=1.0)) as store,
+        connect(StoreConfig((between.address,), timeout_s=0.5)) as store,
     ):
         await store.get(keys.root + "a")
         between.stall()
@@ -228,7 +228,7 @@ async def test_a_read_without_an_answer_changed_nothing_and_says_so_in_time(etcd
             await store.get(keys.root + "a")
         with pytest.raises(StoreUnavailable):
             await store.txn([], [Get(keys.root + "a")])
-        assert time.monotonic() - started_s < 2.5
+        assert time.monotonic() - started_s < 2
 
 
 async def test_a_write_that_was_never_sent_is_sent_when_etcd_is_there(etcd_endpoint, gate, keys):

@@ -60,10 +60,10 @@ async def test_mutual_tls_lets_in_whom_the_ca_signed_and_nobody_else(tmp_path):
                 assert (await anext(watch)).changes[0].kv.key == "/b"
 
         for refused in (
-            StoreConfig((etcd.endpoint,), ca_file, timeout_s=0.7),
-            StoreConfig((etcd.endpoint,), ca_file, foreign_cert, foreign_key, timeout_s=0.7),
-            StoreConfig((etcd.endpoint,), foreign_ca, cert, key, timeout_s=0.7),
-            StoreConfig((etcd.endpoint,), timeout_s=0.7),
+            StoreConfig((etcd.endpoint,), ca_file, timeout_s=0.4),
+            StoreConfig((etcd.endpoint,), ca_file, foreign_cert, foreign_key, timeout_s=0.4),
+            StoreConfig((etcd.endpoint,), foreign_ca, cert, key, timeout_s=0.4),
+            StoreConfig((etcd.endpoint,), timeout_s=0.4),
         ):
             async with connect(refused) as store:
                 with pytest.raises(StoreUnavailable):
@@ -74,7 +74,7 @@ async def test_a_certificate_for_another_name_needs_the_name_told(tmp_path):
     ca = trustme.CA()
     async with tls_etcd(tmp_path, ca, name="etcd.example") as etcd:
         ca_file, cert, key = files_of(tmp_path, "client", ca, "client")
-        async with connect(StoreConfig((etcd.endpoint,), ca_file, cert, key, timeout_s=0.7)) as store:
+        async with connect(StoreConfig((etcd.endpoint,), ca_file, cert, key, timeout_s=0.4)) as store:
             with pytest.raises(StoreUnavailable):
                 await store.get("/a")
         config = StoreConfig((f"https://{etcd.endpoint}",), ca_file, cert, key, server_name="etcd.example")
