@@ -1,4 +1,4 @@
-"""A router as it really runs (etcd, gRPC, uvicorn), with a FakeWeight behind it that says what a test wants."""
+"""A router as it really runs (etcd, gRPC, uvicorn), before a FakeWeight that says what a test wants."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import os
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 
 import grpc
@@ -41,8 +41,13 @@ class FakeWeight(rpc.WeightServicer):
         self.running = 0
         self.model = MODEL
         self.vocab_size = 49152
+        self.not_yet = 0
+        self.num_described = 0
 
     async def Describe(self, request, context):
+        self.num_described += 1
+        if self.num_described <= self.not_yet:
+            await context.abort(grpc.StatusCode.UNAVAILABLE, "loading")
         return pb.DescribeReply(
             node=self.node, model=self.model, vocab_size=self.vocab_size, context_tokens=CONTEXT_TOKENS
         )
@@ -79,10 +84,12 @@ def logprobs_of(token_id: int, num_top: int) -> pb.Logprobs:
 
 @pytest.fixture
 def says(text_model):
-    """A script: the tokens of a text (or given ids) one by one, then STOP; LENGTH where max_tokens cuts it."""
+    """A script: a text's tokens (or given ids) one by one, then STOP; LENGTH where max_tokens cuts it."""
 
     def make(said: str | Sequence[int], *, pause_s: float = 0.0) -> Script:
-        ids = text_model.tokenizer.encode_now(said, add_special_tokens=False) if isinstance(said, str) else said
+        ids = (
+            text_model.tokenizer.encode_now(said, add_special_tokens=False) if isinstance(said, str) else said
+        )
 
         async def script(request, context):
             limit = request.sampling.max_tokens or CONTEXT_TOKENS
@@ -135,8 +142,19 @@ def start_router(etcd_endpoint, keys, store, text_model):
     @asynccontextmanager
     async def start(*flags: str, wait_ready: bool = True):
         config = parse(
-            ["--etcd", etcd_endpoint, "--cluster", keys.cluster, "--node", "router-a", "--model", MODEL]
-            + ["--listen-http", "127.0.0.1:0", *flags]
+            [
+                "--etcd",
+                etcd_endpoint,
+                "--cluster",
+                keys.cluster,
+                "--node",
+                "router-a",
+                "--model",
+                MODEL,
+                "--listen-http",
+                "127.0.0.1:0",
+                *flags,
+            ]
         )
         bound = bind(config.listen_http)
         serving, stop = asyncio.Event(), asyncio.Event()
@@ -150,7 +168,7 @@ def start_router(etcd_endpoint, keys, store, text_model):
                 running.result()
             member = Member.decode(await store.get(keys.member(Role.ROUTER, "router-a")))
             if wait_ready:
-                await until_ready(url)
+                await until_ready(url, 200)
             yield Router(url, member.address, stop, running)
         finally:
             stop.set()
@@ -159,10 +177,35 @@ def start_router(etcd_endpoint, keys, store, text_model):
     return start
 
 
-async def until_ready(url: str, status: int = 200, within_s: float = 5.0) -> None:
-    async with asyncio.timeout(within_s), httpx.AsyncClient() as client:
-        while (await client.get(f"{url}/readyz")).status_code != status:
-            await asyncio.sleep(0.02)
+async def poll(condition: Callable[[], Awaitable[bool]], within_s: float = 10.0) -> None:
+    async with asyncio.timeout(within_s):
+        while not await condition():  # noqa: ASYNC110 - what is watched is another process or a library
+            await asyncio.sleep(0.01)
+
+
+async def until_ready(url: str, status: int) -> None:
+    async with httpx.AsyncClient() as client:
+
+        async def is_so() -> bool:
+            return (await client.get(f"{url}/readyz")).status_code == status
+
+        await poll(is_so)
+
+
+@pytest.fixture
+def until():
+    """Waits until an async condition holds."""
+    return poll
+
+
+@pytest.fixture
+def readiness():
+    """Waits until a router's /readyz has a status."""
+
+    async def wait(router: Router, status: int) -> None:
+        await until_ready(router.http, status)
+
+    return wait
 
 
 @pytest.fixture
@@ -232,7 +275,7 @@ def eventually():
         began = time.monotonic()
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(within_s):
-                while not condition():
+                while not condition():  # noqa: ASYNC110
                     await asyncio.sleep(0.005)
         assert condition()
         return time.monotonic() - began

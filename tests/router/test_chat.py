@@ -49,7 +49,9 @@ async def test_usage_comes_last_where_it_is_asked_for(client):
 
 
 async def test_max_tokens_ends_an_answer_with_length(client, weight):
-    answer = await client.chat.completions.create(model="smollm2-135m", messages=HELLO, max_completion_tokens=2)
+    answer = await client.chat.completions.create(
+        model="smollm2-135m", messages=HELLO, max_completion_tokens=2
+    )
     assert answer.choices[0].finish_reason == "length"
     assert answer.usage.completion_tokens == 2
     assert weight.requests[0].sampling.max_tokens == 2
@@ -82,7 +84,11 @@ async def test_sampling_fields_reach_the_weight_node(client, weight):
     )
     sampling = weight.requests[0].sampling
     assert (sampling.temperature, sampling.top_p, sampling.top_k, sampling.min_p) == (0.25, 0.5, 5, 0.125)
-    assert (sampling.repetition_penalty, sampling.presence_penalty, sampling.frequency_penalty) == (1.5, -1, 1.5)
+    assert (sampling.repetition_penalty, sampling.presence_penalty, sampling.frequency_penalty) == (
+        1.5,
+        -1,
+        1.5,
+    )
     assert (sampling.seed, sampling.ignore_eos, sampling.min_tokens) == (-7, True, 3)
     assert list(sampling.stop_token_ids) == [4, 5]
     assert dict(sampling.logit_bias) == {17: -100, 18: 5}

@@ -20,7 +20,7 @@ TEMPLATES = [
     "{%- for m in messages %}{% if loop.index > 1 %}{% break %}{% endif %}{{ m.content }}{% endfor %}",
     "{{ messages | tojson }}{{ messages | tojson(indent=2) }}<b>&",
     "{% for m in messages %}{% generation %}{{ m.content }}{% endgeneration %}!{% endfor %}",
-    "{% set ns = namespace(found=false) %}{% for m in messages %}{% set ns.found = true %}{% endfor %}{{ ns.found }}",
+    "{% set n = namespace(last='') %}{% for m in messages %}{% set n.last = m.role %}{% endfor %}{{ n.last }}",
     "{{ tools is none }}{{ documents is none }}{{ missing }}{{ add_generation_prompt }}{{ eos_token }}",
     "{{ strftime_now('%Y') | length }}",
 ]
@@ -86,7 +86,9 @@ def test_a_broken_template_is_found_when_it_is_loaded():
 
 
 async def test_a_refusal_of_the_template_is_a_bad_request(http, monkeypatch, text_model):
-    monkeypatch.setattr(text_model.chat_template, "_template", ChatTemplate("{{ raise_exception('no') }}", {})._template)
+    monkeypatch.setattr(
+        text_model.chat_template, "_template", ChatTemplate("{{ raise_exception('no') }}", {})._template
+    )
     answer = await http.post("/v1/chat/completions", json={"model": "smollm2-135m", "messages": CHATS[0]})
     assert (answer.status_code, answer.json()["error"]["param"]) == (400, "messages")
     assert answer.json()["error"]["message"].endswith(": no")

@@ -14,7 +14,9 @@ async def test_a_prompt_is_completed_with_at_most_16_tokens(client, weight, text
     assert answer.choices[0].finish_reason == "length"
     assert answer.usage.completion_tokens == 16
     [request] = weight.requests
-    assert list(request.prompt_token_ids) == text_model.tokenizer.encode_now("Once upon", add_special_tokens=True)
+    assert list(request.prompt_token_ids) == text_model.tokenizer.encode_now(
+        "Once upon", add_special_tokens=True
+    )
     assert answer.usage.prompt_tokens == len(request.prompt_token_ids)
 
 

@@ -63,7 +63,12 @@ WRONG = [
         "messages[0].content[0].text",
         "invalid_type",
     ),
-    (messages({"role": "user", "content": "x", "mood": "good"}), 400, "messages[0].mood", "unknown_parameter"),
+    (
+        messages({"role": "user", "content": "x", "mood": "good"}),
+        400,
+        "messages[0].mood",
+        "unknown_parameter",
+    ),
     (
         messages({"role": "assistant", "content": "x", "tool_calls": [{"id": "1"}]}),
         400,

@@ -1,13 +1,15 @@
 """Tokenizers of the other families, trained here on a few lines, written as GGUF, read back by both."""
 
+import json
+
 import gguf
 import hypothesis.strategies as st
 import pytest
+from flume_common.model_source import ModelSource, resolve_model
 from flume_router.gguf_metadata import GgufError, read_metadata
 from flume_router.gguf_tokenizer import CUTS, build, merges_of_scores
 from flume_router.text_model import load_text_model
 from flume_router.tokenizer import TokenizerError
-from flume_common.model_source import ModelSource, resolve_model
 from hypothesis import given, settings
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
@@ -20,8 +22,9 @@ CORPUS = [
 SPECIAL = ["<s>", "</s>", "<unk>", "<|start|>"]
 TEXTS = st.lists(
     st.sampled_from(
-        ["hello", "Hello", " World", " ", "  ", "\n", "\n\n", "\t", "1", "234", "12345", "é", "日本語", "🙂", "мир",
-         "<|start|>", "</s>", "<think>", "'LL", "can't", "...", "!!", "x/y", "camelCase", "ÉCOLE", "a\u0301"]
+        ["hello", "Hello", " World", " ", "  ", "\n", "\n\n", "\t", "1", "234", "12345", "é", "日本語", "🙂",
+         "мир", "<|start|>", "</s>", "<think>", "'LL", "can't", "...", "!!", "x/y", "camelCase", "ÉCOLE",
+         "a\u0301"]
     )
     | st.text(st.characters(exclude_categories=["Cs"]), max_size=5)
 ).map("".join)  # fmt: skip
@@ -73,8 +76,6 @@ def write(path, *, model, pre=None, tokens, types, merges=None, scores=None, fla
 
 @pytest.fixture(scope="session")
 def byte_level_gguf(tmp_path_factory):
-    import json
-
     trained = json.loads(trained_byte_level().to_str())["model"]
     tokens = [token for token, _ in sorted(trained["vocab"].items(), key=lambda item: item[1])]
     types = [3 if token in SPECIAL else 4 if token == "<think>" else 1 for token in tokens]
@@ -89,9 +90,7 @@ def byte_level_gguf(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def sentencepiece_gguf(tmp_path_factory):
-    """A vocabulary as SentencePiece BPE has it: control, bytes, then pieces whose score is minus their rank."""
-    import json
-
+    """As SentencePiece BPE has it: control tokens, bytes, then pieces whose score is minus their rank."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
     tokenizer.train_from_iterator(CORPUS, trainers.BpeTrainer(vocab_size=400, show_progress=False))
@@ -169,7 +168,9 @@ def test_a_space_is_put_first_unless_the_file_says_otherwise(sentencepiece_gguf)
     assert never.token_bytes(never.encode_now("hello", add_special_tokens=False)[0]).startswith(b"h")
 
 
-@pytest.mark.parametrize("pre, bos", [("llama-bpe", True), ("tekken", True), ("qwen2", False), ("gpt-2", False)])
+@pytest.mark.parametrize(
+    "pre, bos", [("llama-bpe", True), ("tekken", True), ("qwen2", False), ("gpt-2", False)]
+)
 def test_where_the_file_does_not_say_bos_follows_the_family(byte_level_gguf, pre, bos):
     tokenizer = load_text_model(resolve_model(str(byte_level_gguf(pre)))).tokenizer
     assert (tokenizer.encode_now("hello", add_special_tokens=True)[0] == 0) == bos
@@ -236,7 +237,18 @@ def test_a_truncated_file_says_so(tmp_path):
     [
         (b"GGUF" + b"\x09\0\0\0" + b"\0" * 16, "version 9"),
         (b"ELF!" + b"\0" * 20, "letters GGUF"),
-        (b"GGUF" + b"\x03\0\0\0" + b"\0" * 8 + b"\1" + b"\0" * 7 + b"\1" + b"\0" * 7 + b"k" + b"\x63\0\0\0", "type 99"),
+        (
+            b"GGUF"
+            + b"\x03\0\0\0"
+            + b"\0" * 8
+            + b"\1"
+            + b"\0" * 7
+            + b"\1"
+            + b"\0" * 7
+            + b"k"
+            + b"\x63\0\0\0",
+            "type 99",
+        ),
         (b"", "letters GGUF"),
     ],
 )

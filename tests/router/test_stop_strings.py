@@ -1,5 +1,7 @@
 """No stop string, and no half of one, is ever shown."""
 
+import itertools
+
 import hypothesis.strategies as st
 import pytest
 from flume_router.stop_strings import StopStrings, first_stop
@@ -25,7 +27,7 @@ def shown_text(pieces, stops):
 def test_where_the_text_is_cut_changes_nothing(text, stops, data):
     cuts = sorted(data.draw(st.lists(st.integers(0, len(text)), max_size=6)))
     edges = [0, *cuts, len(text)]
-    pieces = [text[a:b] for a, b in zip(edges, edges[1:], strict=False)]
+    pieces = [text[a:b] for a, b in itertools.pairwise(edges)]
     assert shown_text(pieces, stops) == shown_text(list(text), stops)
 
 
@@ -47,7 +49,7 @@ def test_the_answer_is_the_text_before_the_first_stop_string(pieces, stops):
 @given(pieces=st.lists(st.text("ab", max_size=4)), stops=STOPS, more=LETTERS)
 def test_what_was_shown_is_never_part_of_a_later_stop_string(pieces, stops, more):
     """Whatever comes next, the final answer begins with what has been shown so far."""
-    stopper, shown = run(pieces, stops)
+    _, shown = run(pieces, stops)
     final, _ = shown_text([*pieces, *more], stops)
     assert final.startswith("".join(shown))
 

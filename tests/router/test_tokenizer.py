@@ -44,7 +44,9 @@ TEXTS = [
 ]
 ANYTHING = st.text(st.characters(exclude_categories=["Cs"]))
 LIKELY = st.lists(
-    st.sampled_from(["hello", " ", "  ", "\n", "\t", "1", "23", "é", "語", "🙂", "<|im_start|>", "<|im_end|>", "'s", "."])
+    st.sampled_from(
+        ["hello", " ", "  ", "\n", "\t", "1", "23", "é", "語", "🙂", "<|im_start|>", "<|im_end|>", "'s", "."]
+    )
 ).map("".join)
 
 
@@ -100,9 +102,11 @@ def test_the_byte_table_is_one_to_one():
     assert len(set(character_of_byte().values())) == 256
 
 
-@pytest.mark.parametrize("decoder", [None, {"type": "WordPiece"}, {"type": "Sequence", "decoders": [{"type": "CTC"}]}])
+@pytest.mark.parametrize(
+    "decoder", [None, {"type": "WordPiece"}, {"type": "Sequence", "decoders": [{"type": "CTC"}]}]
+)
 def test_a_decoder_we_cannot_spell_is_refused_by_name(decoder):
-    with pytest.raises(TokenizerError, match="WordPiece|CTC|none"):
+    with pytest.raises(TokenizerError, match=r"WordPiece|CTC|none"):
         spelling_of(decoder)
 
 
@@ -118,7 +122,10 @@ def hf_directory(reference, tmp_path_factory):
 @settings(max_examples=50, deadline=None)
 @given(text=LIKELY)
 def test_a_directory_gives_the_same_ids(hf_directory, reference, text):
-    assert _loaded(hf_directory).tokenizer.encode_now(text, add_special_tokens=True) == reference(text)["input_ids"]
+    assert (
+        _loaded(hf_directory).tokenizer.encode_now(text, add_special_tokens=True)
+        == reference(text)["input_ids"]
+    )
 
 
 _cache = {}
@@ -148,5 +155,3 @@ def test_a_broken_tokenizer_json_says_which_file(tmp_path):
     (tmp_path / "tokenizer.json").write_text('{"model": 5}')
     with pytest.raises(TokenizerError, match=r"tokenizer\.json"):
         load_text_model(resolve_model(str(tmp_path)))
-
-

@@ -58,7 +58,7 @@ class RouterConfig(msgspec.Struct, frozen=True, kw_only=True):
 
 def _require_address(name: str, address: str) -> None:
     host, _, port = address.rpartition(":")
-    if not host or not port.isdigit():
+    if not host or not port.isdigit() or int(port) > 65535:
         raise ValueError(f"--{name.replace('_', '-')} must be host:port, got {address!r}")
 
 

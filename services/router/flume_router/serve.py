@@ -48,6 +48,7 @@ async def serve(
     keys = Keys(config.cluster)
     in_flight = InFlight(config.request_deadline_s)
     started_at_s = time.time()
+    log.info("router_starting", model=model, etcd=",".join(config.store.endpoints))
     async with (
         connect(config.store) as store,
         watch_members(store, keys) as members,

@@ -1,0 +1,55 @@
+"""Deadlines, and the last requests before leaving."""
+
+import asyncio
+
+import pytest
+from flume_router.errors import DeadlineExceeded, ShuttingDown
+from flume_router.in_flight import InFlight
+
+
+async def hold(in_flight, seconds, log):
+    try:
+        async with in_flight.request():
+            await asyncio.sleep(seconds)
+        log.append("done")
+    except (DeadlineExceeded, ShuttingDown) as error:
+        log.append(type(error).__name__)
+
+
+async def test_a_request_over_its_deadline_is_ended():
+    with pytest.raises(DeadlineExceeded, match=r"longer than the 0\.05 s"):
+        async with InFlight(0.05).request():
+            await asyncio.sleep(5)
+
+
+async def test_a_timeout_of_the_work_itself_is_not_taken_for_the_deadline():
+    with pytest.raises(TimeoutError):
+        async with InFlight(5).request():
+            raise TimeoutError
+
+
+async def test_draining_waits_for_open_requests():
+    in_flight, log = InFlight(5), []
+    held = asyncio.create_task(hold(in_flight, 0.1, log))
+    await asyncio.sleep(0)
+    await in_flight.drain(5)
+    await held
+    assert log == ["done"]
+    assert len(in_flight) == 0
+
+
+async def test_draining_ends_what_takes_too_long():
+    in_flight, log = InFlight(5), []
+    held = asyncio.create_task(hold(in_flight, 30, log))
+    await asyncio.sleep(0)
+    await in_flight.drain(0.05)
+    await held
+    assert log == ["ShuttingDown"]
+
+
+async def test_draining_takes_no_new_requests():
+    in_flight = InFlight(5)
+    await in_flight.drain(0)
+    with pytest.raises(ShuttingDown):
+        async with in_flight.request():
+            pass
