@@ -12,6 +12,7 @@
 from __future__ import annotations
 
 import asyncio
+import http.client
 import itertools
 import os
 import shlex
@@ -22,6 +23,7 @@ from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Annotated, Literal
+from urllib.parse import urlsplit
 
 import grpc
 import msgspec
@@ -72,6 +74,7 @@ class ClusterConfig(msgspec.Struct, frozen=True, kw_only=True):
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     device: Literal["cpu", "cuda"] = "cpu"
     kv_memory: str = ""  # empty: the attention node's default
+    weight_args: tuple[str, ...] = ()  # more options for every weight node
     host: str = LOOPBACK
     http_port: Port = 8000
     admin_port: Port = 9400
@@ -287,6 +290,8 @@ class _Start:
                 # A given etcd may hold a wish from earlier.
                 await self._wish()
                 await self._until_ready(members, report, self._nodes())
+            self._waiting_for = [ROUTER]
+            await _until_answered(self._config)
 
     async def _start_store(self, store: Store) -> None:
         self._waiting_for = ["etcd"]
@@ -315,7 +320,7 @@ class _Start:
         for number in range(1, self._config.weights + 1):
             listen = ("--node", f"weight-{number}", "--listen", f"{LOOPBACK}:0")
             kind = ("--dtype", self._config.dtype, "--device", self._config.device)
-            argv = self._python("flume_weight", *listen, *model, *kind)
+            argv = self._python("flume_weight", *listen, *model, *kind, *self._config.weight_args)
             self._supervisor.start(f"weight-{number}", Role.WEIGHT, argv)
         http = f"{self._config.host}:{self._config.http_port}"
         doors = ("--node", ROUTER, "--listen-http", http, "--listen-grpc", f"{LOOPBACK}:0")
@@ -403,6 +408,24 @@ async def _until_store_answers(store: Store) -> None:
             return
         except StoreUnavailable:
             await asyncio.sleep(PROBE_S)
+
+
+async def _until_answered(config: ClusterConfig) -> None:
+    """Until the router has met the weight nodes and takes requests."""
+    while not await asyncio.to_thread(_is_healthy, config):  # noqa: ASYNC110  (HTTP has no event)
+        await asyncio.sleep(PROBE_S)
+
+
+def _is_healthy(config: ClusterConfig) -> bool:
+    address = urlsplit(config.http_url)
+    connection = http.client.HTTPConnection(address.hostname or "", address.port, timeout=5.0)
+    try:
+        connection.request("GET", "/health")
+        return connection.getresponse().status == 200
+    except OSError:
+        return False
+    finally:
+        connection.close()
 
 
 async def _require_unused(store: Store, config: ClusterConfig) -> None:
