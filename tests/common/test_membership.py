@@ -92,6 +92,18 @@ async def test_a_member_that_dies_without_a_word_is_gone_when_its_lease_is(store
         assert time.monotonic() - started_s < lease.ttl_s + 2
 
 
+async def test_a_key_that_holds_nonsense_or_anothers_value_hides_nobody(store, keys):
+    await store.put(keys.member("weight", "good"), member("good").encode())
+    await store.put(keys.member("weight", "odd"), member("good", kv_used_tokens=7).encode())
+    await store.put(keys.member("weight", "worse"), b"\xff{")
+    async with watch_members(store, keys) as members:
+        assert [(m.id, m.kv_used_tokens) for m in members.current.values()] == [("good", 0)]
+        await store.delete(keys.member("weight", "odd"))
+        await store.put(keys.member("weight", "worse"), member("worse").encode())
+        await eventually(members, lambda: len(members.current) == 2)
+        assert {m.id for m in members.current.values()} == {"good", "worse"}
+
+
 async def test_a_member_from_a_newer_version_with_more_fields_is_understood(store, keys):
     fields = {**msgspec.json.decode(member().encode()), "something_new": [1, 2]}
     await store.put(keys.member("weight", "w0"), msgspec.json.encode(fields))

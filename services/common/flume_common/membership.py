@@ -251,6 +251,8 @@ class Members(View[tuple[Role, str], Member]):
 
 def _decode(kv: KeyValue) -> tuple[tuple[Role, str], Member]:
     member = Member.decode(kv)
+    if not kv.key.endswith(f"/{member.role}/{member.id}"):
+        raise ValueError(f"the value is of {member.role}/{member.id}")
     return (member.role, member.id), member
 
 

@@ -54,11 +54,6 @@ def decode_route(kv: KeyValue) -> Route:
     return msgspec.json.decode(kv.value, type=Route)
 
 
-def _decode(kv: KeyValue) -> tuple[str, Route]:
-    route = decode_route(kv)
-    return route.sequence, route
-
-
 class Routes(View[str, Route]):
     """All routes by sequence, live; see View."""
 
@@ -70,7 +65,14 @@ class Routes(View[str, Route]):
 @asynccontextmanager
 async def watch_routes(store: Store, keys: Keys) -> AsyncIterator[Routes]:
     """A live view of all routes. Entering waits for the first state, for as long as etcd is away."""
-    routes = Routes(store, _decode)
+
+    def decode(kv: KeyValue) -> tuple[str, Route]:
+        route = decode_route(kv)
+        if kv.key != keys.route(route.sequence):
+            raise ValueError(f"the value is of sequence {route.sequence!r}")
+        return route.sequence, route
+
+    routes = Routes(store, decode)
     async with live(routes, store, keys.routes):
         yield routes
 
