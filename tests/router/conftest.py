@@ -141,21 +141,8 @@ def start_router(etcd_endpoint, keys, store, text_model):
 
     @asynccontextmanager
     async def start(*flags: str, wait_ready: bool = True):
-        config = parse(
-            [
-                "--etcd",
-                etcd_endpoint,
-                "--cluster",
-                keys.cluster,
-                "--node",
-                "router-a",
-                "--model",
-                MODEL,
-                "--listen-http",
-                "127.0.0.1:0",
-                *flags,
-            ]
-        )
+        here = f"--etcd {etcd_endpoint} --cluster {keys.cluster} --node router-a --listen-http 127.0.0.1:0"
+        config = parse([*here.split(), "--model", MODEL, "--drain-s", "2", *flags])
         bound = bind(config.listen_http)
         serving, stop = asyncio.Event(), asyncio.Event()
         running = asyncio.create_task(

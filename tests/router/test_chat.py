@@ -1,6 +1,7 @@
 """Chat completions as the official client sees them."""
 
 import pytest
+from flume_protos.v1 import weight_pb2 as pb
 
 HELLO = [{"role": "user", "content": "Hi"}]
 SAID = "Hello there, wörld 🙂! The end."
@@ -203,3 +204,17 @@ async def test_fields_that_ask_for_nothing_are_taken(client):
         stop=None,
     )
     assert answer.choices[0].message.content == SAID
+
+
+async def test_a_token_that_is_impossible_has_openais_stand_in_for_its_logprob(client, weight):
+    async def script(request, context):
+        entry = pb.TokenLogprob(token_id=100, logprob=float("-inf"))
+        yield pb.GenerateReply(token_ids=[100], logprobs=[pb.Logprobs(chosen=entry, top=[entry])])
+        yield pb.GenerateReply(finish=pb.Finish(reason=pb.STOP, completion_tokens=1))
+
+    weight.script = script
+    answer = await client.chat.completions.create(
+        model="smollm2-135m", messages=HELLO, logprobs=True, top_logprobs=1
+    )
+    [token] = answer.choices[0].logprobs.content
+    assert (token.logprob, token.top_logprobs[0].logprob) == (-9999, -9999)

@@ -20,7 +20,7 @@ TEMPLATES = [
     "{%- for m in messages %}{% if loop.index > 1 %}{% break %}{% endif %}{{ m.content }}{% endfor %}",
     "{{ messages | tojson }}{{ messages | tojson(indent=2) }}<b>&",
     "{% for m in messages %}{% generation %}{{ m.content }}{% endgeneration %}!{% endfor %}",
-    "{% set n = namespace(last='') %}{% for m in messages %}{% set n.last = m.role %}{% endfor %}{{ n.last }}",
+    "{% set n = namespace(a='') %}{% for m in messages %}{% set n.a = m.role %}{% endfor %}{{ n.a }}",
     "{{ tools is none }}{{ documents is none }}{{ missing }}{{ add_generation_prompt }}{{ eos_token }}",
     "{{ strftime_now('%Y') | length }}",
 ]

@@ -22,7 +22,7 @@ def shown_text(pieces, stops):
     return "".join(shown) + stopper.finish(), stopper.stopped
 
 
-@settings(max_examples=1000)
+@settings(max_examples=300)
 @given(text=LETTERS, stops=STOPS, data=st.data())
 def test_where_the_text_is_cut_changes_nothing(text, stops, data):
     cuts = sorted(data.draw(st.lists(st.integers(0, len(text)), max_size=6)))
@@ -31,7 +31,7 @@ def test_where_the_text_is_cut_changes_nothing(text, stops, data):
     assert shown_text(pieces, stops) == shown_text(list(text), stops)
 
 
-@settings(max_examples=1000)
+@settings(max_examples=300)
 @given(pieces=st.lists(st.text("ab", max_size=4)), stops=STOPS)
 def test_the_answer_is_the_text_before_the_first_stop_string(pieces, stops):
     text = "".join(pieces)
@@ -45,7 +45,7 @@ def test_the_answer_is_the_text_before_the_first_stop_string(pieces, stops):
         assert shown == text
 
 
-@settings(max_examples=500)
+@settings(max_examples=200)
 @given(pieces=st.lists(st.text("ab", max_size=4)), stops=STOPS, more=LETTERS)
 def test_what_was_shown_is_never_part_of_a_later_stop_string(pieces, stops, more):
     """Whatever comes next, the final answer begins with what has been shown so far."""
