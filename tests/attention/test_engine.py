@@ -261,6 +261,7 @@ async def test_a_plan_that_overtakes_the_kv_sent_before_it_waits_for_it(node, po
     w.kv_sent = overtaken.number
     running = w.begin((0, 1, 1))
     running.ask(0)
+    w.credits_waiting(0.1)  # the node has long seen the PLAN
     w.slots[0].kv = before
     overtaken.send_kv()
     running.check(0)
@@ -293,6 +294,8 @@ async def test_a_refused_step_says_why_and_the_next_one_goes_on(node, port, rows
     credit = w.await_credit(lambda credit: credit.refused_step == number)
     assert credit.refusal is refusal
     w.step((0, 1, 1))
+    again = w.await_credit(lambda credit: credit.committed_step == w.number)
+    assert again.refusal is Refusal.NONE, "a refusal is said once"
     assert (await node.report()).used_tokens == 6
 
 
@@ -399,6 +402,7 @@ async def test_a_weight_node_that_dies_leaves_nothing_behind(node, port):
 async def test_draining_grants_nothing_and_serves_what_is_there(node, port):
     w = await node.attach(FakeWeightNode(port), want=4)
     w.step((0, 0, 5), ops=[w.open(0)])
+    w.credits_waiting(0.3)  # nothing is on its way that could carry the news by chance
     node.engine.send(SetDraining(request=1, draining=True))
     await node.expect(Report, where=lambda r: r.draining)
     credit = w.await_credit(lambda c: c.draining)

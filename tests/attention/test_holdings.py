@@ -47,7 +47,7 @@ def test_a_sequence_is_opened_appended_to_asked_and_released(lane):
     lane.commit()
     assert (lane.held_tokens, lane.held_blocks, lane.taken, lane.unused) == (7, 2, 2, 6)
     lane.apply(Op.RELEASE, 3, 0, 0)
-    assert lane.blocks.held == 0 and lane.held_tokens == 0
+    assert lane.blocks.held == 0 and lane.held_tokens == lane.held_blocks == 0
     assert lane.taken == 2, "blocks of a released slot go back to the node, not into the credit"
 
 
@@ -126,6 +126,7 @@ def test_credit_covers_all_rows_of_a_step_together(lane):
 def test_returned_credit_is_no_longer_the_lanes(lane):
     lane.set_credit(want_blocks=2, returned_blocks=6)
     assert lane.unused == 2 and lane.demand.want_blocks == 2
+    assert refused(lane.set_credit, 2, 5) is Refusal.OVER_CREDIT, "what is returned stays returned"
     lane.apply(Op.OPEN, 0, 0, 1)
     assert refused(lane.begin, 1, rows((0, 0, 12, 0))) is Refusal.OVER_CREDIT
 
@@ -185,8 +186,8 @@ class TwoLanes(RuleBasedStateMachine):
         lane = self.lanes[which]
         lane.abandon()
         self.number += 1
-        held = [lane.slots[slot].held if slot in lane.slots else 0 for slot in range(len(appends))]
-        items = [(slot, 1, append, held[slot]) for slot, append in enumerate(appends)]
+        rows_of = zip(lane.slots.items(), appends, strict=False)
+        items = [(number, 1, append, slot.held) for (number, slot), append in rows_of]
         self.attempt(lane, lane.begin, self.number, rows(*items))
 
     @rule(which=st.integers(0, 1))

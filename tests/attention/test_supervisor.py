@@ -1,0 +1,114 @@
+"""The supervisor over a fake engine that says what the test tells it to."""
+
+import asyncio
+from contextlib import asynccontextmanager
+
+import pytest
+import pytest_asyncio
+from flume_attention import messages as m
+from flume_attention import supervisor as module
+from flume_attention.errors import AttachRefused, EngineGone
+from flume_attention.supervisor import Supervisor
+from flume_common.engine_link import LinkClosed
+from flume_common.membership import State
+from flume_common.tasks import background
+
+
+class FakeEngine:
+    def __init__(self, pid):
+        self.pid = pid
+        self.process = self
+        self.returncode = -9
+        self.sent = []
+        self.outbox = asyncio.Queue()
+        self.outbox.put_nowait(m.Started(import_ms=1, port_ms=1))
+
+    def send(self, message):
+        self.sent.append(message)
+
+    async def receive(self):
+        message = await self.outbox.get()
+        if message is None:
+            raise LinkClosed("killed")
+        return message
+
+    def die(self):
+        self.outbox.put_nowait(None)
+
+
+async def until(condition):
+    async with asyncio.timeout(5):
+        while not condition():
+            await asyncio.sleep(0.005)
+
+
+@pytest.fixture
+def engines(monkeypatch):
+    started = []
+
+    @asynccontextmanager
+    async def run_engine(*_, **__):
+        started.append(FakeEngine(len(started)))
+        yield started[-1]
+
+    monkeypatch.setattr(module, "run_engine", run_engine)
+    return started
+
+
+@pytest_asyncio.fixture
+async def supervisor(engines):
+    supervisor = Supervisor([])
+    assert supervisor.state is State.PREPARING
+    async with background(engine=supervisor.keep_engine()):
+        await until(lambda: supervisor.state is State.READY)
+        yield supervisor
+
+
+def ask(supervisor):
+    request = lambda number: m.Ask(request=number)  # noqa: E731
+    return asyncio.create_task(supervisor.ask(request, m.Report))
+
+
+async def test_answers_find_their_questions_whatever_comes_between(engines, supervisor):
+    first, second = ask(supervisor), ask(supervisor)
+    await until(lambda: len(engines[0].sent) == 2)
+    one, two = (message.request for message in engines[0].sent)
+    engines[0].outbox.put_nowait(m.Report(request=two, used_tokens=2))
+    engines[0].outbox.put_nowait(m.Report(used_tokens=9))
+    engines[0].outbox.put_nowait(m.LaneClosed(weight_node="w", epoch=1, reason="gone"))
+    engines[0].outbox.put_nowait(m.Report(request=one, used_tokens=1))
+    assert ((await first).used_tokens, (await second).used_tokens) == (1, 2)
+
+
+async def test_a_refusal_is_raised_to_who_asked(engines, supervisor):
+    question = ask(supervisor)
+    await until(lambda: engines[0].sent)
+    engines[0].outbox.put_nowait(m.Refused(request=engines[0].sent[0].request, field="epoch", detail="old"))
+    with pytest.raises(AttachRefused, match="old") as error:
+        await question
+    assert error.value.field == "epoch"
+
+
+async def test_who_asked_an_engine_that_dies_hears_of_it_at_once(engines, supervisor):
+    question = ask(supervisor)
+    await until(lambda: engines[0].sent)
+    engines[0].die()
+    async with asyncio.timeout(1):
+        with pytest.raises(EngineGone):
+            await question
+
+
+async def test_the_next_engine_starts_empty_and_knows_of_the_drain(engines, supervisor):
+    engines[0].outbox.put_nowait(m.Report(used_tokens=5))
+    draining = asyncio.create_task(supervisor.set_draining(True))
+    await until(lambda: supervisor.report.used_tokens == 5)
+    engines[0].die()
+    await draining
+    await until(lambda: len(engines) == 2 and supervisor.state is State.DRAINING)
+    assert supervisor.report == m.Report()
+    assert [message.draining for message in engines[1].sent] == [True]
+
+
+async def test_an_engine_that_is_busy_is_reported_as_it_last_said(engines, supervisor):
+    engines[0].outbox.put_nowait(m.Report(used_tokens=5))
+    assert (await supervisor.fresh_report()).used_tokens == 5
