@@ -180,3 +180,10 @@ def test_the_router_starts_without_torch_and_transformers():
         [sys.executable, "-c", code], capture_output=True, env=environment, timeout=60, check=False
     )
     assert done.returncode == 0, done.stderr
+
+
+async def test_a_host_to_advertise_is_what_others_are_told(start_router, store, keys):
+    async with start_router("--advertise-host", "10.0.3.7", wait_ready=False) as router:
+        member = Member.decode(await store.get(keys.member(Role.ROUTER, "router-a")))
+        assert member.http_address == f"10.0.3.7:{router.port}"
+        assert member.address.startswith("10.0.3.7:")

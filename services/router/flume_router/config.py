@@ -33,6 +33,8 @@ class RouterConfig(msgspec.Struct, frozen=True, kw_only=True):
     """Empty: as the model argument calls it."""
     listen_http: str
     listen_grpc: str
+    advertise_host: str
+    """Where others dial us; empty: as the listen addresses say."""
 
     request_deadline_s: float
     """A request still running after this is ended with an error, so that nothing hangs for ever."""
@@ -112,6 +114,7 @@ def _add_serving_flags(parser: argparse.ArgumentParser) -> None:
         metavar="HOST:PORT",
         help="port 0: a free one (default: %(default)s)",
     )
+    add("--advertise-host", default="", help="host that others dial; default: that of the listen addresses")
     add(
         "--request-deadline-s",
         type=float,

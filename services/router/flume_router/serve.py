@@ -71,14 +71,14 @@ async def serve(
                     id=config.node,
                     role=Role.ROUTER,
                     state=State.READY,
-                    address=grpc.address,
+                    address=_advertised(grpc.address, config),
                     host=socket.gethostname(),
                     pid=os.getpid(),
                     version=version(),
                     protocol_version=0,
                     started_at_s=started_at_s,
                     model=model,
-                    http_address=reachable_address(config.listen_http, bound),
+                    http_address=_advertised(reachable_address(config.listen_http, bound), config),
                 ),
                 ttl_s=config.lease_ttl_s,
             ) as registration,
@@ -94,6 +94,10 @@ async def serve(
             await registration.update(state=State.DRAINING)
             await in_flight.drain(config.drain_s)
     log.info("router_stopped")
+
+
+def _advertised(address: str, config: RouterConfig) -> str:
+    return f"{config.advertise_host}:{address.rpartition(':')[2]}" if config.advertise_host else address
 
 
 async def _report_readiness(pool: WeightPool, grpc: Server) -> NoReturn:

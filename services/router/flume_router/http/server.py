@@ -64,7 +64,7 @@ def bind(address: str) -> socket.socket:
 def reachable_address(address: str, bound: socket.socket) -> str:
     """host:port for others; a wildcard becomes this machine's name."""
     host = address.rpartition(":")[0]
-    if host in ("", "0.0.0.0", "[::]"):
+    if host in ("0.0.0.0", "[::]"):
         host = socket.gethostname()
     return f"{host}:{bound.getsockname()[1]}"
 
