@@ -68,17 +68,20 @@ class PeerProcess:
         lane = self.port.connect(
             name, self.address, shape, Side.WEIGHT, send_lane=send_lane, receive_lane=receive_lane
         )
-        address = self.port.address.hex()
+        self.connect_back(name, shape, receive_lane, send_lane)
+        return lane
+
+    def connect_back(self, name, shape, send_lane, receive_lane):
+        """The other end's half of a lane."""
         self.ask(
             "connect",
             name=name,
-            address=address,
-            send_lane=receive_lane,
-            receive_lane=send_lane,
+            address=self.port.address.hex(),
+            send_lane=send_lane,
+            receive_lane=receive_lane,
             tokens=shape.max_step_tokens,
             kv_bytes=shape.kv_frame_bytes,
         )
-        return lane
 
     def end(self):
         """By its own will, as stdin ends."""
@@ -280,7 +283,12 @@ def test_misuse_is_refused_and_the_lane_goes_on(peer, lane):
     receiver.give_back(answer)
     with pytest.raises(ValueError, match="frame"):
         receiver.give_back(answer)
-    assert sender.frame() is not None
+    for _ in range(3):
+        send(peer, lane, Kind.QUERY, noise(8))
+        take_partial(peer, lane)
+    with pytest.raises(ValueError, match="frame"):
+        sender.send(frame, 8)  # its turn, but frame() did not say that it is free
+    assert sender.frame() is frame
     assert_echoes(peer, lane)
 
 
@@ -327,7 +335,7 @@ def tcp_connections(pid):
     """Inodes of the established TCP sockets of a process."""
     rows = [line.split() for line in Path(f"/proc/{pid}/net/tcp").read_text().splitlines()[1:]]
     established = {f"socket:[{row[9]}]" for row in rows if row[3] == "01"}
-    return established & {os.readlink(fd) for fd in Path(f"/proc/{pid}/fd").iterdir()}
+    return established & {str(fd.readlink()) for fd in Path(f"/proc/{pid}/fd").iterdir()}
 
 
 def cpu_s(pid):
@@ -384,10 +392,12 @@ def test_a_killed_peer_takes_its_lane_down_and_no_other(tls, peer, lane):
         receive(peer.port, doomed.receiver(Kind.CREDIT), DEADLINE_S)
     assert time.monotonic() - start < doomed.NOTICE_S
     assert not doomed.alive
+    reason = doomed.error
     with pytest.raises(LaneDown):
         doomed.sender(Kind.QUERY).frame()
     assert_echoes(peer, lane)
     doomed.close()
+    assert doomed.error == reason
     victim.end()
     assert_echoes(peer, lane, 400_000, 1)
 
@@ -502,12 +512,18 @@ def anything_unclaimed(port):
 def test_a_port_closes_at_once_whatever_a_peer_left_half_sent(tls, fate):
     with joined(tls) as peer:
         lane = peer.connect()
-        # Four fill the ring; the others are announced, nobody will ever receive them.
-        assert peer.ask("unasked", kind="PARTIAL", name=lane.peer, times=7, size=500_000) == 7
+        peer.connect_back("unknown", LARGE, send_lane=10**9, receive_lane=10**9 + 1)
+        for name, times in ((lane.peer, 7), ("unknown", 4)):  # four fill a ring, the others nobody receives
+            assert peer.ask("unasked", kind="PARTIAL", name=name, times=times, size=500_000) == times
         peer.port.wait(lambda: False, 0.05)
         assert anything_unclaimed(peer.port)
         peer.process.send_signal(fate)
-        closing = threading.Thread(target=peer.port.close, daemon=True)
+
+        def close():
+            peer.port.close()
+            vars(peer.port._strays).clear()  # the last that could hold the worker
+
+        closing = threading.Thread(target=close, daemon=True)
         closing.start()
         closing.join(2.0)
         assert not closing.is_alive()
