@@ -77,8 +77,8 @@ if __name__ == "__main__":
     flags = argparse.ArgumentParser()
     for name in ("cluster", "node", "etcd", "listen"):
         flags.add_argument(f"--{name}", required=True)
-    flags.add_argument("--state", type=Path, required=True)
-    parsed = flags.parse_args()
+    flags.add_argument("--state", type=Path, default=Path(os.environ.get("FAKE_STATE", "/nonexistent")))
+    parsed, _ = flags.parse_known_args()
     if (parsed.state / "crash").exists():
         sys.exit("fake: told to crash")
     asyncio.run(main(parsed))

@@ -74,7 +74,8 @@ def as_frame(scene: Scene, width: int) -> list[str]:
         "",
         *rows,
         "",
-        f"  {scene.length} tokens, {speed}   {_paint(scene.news, _BOLD)}",
+        f"  {scene.length} tokens, {speed}",
+        f"  {_paint(scene.news[: width - 2], _BOLD)}",
         "",
         *(f"  {_paint(line, _DIM)}" for line in last_lines(scene.text, width - 4)),
     ]
