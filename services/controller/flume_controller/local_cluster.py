@@ -439,6 +439,8 @@ async def _require_unused(store: Store, config: ClusterConfig) -> None:
             f"the etcd at {config.etcd} already has members of cluster {config.name!r}: {names}; "
             "choose another --name, or wait until their leases have run out"
         )
+    # Nobody is left who wrote it, and what it says would be taken for news.
+    await store.delete(Keys(config.name).status_attention)
 
 
 def _member_ids(keys: Iterable[str]) -> list[str]:
