@@ -38,7 +38,9 @@ class FakeEngine:
 
 async def until(condition):
     async with asyncio.timeout(5):
-        while not condition():
+        while True:
+            if condition():
+                return
             await asyncio.sleep(0.005)
 
 

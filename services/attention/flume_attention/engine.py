@@ -60,7 +60,7 @@ class Engine:
         self._link = link
         self._threads = threads
         self._sessions: dict[str, LaneSession] = {}  # by weight node
-        self._next_lane = 1
+        self._last_lane = 0  # numbers are never used twice
         self._changed = False  # since the last unasked report
         self._credit_moved = False  # since the last round of CREDIT
         self._reported_at = 0.0
@@ -143,37 +143,45 @@ class Engine:
 
     def _attach(self, request: Attach) -> None:
         try:
-            shape = self._node.admit(request)
-            old = self._sessions.get(request.weight_node)
-            if old is not None:
-                self._drop(old, "replaced by a new attach")
-            lane_number = self._next_lane
-            lane = self._connect(request, shape, lane_number)
+            session = self._join(request)
         except AttachRefused as error:
             self._link.send(Refused(request=request.request, field=error.field, detail=error.detail))
             return
-        self._next_lane += 1
-        self._sessions[request.weight_node] = LaneSession(
-            self._node, request.weight_node, request.epoch, lane,
-            self._node.add(request.weight_node, shape),
-            use_threads=self._threads.use,
-            on_refused=lambda step, error: self._tell_refused(request.weight_node, step, error),
-        )  # fmt: skip
+        self._sessions[request.weight_node] = session
         self._note_change()
         self._link.send(
             Attached(
                 request=request.request,
                 worker_address=self._port.address,
-                lane=lane_number,
+                lane=self._last_lane,
                 capacity_blocks=self._node.capacity_blocks,
             )
         )
 
-    def _connect(self, request: Attach, shape: LaneShape, lane_number: int) -> Lane:
+    def _join(self, request: Attach) -> LaneSession:
+        """Raises AttachRefused. From the moment it is clear that the lane can be, the old one is gone."""
+        name = request.weight_node
+        shape = self._node.admit(request)
+        if name in self._sessions:
+            self._drop(self._sessions[name], "replaced by a new attach")
+        holdings = self._node.add(name, shape)
+        try:
+            lane = self._connect(request, shape)
+        except AttachRefused:
+            self._node.remove(name)
+            raise
+        return LaneSession(
+            self._node, name, request.epoch, lane, holdings,
+            use_threads=self._threads.use,
+            on_refused=lambda step, error: self._tell_refused(name, step, error),
+        )  # fmt: skip
+
+    def _connect(self, request: Attach, shape: LaneShape) -> Lane:
+        self._last_lane += 1
         try:
             return self._port.connect(
                 request.weight_node, request.worker_address, shape, Side.ATTENTION,
-                send_lane=request.lane, receive_lane=lane_number,
+                send_lane=request.lane, receive_lane=self._last_lane,
             )  # fmt: skip
         except ValueError as error:
             raise AttachRefused("worker_address", f"worker_address: {error}") from error

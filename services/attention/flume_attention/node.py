@@ -83,7 +83,10 @@ class Node:
         self.epochs[weight_node] = epoch
 
     def add(self, weight_node: str, shape: LaneShape) -> Holdings:
-        """Holdings for a new lane of this weight node. Needs the lane it replaces removed."""
+        """Holdings for a new lane of this weight node. Needs the lane it replaces removed.
+
+        Raises AttachRefused when the machine does not give the memory.
+        """
         assert weight_node not in self.holdings
         if self.pool is None or self.pool.layout != shape.layout:
             self._adopt(shape.layout)
@@ -96,10 +99,13 @@ class Node:
 
     def _adopt(self, layout: KvLayout) -> None:
         assert not self.holdings
-        self.pool = None  # before the next one is allocated
+        self.pool, self.blocks = None, BlockPool(0)  # before the next one is allocated
         num_blocks = self.kv_bytes // layout.block_bytes
+        try:
+            self.pool = KvPool(layout, num_blocks)
+        except (RuntimeError, MemoryError) as error:
+            raise AttachRefused("layout", f"no {num_blocks} blocks of KV memory: {error}") from error
         self.blocks = BlockPool(num_blocks)
-        self.pool = KvPool(layout, num_blocks)
 
     def _require_layout(self, layout: KvLayout, *, others: bool) -> None:
         if self.dtype is not None and layout.dtype != self.dtype:
