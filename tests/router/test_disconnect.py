@@ -8,6 +8,7 @@ import time
 
 import pytest
 from flume_protos.v1 import weight_pb2 as pb
+from flume_router.weight_pool import WeightNode
 
 BODY = {"model": "smollm2-135m", "messages": [{"role": "user", "content": "Hi"}]}
 SOON_S = 0.5
@@ -73,6 +74,23 @@ async def test_the_official_client_frees_the_kv_by_leaving_its_stream(client, we
         break
     await stream.close()
     assert await eventually(lambda: weight.running == 0) < SOON_S
+
+
+async def test_a_stop_string_frees_the_kv_whoever_still_holds_the_call(
+    client, weight, says, eventually, monkeypatch
+):
+    held, generate = [], WeightNode.generate
+
+    def holding(self, *args, **kwargs):
+        held.append(generate(self, *args, **kwargs))
+        return held[-1]
+
+    monkeypatch.setattr(WeightNode, "generate", holding)
+    weight.script = says("one two " + "three " * 400, pause_s=0.05)
+    answer = await client.chat.completions.create(**BODY, stop="two")
+    assert answer.choices[0].message.content == "one "
+    assert await eventually(lambda: weight.running == 0) < SOON_S
+    assert len(held) == 1
 
 
 async def test_a_client_that_does_not_read_holds_its_weight_node_back(router, weight, text_model, eventually):

@@ -161,6 +161,24 @@ def test_sentencepiece_texts_come_back_byte_by_byte(sentencepiece_gguf, text):
     assert spelled.removeprefix(" ") == text.replace("▁", " ").removeprefix(" ")
 
 
+@settings(max_examples=60, deadline=None)
+@given(text=TEXTS)
+def test_a_saved_directory_of_a_sentencepiece_model_gives_the_same_ids(
+    sentencepiece_gguf, tmp_path_factory, text
+):
+    def saved():
+        _, theirs = pair("{}", lambda: sentencepiece_gguf("spm"))
+        directory = tmp_path_factory.mktemp("spm")
+        theirs.save_pretrained(directory)
+        (directory / "config.json").write_text('{"model_type": "llama"}')
+        return directory
+
+    if "directory" not in _pairs:
+        _pairs["directory"] = load_text_model(resolve_model(str(saved()))).tokenizer
+    _, theirs = pair("{}", lambda: sentencepiece_gguf("spm"))
+    assert _pairs["directory"].encode_now(text, add_special_tokens=True) == theirs(text)["input_ids"]
+
+
 def test_a_space_is_put_first_unless_the_file_says_otherwise(sentencepiece_gguf):
     ours, _ = pair("{}", lambda: sentencepiece_gguf("spm"))
     never, _ = pair("never", lambda: sentencepiece_gguf("spm", add_space_prefix=False))

@@ -155,3 +155,40 @@ def test_a_broken_tokenizer_json_says_which_file(tmp_path):
     (tmp_path / "tokenizer.json").write_text('{"model": 5}')
     with pytest.raises(TokenizerError, match=r"tokenizer\.json"):
         load_text_model(resolve_model(str(tmp_path)))
+
+
+@pytest.mark.parametrize(
+    "files, rendered",
+    [
+        ({"chat_template.jinja": "file"}, "file"),
+        ({"tokenizer_config.json": '{"chat_template": "config"}'}, "config"),
+        (
+            {
+                "tokenizer_config.json": '{"chat_template": [{"name": "tool_use", "template": "no"},'
+                ' {"name": "default", "template": "named"}]}'
+            },
+            "named",
+        ),
+        ({"chat_template.jinja": "file", "tokenizer_config.json": '{"chat_template": "config"}'}, "file"),
+        (
+            {
+                "tokenizer_config.json": '{"bos_token": {"content": "<|im_start|>"},'
+                ' "chat_template": "{{bos_token}}"}'
+            },
+            "<|im_start|>",
+        ),
+    ],
+)
+def test_a_chat_template_is_found_wherever_a_directory_keeps_it(hf_directory, tmp_path, files, rendered):
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "tokenizer.json").write_bytes((hf_directory / "tokenizer.json").read_bytes())
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+    loaded = load_text_model(resolve_model(str(tmp_path)))
+    assert loaded.chat_template.render([{"role": "user", "content": "Hi"}]) == rendered
+
+
+def test_a_directory_may_have_no_chat_template(hf_directory, tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "tokenizer.json").write_bytes((hf_directory / "tokenizer.json").read_bytes())
+    assert load_text_model(resolve_model(str(tmp_path))).chat_template is None

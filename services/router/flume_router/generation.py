@@ -121,7 +121,7 @@ Pieces = AsyncIterator[tuple[int, Piece]]
 
 
 @contextlib.asynccontextmanager
-async def merged(answers: Sequence[AsyncIterator[Piece]]) -> AsyncIterator[Pieces]:
+async def merged(answers: Sequence[AsyncGenerator[Piece]]) -> AsyncIterator[Pieces]:
     """The pieces of several answers as they come, each with its answer's index, until all are finished.
 
     They run while the body does. The first error of any ends all, and is raised where pieces are taken.
@@ -132,11 +132,12 @@ async def merged(answers: Sequence[AsyncIterator[Piece]]) -> AsyncIterator[Piece
 
 
 async def _feed(
-    queue: asyncio.Queue[tuple[int, Piece] | RouterError], index: int, pieces: AsyncIterator[Piece]
+    queue: asyncio.Queue[tuple[int, Piece] | RouterError], index: int, pieces: AsyncGenerator[Piece]
 ) -> None:
     try:
-        async for piece in pieces:
-            await queue.put((index, piece))
+        async with contextlib.aclosing(pieces):
+            async for piece in pieces:
+                await queue.put((index, piece))
     except RouterError as error:
         await queue.put(error)
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from typing import Any, Protocol
 
 import msgspec
@@ -95,7 +95,7 @@ class CompletionEndpoint:
             self._service.check_prompt(prompt, self._api.param)
             self._service.check_length(len(prompt), job.common.max_tokens, self._api.param)
 
-    def _answers(self, job: Job, request_id: str, deadline_at: float) -> list[AsyncIterator[Piece]]:
+    def _answers(self, job: Job, request_id: str, deadline_at: float) -> list[AsyncGenerator[Piece]]:
         job.common.sampling.max_tokens = job.common.max_tokens or 0
         metadata = {
             "x-request-id": str(structlog.contextvars.get_contextvars().get("request_id", request_id))

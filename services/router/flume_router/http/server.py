@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import socket
 from collections.abc import AsyncIterator, Iterator
 
@@ -83,6 +84,7 @@ async def http_server(app: ASGIApp, bound: socket.socket) -> AsyncIterator[None]
         timeout_keep_alive=_KEEP_ALIVE_S,
         timeout_graceful_shutdown=_CLOSE_S,
     )
+    logging.getLogger("uvicorn.error").setLevel(logging.WARNING)  # it tells what we tell ourselves
     server = _Server(config)
     async with background(http=server.serve(sockets=[bound])):
         await server.up.wait()
