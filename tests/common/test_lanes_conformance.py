@@ -445,6 +445,21 @@ def test_a_lane_to_a_process_that_ended_is_down_from_the_start(peer, tls):
     lane.close()
 
 
+@pytest.mark.parametrize("size", [100_000, 500_000])
+def test_a_message_larger_than_its_frame_takes_the_lane_down(peer, lane, size):
+    number = 10**8 + next(numbers)
+    odd = peer.port.connect(
+        "odd", peer.address, SMALL, Side.WEIGHT, send_lane=number, receive_lane=number + 10**8
+    )
+    peer.connect_back("odd", LARGE, send_lane=number + 10**8, receive_lane=number)
+    peer.ask("unasked", kind="PARTIAL", name="odd", times=1, size=size)
+    with pytest.raises(LaneDown, match="PARTIAL failed"):
+        receive(peer.port, odd.receiver(Kind.PARTIAL))
+    odd.close()
+    peer.ask("close", name="odd")
+    assert_echoes(peer, lane)
+
+
 def test_a_stopped_peer_is_waited_for_and_answers_when_it_goes_on(peer, lane):
     os.kill(peer.pid, signal.SIGSTOP)
     send(peer, lane, Kind.QUERY, noise(300_000), step=3)

@@ -23,9 +23,10 @@ if TYPE_CHECKING:
 class Lane:
     """A joined weight node and attention node, seen from one end. Made by `Port.connect`.
 
-    `shape` and `peer` are what it was made with. A peer that was killed is noticed within `NOTICE_S`
-    as long as the owner waits or progresses; one that is merely stopped is not: deadlines are the
-    owner's business.
+    `shape` and `peer` are what it was made with. An owner that waits or progresses notices a killed
+    peer within `NOTICE_S`; measured 3 to 25 ms over TCP and in the same pid namespace, up to 400 ms
+    over shared memory between two namespaces. A peer that is merely stopped is not noticed, nor a host
+    that fell silent: deadlines are the owner's business.
     """
 
     NOTICE_S = 2.0

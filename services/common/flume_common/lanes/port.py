@@ -31,7 +31,7 @@ class Port:
 
     `tls` is UCX's list of transports, by default UCX_TLS or "tcp,sm,self". `spin_s` is how long
     `wait` looks for work before it sleeps. Measured on two cores (bench/lane_hop.py, 2.4 KB round trip
-    over shared memory): 9 µs when the answer comes within the spin and 30 to 70 µs when both sides
+    over shared memory): 10 µs when the answer comes within the spin and 30 to 70 µs when both sides
     sleep. A weight process and two attention processes that compute 100 to 600 µs per layer on two
     cores: 50 µs of spinning makes a step 2 to 10 % shorter than none, as the spin yields its core each
     time round; without yielding it is up to 30 % longer.
