@@ -73,6 +73,19 @@ async def test_the_replacement_gets_the_same_request(start_router, start_weight,
         assert len(a.requests) == 1
 
 
+async def test_there_is_one_replacement_and_no_more(start_router, start_weight):
+    broken = unavailable()
+    async with (
+        start_weight("a", broken) as a,
+        start_weight("b", broken) as b,
+        start_weight("c", broken) as c,
+        start_router() as router,
+    ):
+        await settle(a, b, c)
+        assert (await ask(router)).status_code == 503
+        assert sum(len(fake.requests) for fake in (a, b, c)) == 2
+
+
 async def test_a_node_that_fails_after_its_first_token_is_not_replaced(start_router, start_weight, says):
     broken = unavailable(after=1)
     async with start_weight("a", broken) as a, start_weight("b", broken) as b, start_router() as router:
