@@ -76,7 +76,9 @@ async def test_updates_are_written_together_and_keep_the_epoch(store, keys):
         for used in range(50):
             await registration.update(kv_used_tokens=used)
         await registration.update(state=State.READY)
-        await eventually(members, lambda: any(m.state is State.READY for m in members.current.values()))
+        await eventually(
+            members, lambda: any(m.state is State.READY for m in members.current.values()), timeout_s=5
+        )
         seen = members.current[Role.WEIGHT, "w0"]
         assert (seen.kv_used_tokens, seen.epoch) == (49, registration.epoch)
         assert (await store.get(registration.key)).version < 10

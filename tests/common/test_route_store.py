@@ -8,7 +8,7 @@ import pytest
 from flume_common.membership import Member, Role, State, register
 from flume_common.route_store import RouteWriter, decode_route, encode_route, watch_routes
 from flume_common.routes import Route
-from flume_common.store import KeyValue, StoreConfig, connect
+from flume_common.store import KeyValue, StoreConfig, connect, create_revision, mod_revision
 
 
 def owner(node="w0") -> Member:
@@ -123,6 +123,73 @@ async def test_a_replaced_owner_writes_nothing(store, keys):
 
 def _fields(member: Member) -> dict[str, object]:
     return {name: getattr(member, name) for name in member.__struct_fields__}
+
+
+async def test_every_write_says_what_it_believes_to_replace_so_that_a_late_one_comes_to_nothing(
+    store, keys, monkeypatch
+):
+    asked, real = [], store.txn
+
+    async def recorded(compares, success, failure=()):
+        result = await real(compares, success, failure)
+        asked.append((set(compares), result.revision))
+        return result
+
+    async with register(store, keys, owner()) as registration:
+        monkeypatch.setattr(store, "txn", recorded)
+        async with RouteWriter(store, keys, registration) as writer:
+            route, key = Route.start("s", "w0", 0, "a0"), keys.route("s")
+            writer.put(route)
+            await asyncio.wait_for(writer.settled(), 5)
+            writer.put(route.move_tail(10, "a1"))
+            await asyncio.wait_for(writer.settled(), 5)
+            writer.end("s")
+            await asyncio.wait_for(writer.settled(), 5)
+        fence = create_revision(registration.key, registration.epoch)
+        first, second, third = asked
+        assert first[0] == {fence, mod_revision(key, 0)}
+        assert second[0] == {fence, mod_revision(key, first[1])}
+        assert third[0] == {fence, mod_revision(key, second[1])}
+
+
+async def test_a_key_changed_by_a_late_write_is_read_again_and_put_right(store, keys):
+    async with (
+        register(store, keys, owner()) as registration,
+        RouteWriter(store, keys, registration) as writer,
+    ):
+        route, key = Route.start("s", "w0", 0, "a0"), keys.route("s")
+        writer.put(route)
+        await asyncio.wait_for(writer.settled(), 5)
+        await store.put(key, b"late", registration.lease)
+        writer.put(route.move_tail(10, "a1"))
+        await asyncio.wait_for(writer.settled(), 5)
+        assert len(decode_route(await store.get(key)).ranges) == 2
+
+
+async def test_a_write_whose_answer_comes_after_the_lease_was_lost_is_done_again(
+    etcd_endpoint, store, keys, monkeypatch
+):
+    async with (
+        connect(StoreConfig((etcd_endpoint,))) as own,
+        register(store, keys, owner()) as registration,
+        watch_routes(store, keys) as routes,
+    ):
+        real, first = own.txn, registration.epoch
+
+        async def answered_late(compares, success, failure=()):
+            result = await real(compares, success, failure)
+            monkeypatch.setattr(own, "txn", real)
+            await store.revoke(registration.lease)
+            await registration.wait_registered(after=first)
+            await asyncio.sleep(0.05)
+            return result
+
+        monkeypatch.setattr(own, "txn", answered_late)
+        async with RouteWriter(own, keys, registration) as writer:
+            writer.put(Route.start("s", "w0", 0, "a0"))
+            await eventually(
+                routes, lambda: any(r.epoch > first for r in routes.current.values()), timeout_s=5
+            )
 
 
 @pytest.mark.parametrize("fault", ["mute", "stall", "shut"])

@@ -24,7 +24,6 @@ from flume_common.store import (
     Delete,
     Get,
     KeyValue,
-    OutcomeUnknown,
     Put,
     Store,
     StoreError,
@@ -217,16 +216,15 @@ class RouteWriter:
         return done
 
     async def _transact(self, ops: Mapping[str, Put | Delete], life: Life) -> None:
-        """All or nothing, and only if we are who we think and nobody touched the keys."""
+        """All or nothing, and only if we are who we think and nobody touched the keys.
+
+        That also makes it safe to ask again after an unknown outcome: if it did happen, the keys have
+        changed, and if it happens later it comes to nothing.
+        """
         owner = self._registration.key
         unchanged = [mod_revision(op.key, self._revisions.get(sequence) or 0) for sequence, op in ops.items()]
-        try:
-            result = await self._store.txn(
-                [create_revision(owner, life.epoch), *unchanged], list(ops.values()), [Get(owner)]
-            )
-        except OutcomeUnknown:
-            self._revisions |= dict.fromkeys(ops)
-            raise
+        fence = create_revision(owner, life.epoch)
+        result = await self._store.txn([fence, *unchanged], list(ops.values()), [Get(owner)])
         if not result.succeeded:
             self._revisions |= dict.fromkeys(ops)
             self._registration.look()
