@@ -106,7 +106,19 @@ def test_a_lane_uses_the_memory_it_is_given():
     assert len(given) == 1
 
 
-@pytest.mark.parametrize("address", [b"", b"x" * 20, b"\xff" * 200])
+@pytest.mark.parametrize("wrong", [{"send_lane": -1}, {"allocate": np.zeros}])
+def test_a_lane_that_cannot_be_made_leaves_nothing_open(wrong):
+    with Port() as here, Port() as there:
+        here.connect("there", there.address, SHAPE, Side.WEIGHT, send_lane=1, receive_lane=2)
+        before = sorted(os.listdir("/proc/self/fd"))  # noqa: PTH208
+        with pytest.raises(ValueError, match="lane"):
+            here.connect(
+                "there", there.address, SHAPE, Side.WEIGHT, **{"send_lane": 3, "receive_lane": 4} | wrong
+            )
+        assert sorted(os.listdir("/proc/self/fd")) == before  # noqa: PTH208
+
+
+@pytest.mark.parametrize("address", [b"", b"x" * 20, b"\xff" * 200, Process.this().encode()])
 def test_an_address_that_is_none_is_refused(address):
     with Port() as port, pytest.raises(ValueError, match=r"process|address"):
         port.connect("x", address, SHAPE, Side.WEIGHT, send_lane=1, receive_lane=2)

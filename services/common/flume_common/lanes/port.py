@@ -12,6 +12,7 @@ import os
 import select
 import time
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from typing import Any, Self
 
 from flume_common.lanes import ucx
@@ -119,8 +120,8 @@ class Port:
     ) -> Lane:
         """A lane to the port with this address, every receive posted. Does not wait for the peer.
 
-        `peer` is a name for messages. The two lane numbers must never have been used before on
-        either port: what one end calls `send_lane` the other calls `receive_lane`.
+        `peer` is a name for messages. What one end calls `send_lane` the other calls `receive_lane`;
+        a port must never use a `receive_lane` twice, as messages for a closed one are thrown away.
         `allocate(size_bytes)` returns uint8 [size_bytes] on a page boundary. The lane to a peer that
         is known to be gone is down from the start.
 
@@ -128,12 +129,17 @@ class Port:
         """
         self._tidy()
         process, worker = address[: Process.SIZE_BYTES], address[Process.SIZE_BYTES :]
-        try:
-            process_fd = Process.decode(process).open()
-            endpoint = ucx.connect(self._worker, worker)
-        except ProcessLookupError as error:
-            process_fd, endpoint = None, ucx.Nowhere(str(error))
-        lane = Lane(self, endpoint, process_fd, peer, shape, side, send_lane, receive_lane, allocate)
+        if not worker:
+            raise ValueError(f"an address has more than {len(address)} bytes")
+        with ExitStack() as undo:
+            try:
+                process_fd = Process.decode(process).open()
+                undo.callback(_close, process_fd)
+                endpoint = ucx.connect(self._worker, worker)
+            except ProcessLookupError as error:
+                process_fd, endpoint = None, ucx.Nowhere(str(error))
+            lane = Lane(self, endpoint, process_fd, peer, shape, side, send_lane, receive_lane, allocate)
+            undo.pop_all()
         self._lanes.append(lane)
         return lane
 
@@ -162,6 +168,11 @@ class Port:
             frame.request = None
         self._worker = None  # a transfer holds the worker, the worker may hold a frame's memory
         self._cancelled.clear()
+
+
+def _close(fd: int | None) -> None:
+    if fd is not None:
+        os.close(fd)
 
 
 def _sleep_ms(left_s: float, busy_rounds: int) -> int:

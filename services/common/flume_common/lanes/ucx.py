@@ -77,7 +77,7 @@ def connect(worker: Any, address: bytes) -> Any:
     try:
         remote = lib.UCXAddress.create_from_buffer(address)
         return lib.UCXEndpoint.create_from_worker_address(worker, remote, endpoint_error_handling=True)
-    except (IndexError, lib.UCXInvalidParamError, lib.UCXInvalidAddrError) as error:
+    except (lib.UCXInvalidParamError, lib.UCXInvalidAddrError) as error:
         raise ValueError(f"not the address of a port: {error}") from error
     except lib.UCXError as error:
         return Nowhere(f"no connection: {error}")
