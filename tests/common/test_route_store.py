@@ -171,7 +171,7 @@ async def test_a_write_whose_answer_comes_after_the_lease_was_lost_is_done_again
 ):
     async with (
         connect(StoreConfig((etcd_endpoint,))) as own,
-        register(store, keys, owner()) as registration,
+        register(store, keys, owner(), ttl_s=2) as registration,
         watch_routes(store, keys) as routes,
     ):
         real, first = own.txn, registration.epoch
