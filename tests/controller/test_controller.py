@@ -61,6 +61,8 @@ def test_scaling_up_again_takes_a_drain_back(controller):
 def test_a_node_that_is_killed_is_replaced_under_an_id_that_is_free(controller):
     controller.until_states(a1="READY")
     os.kill(controller.nodes()["attention-1"].pid, signal.SIGKILL)
+    # Its lease has yet to run out, and no longer counts.
+    controller.until(lambda: "attention-1" not in controller.states(), timeout_s=1.0)
     controller.until_states(a2="READY")
     controller.until(lambda: controller.condition("Degraded").status == "False")
 

@@ -215,6 +215,13 @@ async def test_an_id_is_free_again_only_when_its_registration_is_gone(world):
     assert world.provider.known["attention-1"].running
 
 
+async def test_an_id_that_somebody_else_registered_is_not_given_to_a_new_process(world):
+    await world.register("attention-1")
+    await world.want(2)
+    await world.turn()
+    assert list(world.provider.known) == ["attention-2"]
+
+
 async def test_crash_after_crash_is_answered_ever_more_slowly(world):
     await world.turn()
     for expected_wait_s in (0, 0.5, 1.0, 2.0):

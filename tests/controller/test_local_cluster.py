@@ -47,8 +47,9 @@ class Local:
         flags = ["--data-dir", str(self.data_dir)] if words[0] in ("up", "down") else []
         if words[0] == "up":
             flags += [part for flag, port in {**self.ports, **ports}.items() for part in (flag, str(port))]
+        path = os.pathsep.join([str(self.modules), str(HERE), os.environ.get("PYTHONPATH", "")])
         env = {
-            **os.environ, "PYTHONPATH": f"{self.modules}:{HERE}", "FAKE_STATE": str(self.state),
+            **os.environ, "PYTHONPATH": path, "FAKE_STATE": str(self.state),
             "FLUME_DATA_DIR": str(self.data_dir), "PYTHONUNBUFFERED": "1",
         }  # fmt: skip
         return subprocess.Popen(

@@ -54,6 +54,11 @@ def test_a_node_whose_registration_lapsed_is_lost_and_later_stuck():
     assert phase_of(instances=[old], last_seen_s={"a": NOW_S - 30}) == [Phase.STUCK]
 
 
+def test_a_young_process_keeps_its_time_to_start_even_if_it_was_taken_for_a_registered_one():
+    young = process("a", age_s=50)
+    assert phase_of(instances=[young], last_seen_s={"a": NOW_S - 40}) == [Phase.LOST]
+
+
 def test_a_process_told_to_end_is_stopping_registered_or_not():
     told = process("a", stopping=True)
     assert phase_of([member("a")], [told]) == [Phase.STOPPING]

@@ -79,11 +79,14 @@ def _router_of(target: Target) -> str:
 
 def _stream(address: str, request: router_pb2.GenerateTextRequest, timeout_s: float) -> None:
     with explained(address, "the router"), grpc.insecure_channel(address) as channel:
-        call = router_pb2_grpc.RouterStub(channel).Generate(request, timeout=timeout_s)  # type: ignore[no-untyped-call]
         try:
-            _print(call)
+            _print(
+                router_pb2_grpc.RouterStub(channel).Generate(  # type: ignore[no-untyped-call]
+                    request, timeout=timeout_s
+                )
+            )
         except KeyboardInterrupt:
-            call.cancel()
+            # Leaving the channel cancels the call, and so frees what the answer holds.
             click.echo()
             click.echo("cancelled", err=True)
             raise SystemExit(130) from None
