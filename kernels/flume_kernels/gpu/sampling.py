@@ -34,13 +34,13 @@ def _logits(row_ptr, base, vocabulary, LANES: tl.constexpr):
 
 
 @triton.jit
-def _weight_from(row_ptr, edge, floor, top, inverse, vocabulary, COUNT: tl.constexpr, LANES: tl.constexpr):
-    # Of tokens whose ordered logit is at least `edge` and `floor`: how many, or their weight.
+def _weight_from(row_ptr, edge, top, inverse, vocabulary, COUNT: tl.constexpr, LANES: tl.constexpr):
+    # Of tokens whose ordered logit is at least `edge`: how many, or their weight.
     total = tl.zeros([LANES], tl.float32)
     for base in range(0, vocabulary, LANES):
         x = _logits(row_ptr, base, vocabulary, LANES)
         order = _ordered(x)
-        inside = (base + tl.arange(0, LANES) < vocabulary) & (order >= edge) & (order >= floor)
+        inside = (base + tl.arange(0, LANES) < vocabulary) & (order >= edge)
         if COUNT:
             total += tl.where(inside, 1.0, 0.0)
         else:
@@ -49,13 +49,11 @@ def _weight_from(row_ptr, edge, floor, top, inverse, vocabulary, COUNT: tl.const
 
 
 @triton.jit
-def _edge(
-    row_ptr, low, high, need, floor, top, inverse, vocabulary, COUNT: tl.constexpr, LANES: tl.constexpr
-):
+def _edge(row_ptr, low, high, need, top, inverse, vocabulary, COUNT: tl.constexpr, LANES: tl.constexpr):
     # The largest edge in [low, high] from which on there is `need`; int64, as the span overflows int32.
     while low < high:
         middle = low + (high - low + 1) // 2
-        reached = _weight_from(row_ptr, middle.to(tl.int32), floor, top, inverse, vocabulary, COUNT, LANES)
+        reached = _weight_from(row_ptr, middle.to(tl.int32), top, inverse, vocabulary, COUNT, LANES)
         low = tl.where(reached >= need, middle, low)
         high = tl.where(reached >= need, high, middle - 1)
     return low.to(tl.int32)
@@ -123,12 +121,10 @@ def _sample_kernel(
     p = tl.load(top_p_ptr + row)
     floor = low.to(tl.int32)
     if (not greedy) & (k > 0) & (k < vocabulary):
-        floor = _edge(row_ptr, low, high, k.to(tl.float32), floor, top, inverse, vocabulary, True, LANES)
+        floor = _edge(row_ptr, low, high, k.to(tl.float32), top, inverse, vocabulary, True, LANES)
     if (not greedy) & (p < 1.0):
-        total = _weight_from(row_ptr, floor, floor, top, inverse, vocabulary, False, LANES)
-        floor = _edge(
-            row_ptr, floor.to(tl.int64), high, p * total, floor, top, inverse, vocabulary, False, LANES
-        )
+        total = _weight_from(row_ptr, floor, top, inverse, vocabulary, False, LANES)
+        floor = _edge(row_ptr, floor.to(tl.int64), high, p * total, top, inverse, vocabulary, False, LANES)
 
     seed = tl.load(seeds_ptr + row)
     position = tl.load(positions_ptr + row)

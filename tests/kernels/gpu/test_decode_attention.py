@@ -172,7 +172,7 @@ def test_a_long_row_is_really_split(device):
 
 
 def test_a_second_layer_and_a_second_step_need_no_new_plan_memory(device):
-    step = make_step(Case((120, 40)), device)
+    step = make_step(Case((120, 40), slots=3), device)  # more items than programs
     step.run()
     step.o.fill_(torch.nan)
     step.attend()

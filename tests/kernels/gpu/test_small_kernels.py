@@ -111,6 +111,20 @@ def test_rms_norm_adds_to_the_residual_first(dtype, device):
     assert_close(out, reference.rms_norm(residual, weight, 1e-6), dtype)
 
 
+def test_rms_norm_of_a_rounded_sum_is_that_of_what_was_stored(device):
+    x, residual = (randn(2, 96, dtype=torch.bfloat16, device=device, seed=seed) for seed in (0, 1))
+    weight, out = torch.ones(96, device=device), torch.full((2, 96), torch.nan, device=device)
+    rms_norm(x, weight, out, 1e-6, residual)
+    assert_close(out, reference.rms_norm(residual, weight, 1e-6), torch.float32)
+
+
+def test_rms_norm_of_small_numbers_feels_eps(device):
+    x, weight = randn(2, 64, device=device) * 1e-3, torch.ones(64, device=device)
+    out = torch.full_like(x, torch.nan)
+    rms_norm(x, weight, out, 1e-5)
+    assert_close(out, reference.rms_norm(x, weight, 1e-5), torch.float32)
+
+
 def test_rms_norm_of_zeros_is_zero(device):
     out = torch.full((2, 64), torch.nan, device=device)
     rms_norm(torch.zeros(2, 64, device=device), torch.ones(64, device=device), out, 1e-5)
