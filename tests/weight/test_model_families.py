@@ -4,6 +4,7 @@ import pytest
 
 torch = pytest.importorskip("torch")
 from flume_weight.model import LocalAttention, load_model  # noqa: E402
+from flume_weight.model.linear import Linear  # noqa: E402
 from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config  # noqa: E402
 
 SIZES = {
@@ -148,7 +149,7 @@ def test_a_sharded_checkpoint_is_the_same_model(save_random):
     close(run(load_model(directory, torch.float32), LocalAttention(3), [("s", ids)]), wanted(theirs, ids))
 
 
-def test_q_leaves_before_k_and_v_exist_and_attention_gets_the_promised_shapes(pair):
+def test_attention_is_asked_layer_by_layer_in_the_promised_shapes(pair):
     ours, _ = pair
     config, calls = ours.config, []
 
@@ -167,6 +168,26 @@ def test_q_leaves_before_k_and_v_exist_and_attention_gets_the_promised_shapes(pa
         assert asked[2].is_contiguous()
         assert asked[2].shape == (6, config.num_query_heads, config.head_dim)
         assert answered[3].shape == answered[4].shape == (6, config.num_kv_heads, config.head_dim)
+
+
+def test_q_leaves_before_k_and_v_are_computed(save_random, monkeypatch):
+    ours, events = load_model(save_random(FAMILIES["llama"])[0], torch.float32), []
+    project = Linear.__call__
+
+    def recorded(linear, x):
+        events.append("kv" if any(linear is layer.kv for layer in ours._weights.layers) else "other")
+        return project(linear, x)
+
+    class Recorder:
+        def query(self, layer, q):
+            events.append("query leaves")
+
+        def attend(self, layer, q, k, v):
+            return q.reshape(q.shape[0], -1)
+
+    monkeypatch.setattr(Linear, "__call__", recorded)
+    ours.forward(prompt(2), torch.arange(2), Recorder(), torch.tensor([1]))
+    assert [event for event in events if event != "other"] == ["query leaves", "kv"] * 3
 
 
 def test_the_layout_is_the_configs(pair):

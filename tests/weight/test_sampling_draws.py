@@ -146,6 +146,23 @@ def test_noise_of_different_draws_is_uncorrelated():
     assert np.abs(off_diagonal).max() < 5 / np.sqrt(5000)
 
 
+@pytest.mark.parametrize(
+    "other", [1 << 32, 0xFFFF << 32, (1 << 64) - (1 << 32)], ids=["one bit", "16 bits", "32 bits"]
+)
+def test_keys_that_share_their_lower_half_share_nothing_else(other):
+    key, ids = stream_key(0, 0), all_tokens(20_000)
+    one, two = uniforms(key, ids), uniforms(key ^ other, ids)
+    assert abs(np.corrcoef(one, two)[0, 1]) < 5 / np.sqrt(20_000)
+    close = np.abs(one - two) < 0.01
+    assert abs(close.mean() - 0.02) < 5 * np.sqrt(0.02 / 20_000)
+
+
+def test_keys_whose_lower_halves_are_a_step_apart_are_not_the_same_noise_shifted():
+    key, ids = stream_key(0, 1), all_tokens(20_000)
+    stepped = (stream_key(9, 9) & ~0xFFFFFFFF) | ((key + 0x9E3779B1) & 0xFFFFFFFF)
+    assert abs(np.corrcoef(uniforms(key, ids)[1:], uniforms(stepped, ids)[:-1])[0, 1]) < 5 / np.sqrt(20_000)
+
+
 def test_gumbel_noise_has_its_mean_and_variance():
     noise = gumbels(stream_key(1, 1), all_tokens(400_000)).astype(np.float64)
     assert abs(noise.mean() - np.euler_gamma) < 0.01
@@ -153,6 +170,7 @@ def test_gumbel_noise_has_its_mean_and_variance():
     assert np.isfinite(noise).all()
 
 
+@pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize("temperature", [1e-30, 1e-9, 1e-40, 5e-324])
 def test_a_tiny_temperature_is_greedy_and_no_accident(temperature):
     assert set(draws(20, temperature=temperature)) == {int(LOGITS.argmax())}

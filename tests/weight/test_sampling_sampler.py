@@ -159,6 +159,15 @@ def test_a_stop_token_stops_also_where_the_end_token_is_ignored():
     assert one.finish_reason(30) is FinishReason.STOP
 
 
+def test_an_end_token_said_too_early_does_not_end():
+    one = sampler(min_tokens=2)
+    reasons = []
+    for _ in range(3):
+        one.accept(EOS)
+        reasons.append(one.finish_reason(EOS))
+    assert reasons == [None, None, FinishReason.STOP]
+
+
 def test_max_tokens_ends_with_length_unless_the_last_one_stops():
     one = sampler(max_tokens=2)
     one.accept(50)
@@ -207,7 +216,7 @@ def many_samplers():
         sampler(logprobs=2),
         sampler(temperature=0.8, top_p=0.9, top_k=20, seed=4),
         sampler(min_tokens=2),
-        sampler(logit_bias={5: 3.0}),
+        sampler(logit_bias={5: 100.0}),
         sampler(max_tokens=3),
     ]
 
@@ -217,6 +226,7 @@ def test_a_batch_gives_each_row_what_it_gets_alone():
     with torch.inference_mode():
         for step in range(6):
             logits = torch.stack([row(10 * step + r) for r in range(len(batch))])
+            logits[:, EOS] += 15.0
             want = [one.sample(logits[r]) for r, one in enumerate(alone)]
             assert sample_rows(batch, logits) == want
     assert [one.num_output_tokens for one in batch] == [6] * len(batch)
