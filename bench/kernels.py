@@ -24,6 +24,7 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 from flume_kernels.gpu.attention_plan import AttentionPlan, PlanShape
+from flume_kernels.gpu.decode_attention import DecodeConfig
 from flume_kernels.gpu.decode_tuning import (
     DecodeProblem,
     DecodeRun,
@@ -39,6 +40,7 @@ from flume_kernels.gpu.sampling import greedy, greedy_workspace_size, sample
 from flume_kernels.gpu.silu_mul import silu_mul
 from flume_kernels.gpu.timing import graph_seconds
 from flume_kernels.gpu.tuning import TuningCache, default_path
+from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 SHAPES = ((8, 32768), (32, 8192), (64, 8192), (1, 131072))
@@ -46,6 +48,7 @@ BLOCKS = (16, 32, 64, 128)
 TOLERANCE = 2e-2  # of bf16 results whose values shrink with the number of keys, relative to the largest
 
 Row = dict[str, Any]
+Way = Callable[[], Tensor]  # one layer's attention: the answer of [rows, query_heads, head_dim] elements
 
 
 @triton.jit
@@ -71,7 +74,7 @@ def read_bandwidth() -> float:
     return float(words.numel() * 4 / min(seconds))
 
 
-def contiguous(run: DecodeRun) -> tuple[torch.Tensor, torch.Tensor]:
+def contiguous(run: DecodeRun) -> tuple[Tensor, Tensor]:
     """The same keys and values as [rows, kv_heads, length, head_dim]."""
     problem = run.problem
     kv = run.pool.kv[run.tables.long().flatten()]
@@ -80,55 +83,43 @@ def contiguous(run: DecodeRun) -> tuple[torch.Tensor, torch.Tensor]:
     return kv[0].contiguous(), kv[1].contiguous()
 
 
-def truth(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+def truth(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """float32 attention [rows, query_heads, head_dim], one row at a time for want of memory."""
-    rows = []
-    for row in range(q.shape[0]):
-        rows.append(
-            F.scaled_dot_product_attention(
-                q[row, :, None].float(), k[row].float(), v[row].float(), enable_gqa=True
-            )[:, 0]
-        )
+    rows = [
+        F.scaled_dot_product_attention(
+            q[row, None, :, None].float(), k[row, None].float(), v[row, None].float(), enable_gqa=True
+        )[0, :, 0]
+        for row in range(q.shape[0])
+    ]
     return torch.stack(rows)
 
 
-def worst(got: torch.Tensor, want: torch.Tensor) -> float:
+def worst(got: Tensor, want: Tensor) -> float:
     """Largest difference over the largest value; nan counts as infinite."""
     error = ((got.float() - want).abs().max() / want.abs().max()).item()
     return math.inf if math.isnan(error) else error
 
 
-def others(
-    run: DecodeRun, k: torch.Tensor, v: torch.Tensor
-) -> dict[str, tuple[Callable[[], None], torch.Tensor]]:
-    """Name -> (call, where its answer lies) of the kernels to compare with."""
+def sdpa(run: DecodeRun, k: Tensor, v: Tensor, backend: SDPBackend) -> Way:
     q = run.q.unsqueeze(2)
-    found: dict[str, tuple[Callable[[], None], torch.Tensor]] = {}
 
-    def sdpa(backend: SDPBackend) -> tuple[Callable[[], None], torch.Tensor]:
-        out = torch.empty_like(q)
+    def call() -> Tensor:
+        with sdpa_kernel(backend):
+            return F.scaled_dot_product_attention(q, k, v, enable_gqa=True)
 
-        def call() -> None:
-            with sdpa_kernel(backend):
-                out.copy_(F.scaled_dot_product_attention(q, k, v, enable_gqa=True))
-
-        return call, out[:, :, 0]
-
-    found["cuDNN"] = sdpa(SDPBackend.CUDNN_ATTENTION)
-    found["torch flash"] = sdpa(SDPBackend.FLASH_ATTENTION)
-    return found
+    return call
 
 
-def flex(run: DecodeRun, k: torch.Tensor, v: torch.Tensor) -> tuple[Callable[[], None], torch.Tensor]:
+def flex(run: DecodeRun, k: Tensor, v: Tensor) -> Way:
     from torch.nn.attention.flex_attention import flex_attention
 
     compiled = torch.compile(flex_attention, dynamic=False)
-    q, out = run.q.unsqueeze(2), torch.empty_like(run.q.unsqueeze(2))
-    return lambda: out.copy_(compiled(q, k, v, enable_gqa=True)), out[:, :, 0]
+    q = run.q.unsqueeze(2)
+    return lambda: compiled(q, k, v, enable_gqa=True)
 
 
-def flashinfer(run: DecodeRun) -> tuple[Callable[[], None], torch.Tensor]:
-    import flashinfer  # type: ignore[import-not-found]
+def flashinfer(run: DecodeRun) -> Way:
+    import flashinfer
 
     problem = run.problem
     blocks = run.tables.shape[1]
@@ -141,16 +132,24 @@ def flashinfer(run: DecodeRun) -> tuple[Callable[[], None], torch.Tensor]:
         problem.num_query_heads, problem.num_kv_heads, problem.head_dim, problem.block_tokens,
         q_data_type=run.q.dtype, kv_data_type=run.pool.kv.dtype,
     )  # fmt: skip
-    out = torch.empty_like(run.q)
-    return lambda: wrapper.run(run.q, run.pool.kv, out=out), out
+    return lambda: wrapper.run(run.q, run.pool.kv)
 
 
-def timed(name: str, make: Callable[[], tuple[Callable[[], None], torch.Tensor]], want: torch.Tensor) -> Row:
+def ours(run: DecodeRun, config: DecodeConfig) -> Way:
+    layer = run.prepare(config)
+
+    def call() -> Tensor:
+        layer()
+        return run.o
+
+    return call
+
+
+def timed(name: str, make: Callable[[], Way], want: Tensor) -> Row:
     """Seconds and error of one way of computing the same; a way that does not run says why."""
     try:
-        call, out = make()
-        call()
-        error = worst(out, want)
+        call = make()
+        error = worst(call().reshape(want.shape), want)
         if error > TOLERANCE:
             return {"kernel": name, "failed": f"answer is off by {error:.3g}"}
         return {"kernel": name, "seconds": graph_seconds(call), "error": error}
@@ -164,13 +163,16 @@ def attention_rows(problem: DecodeProblem, cache: TuningCache, compare: bool) ->
     k, v = contiguous(run)
     want = truth(run.q, k, v)
     config = decode_config(problem, cache, "cuda")
-    rows = [timed(f"ours, blocks of {problem.block_tokens}", lambda: (run.prepare(config), run.o), want)]
-    rows[0]["config"] = repr(config)
+    ways: dict[str, Callable[[], Way]] = {
+        f"ours, blocks of {problem.block_tokens}": lambda: ours(run, config)
+    }
     if compare:
-        for name, made in others(run, k, v).items():
-            rows.append(timed(name, lambda made=made: made, want))
-        rows.append(timed("FlexAttention", lambda: flex(run, k, v), want))
-        rows.append(timed(f"FlashInfer, blocks of {problem.block_tokens}", lambda: flashinfer(run), want))
+        ways["cuDNN"] = lambda: sdpa(run, k, v, SDPBackend.CUDNN_ATTENTION)
+        ways["torch flash"] = lambda: sdpa(run, k, v, SDPBackend.FLASH_ATTENTION)
+        ways["FlexAttention"] = lambda: flex(run, k, v)
+        ways[f"FlashInfer, blocks of {problem.block_tokens}"] = lambda: flashinfer(run)
+    rows = [timed(name, make, want) for name, make in ways.items()]
+    rows[0]["config"] = repr(config)
     return [{"shape": f"{problem.rows}x{problem.length}", "bytes": problem.kv_bytes, **row} for row in rows]
 
 

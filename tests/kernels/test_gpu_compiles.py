@@ -18,7 +18,7 @@ if find_spec("triton") is None:
 
 import triton
 from flume_kernels.gpu.attention_plan import AttentionPlan, PlanShape
-from flume_kernels.gpu.decode_attention import DecodeConfig, decode_attention
+from flume_kernels.gpu.decode_attention import DecodeConfig, decode_attention, default_config
 from flume_kernels.gpu.kv_append import kv_append
 from flume_kernels.gpu.kv_pool import FP8, KvPool
 from flume_kernels.gpu.merge_partials import merge_partials
@@ -75,6 +75,17 @@ def usage(kernel, tmp_path):
     return int(registers), int(stack)
 
 
+@pytest.mark.parametrize("head_dim", [64, 80, 96, 128, 256])
+def test_default_configs_fit_and_do_not_spill(compiled, head_dim, tmp_path):
+    capability, kernels = compiled
+    config = default_config(head_dim, 2, 4, 1, SHARED_BYTES[capability])
+    attend(head_dim=head_dim, config=config)
+    registers, stack = usage(kernels[1], tmp_path)
+    assert stack == 0
+    assert registers * 32 * config.num_warps * config.programs_per_sm <= 64 << 10
+    assert kernels[1].metadata.shared * config.programs_per_sm <= SHARED_BYTES[capability]
+
+
 def attend(head_dim=128, block_tokens=16, kv_dtype=BF16, queries=1, config=None):
     config = config or DecodeConfig()
     tokens = 2 * queries
@@ -108,14 +119,12 @@ def test_decode_attention_streams_16_bytes_a_thread_without_spilling(compiled, b
 @pytest.mark.parametrize(
     "options",
     [
-        {"head_dim": 64},
-        {"head_dim": 80},
-        {"head_dim": 256, "config": DecodeConfig(num_stages=2, programs_per_sm=1)},
-        {"queries": 64, "config": DecodeConfig(tile_rows=64, num_stages=2)},
+        {"queries": 64, "config": DecodeConfig(tile_rows=64)},
+        {"queries": 64, "config": DecodeConfig(tile_rows=128, num_warps=8), "block_tokens": 64},
     ],
-    ids=["64", "80", "256", "a chunk"],
+    ids=["tiles of 64", "tiles of 128"],
 )
-def test_decode_attention_compiles_without_spilling(compiled, options, tmp_path):
+def test_chunks_compile_without_spilling(compiled, options, tmp_path):
     _, kernels = compiled
     attend(**options)
     assert len(kernels) == 3

@@ -27,6 +27,7 @@ from flume_kernels.gpu.kv_pool import FP8, KvPool
 
 LOG2_E = 1.4426950408889634
 MERGE_SPLITS = 32  # partials one step of the merge's loop takes in
+OTHER_SHARED_BYTES = 8192  # queries, weights, reductions: 6 to 7 KiB at head_dim 128, as compiled
 HEAD_DIMS = (64, 80, 96, 128, 256)
 
 
@@ -255,15 +256,16 @@ class DecodeConfig:
 def default_config(head_dim: int, itemsize: int, group: int, queries: int, shared_bytes: int) -> DecodeConfig:
     """A sound choice where nothing was measured. `shared_bytes`: shared memory of one multiprocessor.
 
-    Two programs a multiprocessor, as many stages (2 to 4) as leave them room; larger query tiles for chunks.
+    Two programs a multiprocessor where each has room for two key tiles on their way, up to three; otherwise one.
+    Larger query tiles for chunks.
     """
     tile_rows = min(max(16, triton.next_power_of_2(group * queries)), 64)
-    stage_bytes = 2 * 64 * triton.next_power_of_2(head_dim) * itemsize
+    tile_bytes = 2 * 64 * triton.next_power_of_2(head_dim) * itemsize
     for programs in (2, 1):
-        stages = min(shared_bytes // programs // stage_bytes, 4)
-        if stages >= 2:
-            return DecodeConfig(tile_rows, 64, 4, stages, programs)
-    return DecodeConfig(tile_rows, 32, 4, 2, 1)
+        tiles = min((shared_bytes // programs - OTHER_SHARED_BYTES) // tile_bytes, 3)
+        if tiles >= 2:
+            return DecodeConfig(tile_rows, 64, 4, tiles + 1, programs)
+    return DecodeConfig(tile_rows, 32, 4, 3, 1)
 
 
 def decode_attention(

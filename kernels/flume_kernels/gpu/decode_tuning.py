@@ -8,10 +8,12 @@ Where nothing is known the default is taken, so a node's start never measures.
 from __future__ import annotations
 
 import argparse
+import itertools
 import math
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from contextlib import suppress
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -19,11 +21,12 @@ import triton
 
 from flume_kernels.gpu import attention_plan, decode_attention
 from flume_kernels.gpu.attention_plan import AttentionPlan, PlanShape
-from flume_kernels.gpu.decode_attention import DecodeConfig
+from flume_kernels.gpu.decode_attention import OTHER_SHARED_BYTES, DecodeConfig
 from flume_kernels.gpu.kv_pool import FP8, KvPool
 from flume_kernels.gpu.timing import graph_seconds
 from flume_kernels.gpu.tuning import Key, TuningCache, choose, default_path, kernel_hash
 
+DOES_NOT_RUN = (triton.runtime.errors.OutOfResources, triton.runtime.errors.PTXASError)
 DECODE_KERNELS = (
     decode_attention._decode_kernel,
     decode_attention._block_ids,
@@ -89,21 +92,24 @@ def decode_slots(config: DecodeConfig, device: torch.device | str) -> int:
 
 
 def decode_candidates(problem: DecodeProblem, shared_bytes: int) -> list[DecodeConfig]:
-    """Configurations worth trying: those whose stages fit, with 32 KiB to 192 KiB on their way per
-    multiprocessor."""
-    largest = triton.next_power_of_2(problem.group * problem.queries)
-    tile_rows = [16] if largest <= 16 else [rows for rows in (16, 32, 64, 128) if rows <= largest]
+    """Configurations worth trying whose stages fit a multiprocessor's `shared_bytes`.
+
+    For decode those with 32 KiB to 192 KiB on their way in one multiprocessor; chunks are bound by
+    arithmetic.
+    """
+    chunk = problem.group * problem.queries > 16
     found = []
-    for rows in tile_rows:
-        for keys in (32, 64, 128):
-            stage_bytes = 2 * keys * triton.next_power_of_2(problem.head_dim) * problem.kv_dtype.itemsize
-            for stages in (3, 4, 5, 6, 7):
-                for programs in (1, 2, 3, 4):
-                    held = programs * (stages - 1) * stage_bytes
-                    if not 32 << 10 <= held <= min(shared_bytes - programs * 8192, 192 << 10):
-                        continue
-                    warps = (2, 4) if keys == 32 else (4, 8)
-                    found += [DecodeConfig(rows, keys, count, stages, programs) for count in warps]
+    for keys in (64, 128) if chunk else (32, 64, 128):
+        stage_bytes = 2 * keys * triton.next_power_of_2(problem.head_dim) * problem.kv_dtype.itemsize
+        for stages, programs in itertools.product((3, 4) if chunk else (3, 4, 5, 6, 7), (1, 2, 3, 4)):
+            held = programs * (stages - 1) * stage_bytes
+            if held <= min(shared_bytes - programs * OTHER_SHARED_BYTES, 192 << 10) and (
+                chunk or held >= 32 << 10
+            ):
+                rows = (64, 128) if chunk else (16,)
+                warps = (2, 4) if keys == 32 else (4, 8)
+                for tile_rows, count in itertools.product(rows, warps):
+                    found.append(DecodeConfig(tile_rows, keys, count, stages, programs))
     return found
 
 
@@ -184,10 +190,20 @@ def tune_decode(
     return chosen
 
 
+def compile_decode(problem: DecodeProblem, device: torch.device | str, part: int, parts: int) -> None:
+    """Compile every `parts`-th candidate into triton's cache on disk; several processes share the work so."""
+    shared = torch.cuda.get_device_properties(device).shared_memory_per_multiprocessor
+    # Small, but alike in what launches are specialised for: sizes and strides that 16 divides.
+    run = DecodeRun(replace(problem, rows=2, length=4096), device)
+    for config in decode_candidates(problem, shared)[part::parts]:
+        with suppress(*DOES_NOT_RUN):
+            run.prepare(config)()
+
+
 def _seconds_or_infinite(run: DecodeRun, config: DecodeConfig) -> float:
     try:
         return run.seconds(config)
-    except triton.runtime.errors.OutOfResources:
+    except DOES_NOT_RUN:
         return math.inf
 
 
@@ -202,6 +218,7 @@ def main() -> None:
     parser.add_argument("--queries", type=int, default=1)
     parser.add_argument("--shapes", nargs="+", default=["8x32768", "1x131072"], metavar="ROWSxLENGTH")
     parser.add_argument("--file", type=Path, default=default_path())
+    parser.add_argument("--compile", type=int, nargs=2, metavar=("PART", "PARTS"), help="compile only")
     options = parser.parse_args()
     heads: tuple[int, int] = tuple(options.heads)
     shapes = [(int(rows), int(length)) for rows, length in (shape.split("x") for shape in options.shapes)]
@@ -212,6 +229,9 @@ def main() -> None:
             DecodeProblem(*heads, options.head_dim, block_tokens, dtype, options.queries, rows, length)
             for rows, length in shapes
         ]
+        if options.compile:
+            compile_decode(problems[0], "cuda", *options.compile)
+            continue
         config = tune_decode(problems, cache, "cuda")
         sys.stdout.write(f"{problems[0].bucket}: {config}\n")
 

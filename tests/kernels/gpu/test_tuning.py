@@ -91,6 +91,7 @@ def test_candidates_are_many_differ_and_fit(problem):
     candidates = decode_candidates(problem, 227 << 10)
     assert len(candidates) == len(set(candidates)) > 10
     for config in candidates:
+        assert (config.tile_rows > 16) == (problem.queries > 1)
         stage = 2 * config.tile_keys * problem.head_dim * problem.kv_dtype.itemsize
         assert config.programs_per_sm * (config.num_stages - 1) * stage <= 227 << 10
 
