@@ -29,16 +29,17 @@ class SafetensorsSource:
 
     def __init__(self, directory: Path) -> None:
         self.path = directory
-        self._files: dict[Path, Any] = {}
+        self._dtypes: dict[str, str] = {}
         self.tensors: Mapping[str, Stored] = self._find(directory)
 
     def read(self, name: str, out: Tensor) -> None:
         stored = self.tensors[name]
-        file = self._files[stored.path]
-        dtype = file.get_slice(name).get_dtype()
+        dtype = self._dtypes[name]
         if dtype not in ITEM_BYTES:
             raise UnsupportedDtype(stored.path, name, dtype, ", ".join(ITEM_BYTES))
-        out.copy_(file.get_tensor(name))
+        # Opened anew for each tensor: a file kept open stays mapped, and fills memory as it is read.
+        with _open(stored.path) as file:
+            out.copy_(file.get_tensor(name))
 
     def _find(self, directory: Path) -> dict[str, Stored]:
         if (directory / SINGLE).is_file():
@@ -65,8 +66,14 @@ class SafetensorsSource:
         return found
 
     def _list(self, path: Path) -> dict[str, Stored]:
-        file = self._files[path] = _open(path)
-        return {name: _stored(path, file, name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
+        found = {}
+        with _open(path) as file:
+            for name in file.keys():  # noqa: SIM118 (not a mapping)
+                part = file.get_slice(name)
+                dtype, shape = part.get_dtype(), tuple(part.get_shape())
+                self._dtypes[name] = dtype
+                found[name] = Stored(path, name, shape, math.prod(shape) * ITEM_BYTES.get(dtype, 1))
+        return found
 
 
 def _shard(names: Fields, tensor: str) -> str:
@@ -94,9 +101,3 @@ def _promise(path: Path) -> str:
     except (ValueError, KeyError, TypeError, AttributeError, IndexError):
         return ", its header cannot be read"
     return f", its header says {8 + header_bytes + last}"
-
-
-def _stored(path: Path, file: Any, name: str) -> Stored:
-    part = file.get_slice(name)
-    shape = tuple(part.get_shape())
-    return Stored(path, name, shape, math.prod(shape) * ITEM_BYTES.get(part.get_dtype(), 1))
