@@ -256,8 +256,8 @@ class DecodeConfig:
 def default_config(head_dim: int, itemsize: int, group: int, queries: int, shared_bytes: int) -> DecodeConfig:
     """A sound choice where nothing was measured. `shared_bytes`: shared memory of one multiprocessor.
 
-    Two programs a multiprocessor where each has room for two key tiles on their way, up to three; otherwise one.
-    Larger query tiles for chunks.
+    Two programs a multiprocessor where each has room for two key tiles on their way, up to three; otherwise
+    one. Larger query tiles for chunks.
     """
     tile_rows = min(max(16, triton.next_power_of_2(group * queries)), 64)
     tile_bytes = 2 * 64 * triton.next_power_of_2(head_dim) * itemsize
