@@ -141,13 +141,11 @@ async def _scale(admin: Any, answer: Answer, scene: Scene) -> None:
     scene.news = "flumectl scale attention --replicas 3"
     await admin.Scale(pb.ScaleRequest(replicas=SHARED_BY, actor="user"), timeout=CALL_S)
     await _settled(admin, SHARED_BY)
-    scene.news = f"3 nodes ready after {time.monotonic() - began_s:.1f} s; new tokens go where there is room"
+    scene.news = f"3 nodes ready after {time.monotonic() - began_s:.1f} s: new tokens spread, none moves"
     await _until(
         lambda: answer.tokens >= SCALE_IN_AT and len({item.node for item in scene.held}) == SHARED_BY
     )
-    scene.news = (
-        "flumectl scale attention --replicas 1: drained nodes keep what they hold, and stay until the end"
-    )
+    scene.news = "flumectl scale attention --replicas 1 (what is held stays until it ends)"
     await admin.Scale(pb.ScaleRequest(replicas=1, actor="user"), timeout=CALL_S)
     await asyncio.get_running_loop().create_future()
 
