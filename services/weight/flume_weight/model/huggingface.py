@@ -36,7 +36,7 @@ def read_config(directory: Path) -> ModelConfig:
     """Raises a ModelError that names the field."""
     fields = read_json(directory / "config.json", "a Hugging Face model directory has one")
     architecture = _architecture(fields)
-    _refuse_what_is_not_computed(fields, architecture)
+    _refuse_what_is_not_computed(fields)
     heads = fields.integer("num_attention_heads")
     hidden = fields.integer("hidden_size")
     context = fields.integer("max_position_embeddings")
@@ -112,7 +112,7 @@ def _list(fields: Fields, name: str) -> list[object]:
     return value
 
 
-def _refuse_what_is_not_computed(fields: Fields, architecture: str) -> None:
+def _refuse_what_is_not_computed(fields: Fields) -> None:
     if fields.has("quantization_config"):
         quantization = fields.sub("quantization_config")
         method = quantization.raw("quant_method") if quantization else None
