@@ -132,6 +132,7 @@ WRONG = [
     (chat(response_format={"type": "json_object"}), 400, "response_format", "unsupported_parameter"),
     (chat(audio={"voice": "x"}), 400, "audio", "unsupported_parameter"),
     (chat(modalities=["text", "audio"]), 400, "modalities", "unsupported_parameter"),
+    (chat(store=0), 400, "store", "unsupported_parameter"),
     (chat(store=True), 400, "store", "unsupported_parameter"),
     (chat(reasoning_effort="high"), 400, "reasoning_effort", "unsupported_parameter"),
     (chat(web_search_options={}), 400, "web_search_options", "unsupported_parameter"),

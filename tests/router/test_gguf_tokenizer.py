@@ -22,9 +22,9 @@ CORPUS = [
 SPECIAL = ["<s>", "</s>", "<unk>", "<|start|>"]
 TEXTS = st.lists(
     st.sampled_from(
-        ["hello", "Hello", " World", " ", "  ", "\n", "\n\n", "\t", "1", "234", "12345", "é", "日本語", "🙂",
-         "мир", "<|start|>", "</s>", "<think>", "'LL", "can't", "...", "!!", "x/y", "camelCase", "ÉCOLE",
-         "a\u0301"]
+        ["zzzz", "hello", "Hello", " World", " ", "  ", "\n", "\n\n", "\t", "1", "234", "12345", "é",
+         "日本語", "🙂", "мир", "<|start|>", "</s>", "<think>", "'LL", "can't", "...", "!!", "x/y",
+         "camelCase", "ÉCOLE", "a\u0301"]
     )
     | st.text(st.characters(exclude_categories=["Cs"]), max_size=5)
 ).map("".join)  # fmt: skip
@@ -79,6 +79,7 @@ def byte_level_gguf(tmp_path_factory):
     trained = json.loads(trained_byte_level().to_str())["model"]
     tokens = [token for token, _ in sorted(trained["vocab"].items(), key=lambda item: item[1])]
     types = [3 if token in SPECIAL else 4 if token == "<think>" else 1 for token in tokens]
+    tokens, types = [*tokens, "zzzz"], [*types, 1]  # a word that no merges lead to
     merges = [" ".join(pair) for pair in trained["merges"]]
 
     def make(pre, **flags):
@@ -141,6 +142,17 @@ def test_llama3_and_tekken_differ_from_transformers_only_by_whole_words(byte_lev
     ours, theirs = pair(pre, lambda: byte_level_gguf(pre, add_bos_token=True))
     theirs.backend_tokenizer.model.ignore_merges = True
     assert ours.encode_now(text, add_special_tokens=True) == theirs(text)["input_ids"]
+
+
+@pytest.mark.parametrize(
+    "pre, whole", [("llama-bpe", True), ("tekken", True), ("qwen2", False), ("gpt-2", False)]
+)
+def test_a_word_that_no_merges_lead_to_is_whole_only_where_words_are_looked_up_first(
+    byte_level_gguf, pre, whole
+):
+    tokenizer = load_text_model(resolve_model(str(byte_level_gguf(pre)))).tokenizer
+    ids = tokenizer.encode_now("zzzz", add_special_tokens=False)
+    assert (len(ids) == 1) == whole
 
 
 @pytest.mark.parametrize("flags", [{}, {"add_bos_token": False}, {"add_eos_token": True}], ids=str)

@@ -39,11 +39,11 @@ async def test_draining_waits_for_open_requests():
 
 
 async def test_draining_ends_what_takes_too_long():
-    in_flight, log = InFlight(5), []
+    in_flight, log = InFlight(30), []
     held = asyncio.create_task(hold(in_flight, 30, log))
     await asyncio.sleep(0)
-    await in_flight.drain(0.05)
-    await held
+    await asyncio.wait_for(in_flight.drain(0.05), 1)
+    await asyncio.wait_for(held, 1)
     assert log == ["ShuttingDown"]
 
 

@@ -6,6 +6,7 @@ from flume_common.model_source import resolve_model
 from flume_router.text_model import load_text_model
 from flume_router.tokenizer import TokenizerError, character_of_byte, spelling_of
 from hypothesis import assume, example, given, settings
+from tokenizers import Tokenizer as Backend
 
 TEXTS = [
     "",
@@ -186,6 +187,16 @@ def test_a_chat_template_is_found_wherever_a_directory_keeps_it(hf_directory, tm
         (tmp_path / name).write_text(text)
     loaded = load_text_model(resolve_model(str(tmp_path)))
     assert loaded.chat_template.render([{"role": "user", "content": "Hi"}]) == rendered
+
+
+def test_a_directory_that_truncates_and_pads_does_neither_here(hf_directory, tmp_path):
+    backend = Backend.from_file(str(hf_directory / "tokenizer.json"))
+    backend.enable_truncation(2)
+    backend.enable_padding(length=50)
+    backend.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "config.json").write_text("{}")
+    tokenizer = load_text_model(resolve_model(str(tmp_path))).tokenizer
+    assert len(tokenizer.encode_now("one two three four", add_special_tokens=True)) == 4
 
 
 def test_a_directory_may_have_no_chat_template(hf_directory, tmp_path):

@@ -141,14 +141,22 @@ async def test_nodes_are_found_when_they_come_and_left_when_they_go(
 
 
 async def test_a_stream_outlives_its_nodes_membership(
-    start_router, start_weight, says, readiness, eventually
+    start_router, start_weight, says, readiness, eventually, monkeypatch
 ):
+    monkeypatch.setattr("flume_router.weight_pool._LINGER_S", 0.05)
     async with start_weight("a", says([100] * 30, pause_s=0.05)) as a, start_router() as router:
         asking = asyncio.create_task(ask(router))
         await eventually(lambda: a.running == 1)
         await a.registration.update(state=State.DRAINING)
         await readiness(router, 503)
         assert (await asking).status_code == 200
+
+
+async def test_a_node_whose_lease_was_lost_is_better_than_none(start_router, start_weight, says, readiness):
+    async with start_weight("a", says("still here")) as a, start_router() as router:
+        await a.registration.update(state=State.DRAINING)  # to the pool the same: no longer listed
+        await readiness(router, 503)
+        assert "still here" in (await ask(router)).text
 
 
 @pytest.mark.parametrize("difference", [{"model": "llama"}, {"vocab_size": 1000}])
