@@ -79,9 +79,10 @@ class Supervisor:
             exit_code = await self._ended(id)
             if not self._settled:
                 raise ChildFailed(id, exit_code, self._log(id))
-            deaths = 0 if time.monotonic() - began_s > STABLE_S else deaths + 1
+            deaths = 0 if time.monotonic() - began_s > STABLE_S else deaths
             pause_s = min(FIRST_PAUSE_S * 2.0 ** min(deaths, 10), LONGEST_PAUSE_S)
             self._report(f"{id} exited with {exit_code}, starting it again in {pause_s:g} s")
+            deaths += 1
             await asyncio.sleep(pause_s)
             self._spawn(id, role, argv)
 
