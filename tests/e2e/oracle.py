@@ -28,7 +28,7 @@ PLAIN = {
     "a list": "1. apples\n2. pears\n3.",
     "500 tokens": _STORY * 8,
     "1500 tokens": (_STORY + _MIXED) * 12,
-    "3500 tokens": _STORY * 52,
+    "3500 tokens": _STORY * 58,
 }
 CHAT = {
     "short chat": [{"role": "user", "content": "Name three colours."}],

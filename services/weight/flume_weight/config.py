@@ -45,7 +45,7 @@ def add_engine_flags(flags: argparse.ArgumentParser) -> None:
     flags.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     flags.add_argument("--block-tokens", type=int, default=16, help="tokens in one KV block")
     flags.add_argument("--max-sequences", type=int, default=64, help="most sequences in one step")
-    flags.add_argument("--prefill-tokens", type=int, default=512, help="prompt tokens of a step of its own")
+    flags.add_argument("--prefill-tokens", type=int, default=1024, help="prompt tokens of a step of its own")
     flags.add_argument(
         "--mixed-prefill-tokens", type=int, default=128, help="prompt tokens of a step that also decodes"
     )

@@ -16,7 +16,7 @@ class StepLimits:
     """The size of a step."""
 
     max_sequences: int = 64
-    prefill_tokens: int = 512  # of one step in which nobody decodes
+    prefill_tokens: int = 1024  # of one step in which nobody decodes
     mixed_prefill_tokens: int = 128  # beside decoding sequences
 
     @property
