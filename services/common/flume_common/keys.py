@@ -5,6 +5,7 @@
     members/<role>/<node>   who is there; bound to the member's lease
     routes/<sequence>       which node holds which tokens; bound to the owner's lease
     config/<scope>/<key>    settings
+    config-history/<scope>/<key>   who changed a setting, and when
     election/controller/    candidates for leading
     events/                 what happened
 
@@ -73,6 +74,18 @@ class Keys:
     def config(self) -> str:
         """Prefix of all settings."""
         return f"{self.root}config/"
+
+    def setting(self, scope: str, key: str) -> str:
+        return f"{self.config}{check_name('scope', scope)}/{check_name('setting', key)}"
+
+    @property
+    def config_history(self) -> str:
+        """Prefix of the histories of settings."""
+        return f"{self.root}config-history/"
+
+    def setting_history(self, scope: str, key: str) -> str:
+        """The last changes of one setting, newest last."""
+        return f"{self.config_history}{check_name('scope', scope)}/{check_name('setting', key)}"
 
     @property
     def election(self) -> str:

@@ -23,8 +23,7 @@ def configure_logging(service: str, node: str, level: str = "info", stream: Text
 
     The standard library's loggers come out in the same form. Raises ValueError for an unknown level.
     """
-    if level not in LEVELS:
-        raise ValueError(f"log level {level!r} is not one of {', '.join(LEVELS)}")
+    _check_level(level)
     out = stream or sys.stderr
     shared = _shared_processors(service, node)
     structlog.configure(
@@ -47,6 +46,17 @@ def configure_logging(service: str, node: str, level: str = "info", stream: Text
     root = logging.getLogger()
     root.handlers = [handler]
     root.setLevel(level.upper())
+
+
+def set_level(level: str) -> None:
+    """Change the level while we run. Raises ValueError for an unknown one."""
+    _check_level(level)
+    logging.getLogger().setLevel(level.upper())
+
+
+def _check_level(level: str) -> None:
+    if level not in LEVELS:
+        raise ValueError(f"log level {level!r} is not one of {', '.join(LEVELS)}")
 
 
 def _shared_processors(service: str, node: str) -> list[Processor]:
