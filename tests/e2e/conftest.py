@@ -16,6 +16,7 @@ from pathlib import Path
 
 import grpc
 import pytest
+from flume_protos.v1 import attention_pb2, attention_pb2_grpc
 from flume_protos.v1 import router_pb2_grpc as router_rpc
 
 FLUMECTL = [sys.executable, "-m", "flume_controller.flumectl"]
@@ -79,6 +80,18 @@ class Cluster:
     def attention(self) -> dict[str, dict]:
         return {n["id"]: n for n in self.get("nodes") if n["role"] == "attention"}
 
+    def held_blocks(self) -> int:
+        """KV blocks that ranges use, asked of the attention nodes themselves."""
+        return sum(stats.used_blocks for stats in self.stats())
+
+    def stats(self) -> list[attention_pb2.StatsReply]:
+        replies = []
+        for node in self.attention().values():
+            with grpc.insecure_channel(node["address"]) as channel:
+                stub = attention_pb2_grpc.AttentionStub(channel)
+                replies.append(stub.Stats(attention_pb2.StatsRequest(), timeout=5))
+        return replies
+
     def until(self, predicate, timeout_s: float, what: str):
         """Poll; the value once it is true. Fails with `what` when time is up."""
         deadline = time.monotonic() + timeout_s
@@ -110,8 +123,8 @@ def _processes() -> list[str]:
     return [line.strip() for line in lines.splitlines()[1:]]
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def cluster(tmp_path_factory) -> Iterator[Cluster]:
-    """SmolLM2 in float32 on one attention node, for the tests of one file."""
+    """SmolLM2 in float32, for all tests here; each scales it to what it needs."""
     with running(tmp_path_factory.mktemp("cluster"), "--dtype", "float32", "--attention", "1") as cluster:
         yield cluster

@@ -9,6 +9,7 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import pytest
 from flume_attention import messages as attention
 from flume_common.engine_link import Engine, LinkClosed, run_engine
 from flume_weight import messages as m
@@ -93,9 +94,9 @@ class Rig:
         assert isinstance(reply, attention.Attached), reply
         self.weight.send(m.Attach(node.name, reply.worker_address, reply.lane, lane, reply.capacity_blocks))
 
-    def submit(self, name, prompt, max_tokens=16, **sampling) -> None:
+    def submit(self, name, prompt, max_tokens=16, said=(), **sampling) -> None:
         params = SamplingParams(max_tokens=max_tokens, ignore_eos=True, **sampling)
-        self.weight.send(m.Submit(name, prompt, params))
+        self.weight.send(m.Submit(name, prompt, params, list(said)))
 
     def tokens(self, name) -> list[int]:
         produced = [message for message in self.said if isinstance(message, m.Produced)]
@@ -106,8 +107,8 @@ class Rig:
             lambda message: isinstance(message, m.Finished | m.Failed) and message.sequence == name, timeout_s
         )
 
-    async def generate(self, name, prompt, max_tokens=16, **sampling) -> list[int]:
-        self.submit(name, prompt, max_tokens, **sampling)
+    async def generate(self, name, prompt, max_tokens=16, said=(), **sampling) -> list[int]:
+        self.submit(name, prompt, max_tokens, said, **sampling)
         end = await self.end_of(name)
         assert isinstance(end, m.Finished), end
         return self.tokens(name)
@@ -185,7 +186,7 @@ def prompt(length: int, seed: int = 1) -> list[int]:
 async def test_tokens_do_not_depend_on_how_many_nodes_hold_the_ranges():
     async with rig(4096) as one:
         alone = {length: await one.generate(f"s{length}", prompt(length)) for length in (5, 100, 700)}
-    async with rig(4096, 4096, 4096, args=["--tail-margin-tokens", "16"]) as three:
+    async with rig(4096, 4096, 4096, args=["--tail-margin-tokens", "16", "--prefill-tokens", "128"]) as three:
         for length, tokens in alone.items():
             assert await three.generate(f"s{length}", prompt(length)) == tokens
         assert await three.is_free()
@@ -238,6 +239,7 @@ async def test_sequences_that_outgrow_memory_take_turns_and_say_the_same_as_alon
         for n in range(4):
             await small.end_of(f"s{n}")
         assert [small.tokens(f"s{n}") for n in range(4)] == alone
+        assert recomputed(small).preempted > 0 and recomputed(small).node_lost == 0
         assert await small.is_free()
 
 
@@ -248,10 +250,99 @@ async def test_a_killed_attention_node_costs_time_and_no_token():
         await two.route_of("t", lambda ranges: len({item.node for item in ranges}) == 2)
         dead = two.nodes.pop("attention-2")
         dead.engine.process.kill()
-        await two.until(lambda message: isinstance(message, m.LaneLost))
+        lost = await two.until(lambda message: isinstance(message, m.LaneLost))
         await two.end_of("t")
         assert two.tokens("t") == expected
+        assert recomputed(two) == m.Recomputed(node_lost=lost.lost_tokens)
         assert await two.is_free()
+
+
+async def spread(three, names, prompts, max_tokens) -> None:
+    """Sequences with their head on node 1, their middle on 2 and their tail on 3; nothing else moves."""
+    nodes = list(three.nodes)
+    for home in nodes:
+        three.weight.send(m.NodeDraining(home, False))
+        for other in nodes:
+            if other != home:
+                three.weight.send(m.NodeDraining(other, True))
+        if home == nodes[0]:
+            for name, tokens in zip(names, prompts, strict=True):
+                three.submit(name, tokens, max_tokens)
+        for name in names:
+            await three.route_of(name, lambda ranges, home=home: ranges and ranges[-1].node == home)
+            await three.tokens_of(name, len(three.tokens(name)) + 4)
+    for node in nodes:
+        three.weight.send(m.NodeDraining(node, False))
+
+
+def tokens_on(rig, names, node) -> int:
+    """Tokens of closed ranges on a node, by the routes."""
+    ranges = [item for name in names for item in rig.routes[name] if item.node == node]
+    return sum(item.end - item.start for item in ranges if item.end is not None)
+
+
+def recomputed(rig) -> m.Recomputed:
+    return next((message for message in rig.said[::-1] if isinstance(message, m.Recomputed)), m.Recomputed())
+
+
+async def lose(rig, *nodes) -> int:
+    """Kill these nodes; the tokens that were lost with them, by the engine's word."""
+    for node in nodes:
+        rig.nodes.pop(node).engine.process.kill()
+    lost = [
+        await rig.until(lambda message, node=node: isinstance(message, m.LaneLost) and message.node == node)
+        for node in nodes
+    ]
+    return sum(message.lost_tokens for message in lost)
+
+
+async def recovered(rig, names, since) -> None:
+    for name in names:
+        await rig.until(
+            lambda message, name=name: (
+                isinstance(message, m.Recovered)
+                and message.sequence == name
+                and rig.said.index(message) >= since
+            )
+        )
+
+
+async def test_lost_ranges_are_computed_again_and_nothing_else_is():
+    args = ["--tail-margin-tokens", "100000", "--mixed-prefill-tokens", "16"]
+    names, prompts = ["s1", "s2", "s3"], [prompt(40, 1), prompt(75, 2), prompt(110, 3)]
+    async with rig(4096, 4096, 4096, args=args) as some, attention_node("attention-4", 8192) as fourth:
+        for name, tokens in zip(["a1", "a2", "a3", "a4"], [*prompts, prompt(30, 4)], strict=True):
+            some.submit(name, tokens, 90)
+        for name in ["a1", "a2", "a3", "a4"]:
+            await some.end_of(name)
+        *expected, undisturbed = map(some.tokens, ["a1", "a2", "a3", "a4"])
+        await spread(some, names, prompts, 90)
+        await some.attach(fourth)
+        some.submit("bystander", prompt(30, 4), 90)
+        await some.tokens_of("bystander", 4)
+        assert [item.node for item in some.routes["bystander"]] == ["attention-4"]
+
+        middle, since = tokens_on(some, names, "attention-2"), len(some.said)
+        assert await lose(some, "attention-2") == middle > 0
+        await recovered(some, names, since)
+        assert recomputed(some) == m.Recomputed(node_lost=middle)
+        assert tokens_on(some, names, "attention-4") == middle
+
+        head, since = tokens_on(some, names, "attention-1"), len(some.said)
+        lost = await lose(some, "attention-1", "attention-3")
+        assert lost > head >= sum(map(len, prompts))
+        during = len(some.said)
+        await recovered(some, names, since)
+        meanwhile = [x for x in some.said[during:] if isinstance(x, m.Produced)]
+        assert recomputed(some) == m.Recomputed(node_lost=middle + lost)
+        for name, tokens in zip(names, expected, strict=True):
+            await some.end_of(name)
+            assert some.tokens(name) == tokens
+        await some.end_of("bystander")
+        assert some.tokens("bystander") == undisturbed
+        assert any(token.sequence == "bystander" for x in meanwhile for token in x.tokens)
+        assert recomputed(some) == m.Recomputed(node_lost=middle + lost)
+        assert await some.is_free()
 
 
 async def test_a_draining_node_gets_no_new_tokens_and_keeps_what_it_holds():
@@ -279,11 +370,27 @@ async def test_sampled_tokens_depend_on_the_seed_and_not_on_the_company():
         assert await one.generate("u", prompt(30), 24, temperature=1.0, seed=8) != alone
 
 
+@pytest.mark.parametrize(
+    "sampling",
+    [{}, {"temperature": 1.0, "seed": 7, "presence_penalty": 1.0, "logprobs": 0}],
+    ids=["greedy", "sampled"],
+)
+async def test_an_answer_begun_elsewhere_goes_on_with_the_same_tokens(sampling):
+    async with rig(1024) as one:
+        whole = await one.generate("whole", prompt(30), 24, **sampling)
+        for said in (1, 10, 23, 24):
+            rest = await one.generate(f"after{said}", prompt(30), 24, said=whole[:said], **sampling)
+            assert rest == whole[said:]
+            end = await one.end_of(f"after{said}")
+            assert (end.reason, end.prompt_tokens, end.completion_tokens) == ("length", 30, 24)
+
+
 async def test_a_wrong_request_is_refused_by_name_and_leaves_nothing():
     async with rig(1024) as one:
         for name, message in {
             "empty": m.Submit("empty", [], SamplingParams()),
             "vocabulary": m.Submit("vocabulary", [49152], SamplingParams()),
+            "said": m.Submit("said", [5], SamplingParams(), [49152]),
             "bias": m.Submit("bias", [5], SamplingParams(logit_bias={50000: 1.0})),
         }.items():
             one.weight.send(message)

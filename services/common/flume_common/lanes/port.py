@@ -24,6 +24,7 @@ from flume_common.lanes.tags import Side
 from flume_common.wire import LaneShape
 
 _BUSY_ROUNDS = 100  # a few hundred µs
+_WAKE_PAUSE_S = 200e-6
 _LONGEST_SLEEP_S = 3600.0
 
 
@@ -86,14 +87,21 @@ class Port:
         watched = self._watched()
         for fd in (self._events, *watched, *fds):
             poller.register(fd, select.POLLIN)
-        busy_rounds = 0
+        busy_rounds = wakes = 0
         while True:
             self._worker.progress()
             if ready():
                 return True
             left_s = deadline - time.monotonic()
             busy_rounds = 0 if self._worker.arm() else busy_rounds + 1
+            if wakes > _BUSY_ROUNDS and not busy_rounds:
+                # Over TCP a full socket of a stopped peer can wake us without end and to no purpose.
+                time.sleep(_WAKE_PAUSE_S)
             events = poller.poll(_sleep_ms(left_s, busy_rounds))
+            if events or busy_rounds:
+                wakes += 1
+            else:
+                wakes = 0
             for fd, _ in events:
                 if fd in watched:
                     watched.pop(fd).fail("its process ended")
