@@ -9,7 +9,10 @@ from concurrent.futures import ThreadPoolExecutor
 import grpc
 from flume_protos.v1 import admin_pb2 as pb
 from flume_protos.v1 import admin_pb2_grpc as rpc
-from flume_protos.v1 import common_pb2, router_pb2, router_pb2_grpc, weight_pb2
+from flume_protos.v1 import attention_pb2, common_pb2, router_pb2, router_pb2_grpc, weight_pb2
+
+
+DAY_S = 86400.0  # ages in days stay the same while a test runs
 
 
 def condition(kind, status="False", reason="AsExpected", message="", age_s=75):
@@ -22,14 +25,17 @@ def condition(kind, status="False", reason="AsExpected", message="", age_s=75):
     )
 
 
-def status(desired=1, ready=1, preparing=0, draining=0, generation=1, observed=None, degraded=None):
+def status(
+    desired=1, ready=1, preparing=0, draining=0, generation=1, observed=None, degraded=None, progressing=None
+):
     return pb.StatusReply(
         cluster="default", model="smollm2-135m", desired=desired, ready=ready, preparing=preparing,
         draining=draining, generation=generation, weight_nodes=1, routers=1, store_connected=True,
         observed_generation=generation if observed is None else observed,
+        set_by="user", min=0, max=64, autoscale=pb.Autoscale(min=1, max=64), leader="controller-1",
         conditions=[
             condition("Available", "True", "EnoughNodes", "1 ready, at least 1 needed"),
-            condition("Progressing"),
+            progressing or condition("Progressing"),
             degraded or condition("Degraded"),
         ],
     )  # fmt: skip
@@ -61,6 +67,39 @@ def requests():
     ]  # fmt: skip
 
 
+def event(id, object, reason, message, *, type="Normal", count=1, age_s=2 * DAY_S, over_s=0):
+    now_s = time.time()
+    return pb.Event(
+        id=id, object=object, type=type, reason=reason, message=message, source="controller-1", count=count,
+        first_s=now_s - age_s - over_s, last_s=now_s - age_s,
+    )  # fmt: skip
+
+
+def events():
+    return [
+        event(
+            "1", "fleet/attention", "ScalingUp", "from 1 to 2 attention nodes, set by user", age_s=3 * DAY_S
+        ),
+        event("2", "attention/attention-2", "NodeLost", "has ended", type="Warning", count=3, over_s=DAY_S),
+        event("3", "attention/attention-1", "NodeReady", "is ready", age_s=DAY_S),
+    ]
+
+
+def settings():
+    return [
+        pb.Setting(name="cluster/log_level", default="info", type="str", range="debug, info, warning, error",
+                   description="Least important log line.", readers=["attention", "weight"],
+                   scopes=["cluster", "attention", "weight"]),
+        pb.Setting(name="weight/step_timeout_s", value="3", default="10", type="float", range="0.1 to 600",
+                   unit="s", description="A silent node is lost.", readers=["weight"], scopes=["weight"],
+                   revision=12, set_by="ann@here", set_at_s=time.time() - 2 * DAY_S),
+        pb.Setting(name="weight/tail_margin_tokens", value="lots", default="128", type="int",
+                   range="1 to 1000000", unit="tokens", description="When tails move.", readers=["weight"],
+                   scopes=["weight"], revision=13,
+                   error="weight/tail_margin_tokens must be a whole number, got 'lots'"),
+    ]  # fmt: skip
+
+
 class FakeAdmin(rpc.AdminServicer, router_pb2_grpc.RouterServicer):
     """Answers from its attributes; `scaled` and `asked` are what it was told."""
 
@@ -72,6 +111,12 @@ class FakeAdmin(rpc.AdminServicer, router_pb2_grpc.RouterServicer):
         self.hold_watch = False  # keep a watch open after its last status
         self.desired = 1
         self.refuse = None  # (code, details) for every call
+        self.events = events()
+        self.settings = settings()
+        self.changes = []  # what SetConfig and DiffConfig answer
+        self.drained = set()
+        self.drains_at_once = True
+        self.calls = []  # every request that may change something
         self.scaled = []
         self.asked = []
         self.cancelled = threading.Event()
@@ -109,6 +154,80 @@ class FakeAdmin(rpc.AdminServicer, router_pb2_grpc.RouterServicer):
     def ListRequests(self, request, context):
         self._check(context)
         return pb.ListRequestsReply(requests=self.requests)
+
+    def ListEvents(self, request, context):
+        self._check(context)
+        found = [item for item in self.events if item.object.endswith(request.object)]
+        return pb.ListEventsReply(events=found)
+
+    def WatchEvents(self, request, context):
+        self._check(context)
+        yield from self.events
+        while self.hold_watch and context.is_active():
+            time.sleep(0.02)
+
+    def Describe(self, request, context):
+        self._check(context)
+        lanes = [attention_pb2.LaneStats(weight_node="weight-1", epoch=7, granted_blocks=90, held_blocks=78,
+                                         sequences=2, ranges=2, steps=41)]  # fmt: skip
+        if request.kind == "cluster":
+            return pb.DescribeObjectReply(nodes=self.nodes[:3], events=self.events, status=self.statuses[0],
+                                          settings=self.settings[1:], spec_revision=9)  # fmt: skip
+        if request.kind == "node":
+            nodes = [node for node in self.nodes if node.id == request.name]
+            if not nodes:
+                context.abort(grpc.StatusCode.NOT_FOUND, f"there is no node {request.name!r}")
+            return pb.DescribeObjectReply(
+                nodes=nodes, lanes=lanes, routes=self.routes, events=self.events[2:]
+            )
+        return pb.DescribeObjectReply(
+            nodes=self.nodes[:2],
+            routes=self.routes,
+            requests=self.requests if request.kind == "request" else (),
+        )
+
+    def DrainNode(self, request, context):
+        self._check(context)
+        self.calls.append(request)
+        if not request.dry_run and self.drains_at_once:
+            self.nodes = [node for node in self.nodes if node.id != request.node]
+        changed = request.node not in self.drained
+        return pb.DrainNodeReply(changed=changed, generation=2)
+
+    def UndrainNode(self, request, context):
+        self._check(context)
+        self.calls.append(request)
+        return pb.DrainNodeReply(changed=True, generation=3)
+
+    def SetAutoscale(self, request, context):
+        self._check(context)
+        self.calls.append(request)
+        after = pb.Autoscale(enabled=request.enabled, min=request.min or 1, max=request.max or 64)
+        return pb.SetAutoscaleReply(after=after, generation=4)
+
+    def GetConfig(self, request, context):
+        self._check(context)
+        found = [item for item in self.settings if request.name in item.name]
+        return pb.GetConfigReply(settings=found)
+
+    def SetConfig(self, request, context):
+        self._check(context)
+        self.calls.append(request)
+        return pb.SetConfigReply(changes=self.changes)
+
+    def DiffConfig(self, request, context):
+        self._check(context)
+        self.calls.append(request)
+        return pb.SetConfigReply(changes=self.changes)
+
+    def ConfigHistory(self, request, context):
+        self._check(context)
+        records = [
+            pb.ConfigRecord(value="5", set_by="ann@here", set_at_s=time.time() - 3 * DAY_S),
+            pb.ConfigRecord(value="3", previous="5", set_by="bob@there", set_at_s=time.time() - 2 * DAY_S),
+            pb.ConfigRecord(previous="3", set_by="bob@there", set_at_s=time.time() - DAY_S),
+        ]
+        return pb.ConfigHistoryReply(name="weight/step_timeout_s", records=records)
 
     def Generate(self, request, context):
         self._check(context)

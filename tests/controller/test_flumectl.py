@@ -3,11 +3,10 @@
 `UPDATE_GOLDEN=1 pytest tests/controller/test_flumectl.py` rewrites the golden files.
 """
 
+# ruff: noqa: F811 # fixtures are imported, and named again by whoever takes them
+
 import json
-import os
-import re
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -21,65 +20,7 @@ from flume_controller.flumectl import main
 
 sys.path.insert(0, str(Path(__file__).parent))
 import fake_admin
-
-GOLDEN = Path(__file__).parent / "golden"
-
-
-@pytest.fixture
-def server():
-    serving = fake_admin.Serving()
-    yield serving
-    serving.close()
-
-
-@pytest.fixture
-def fake(server):
-    return server.fake
-
-
-@pytest.fixture
-def flumectl(server, tmp_path):
-    """Run a command line against the fake; .exit_code, .stdout, .stderr."""
-
-    def run(*words, address=server.address):
-        env = {"FLUME_SERVER": address, "FLUME_DATA_DIR": str(tmp_path), "FLUME_CLUSTER": ""}
-        return CliRunner(env=env).invoke(main, list(words), prog_name="flumectl")
-
-    return run
-
-
-@pytest.fixture
-def process(server, tmp_path):
-    """The same as a process, for commands that do not end by themselves."""
-    started = []
-
-    def start(*words):
-        env = {
-            **os.environ,
-            "FLUME_SERVER": server.address,
-            "FLUME_DATA_DIR": str(tmp_path),
-            "PYTHONUNBUFFERED": "1",
-        }
-        argv = [sys.executable, "-m", "flume_controller.flumectl", *words]
-        child = subprocess.Popen(argv, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-        started.append(child)
-        return child
-
-    yield start
-    for child in started:
-        child.kill()
-        child.communicate()
-
-
-def matches_golden(name, text, volatile=()):
-    """Whether `text` is what the golden file says, the address of the fake aside."""
-    for pattern, stand_in in (*volatile, (r"127\.0\.0\.1:(?!500)\d+", "ROUTER")):
-        text = re.sub(pattern, stand_in, text)
-    path = GOLDEN / name
-    if os.environ.get("UPDATE_GOLDEN"):
-        path.parent.mkdir(exist_ok=True)
-        path.write_text(text)
-    return text == path.read_text()
+from flumectl_fixtures import fake, flumectl, matches_golden, process, server  # noqa: F401 # fixtures
 
 
 @pytest.mark.parametrize("fmt", ["table", "wide", "json", "yaml"])
@@ -240,6 +181,14 @@ def test_a_precondition_that_does_not_hold_is_one_line_and_exit_code_1(flumectl)
         ["generate", "x", "--raw", "--system", "y"],
         ["frobnicate"],
         ["up", "--weight", "0"],
+        ["wait", "--for=condition=Splendid"],
+        ["wait", "--for=delete"],
+        ["config", "set", "log_level"],
+        ["config", "set"],
+        ["config", "unset"],
+        ["autoscale", "attention", "--min", "0"],
+        ["describe", "pod", "x"],
+        ["events", "--types", "Odd"],
         ["get", "nodes", "--name", "a/b"],
     ],
     ids=" ".join,

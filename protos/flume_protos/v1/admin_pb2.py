@@ -22,42 +22,85 @@ _runtime_version.ValidateProtobufRuntimeVersion(
 _sym_db = _symbol_database.Default()
 
 
+from flume_protos.v1 import attention_pb2 as flume__protos_dot_v1_dot_attention__pb2
 from flume_protos.v1 import common_pb2 as flume__protos_dot_v1_dot_common__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1b\x66lume_protos/v1/admin.proto\x12\x08\x66lume.v1\x1a\x1c\x66lume_protos/v1/common.proto\"c\n\x0cScaleRequest\x12\x10\n\x08replicas\x18\x01 \x01(\r\x12\x1d\n\x10\x63urrent_replicas\x18\x02 \x01(\rH\x00\x88\x01\x01\x12\r\n\x05\x61\x63tor\x18\x03 \x01(\tB\x13\n\x11_current_replicas\"D\n\nScaleReply\x12\x10\n\x08previous\x18\x01 \x01(\r\x12\x10\n\x08replicas\x18\x02 \x01(\r\x12\x12\n\ngeneration\x18\x03 \x01(\x03\"\x1e\n\rStatusRequest\x12\r\n\x05watch\x18\x01 \x01(\x08\"j\n\tCondition\x12\x0c\n\x04type\x18\x01 \x01(\t\x12\x0e\n\x06status\x18\x02 \x01(\t\x12\x0e\n\x06reason\x18\x03 \x01(\t\x12\x0f\n\x07message\x18\x04 \x01(\t\x12\x1e\n\x16last_transition_time_s\x18\x05 \x01(\x01\"\x8c\x02\n\x0bStatusReply\x12\x0f\n\x07\x63luster\x18\x01 \x01(\t\x12\x0f\n\x07\x64\x65sired\x18\x02 \x01(\r\x12\r\n\x05ready\x18\x03 \x01(\r\x12\x11\n\tpreparing\x18\x04 \x01(\r\x12\x10\n\x08\x64raining\x18\x05 \x01(\r\x12\x12\n\ngeneration\x18\x06 \x01(\x03\x12\x1b\n\x13observed_generation\x18\x07 \x01(\x03\x12\'\n\nconditions\x18\x08 \x03(\x0b\x32\x13.flume.v1.Condition\x12\x14\n\x0cweight_nodes\x18\t \x01(\r\x12\x0f\n\x07routers\x18\n \x01(\r\x12\x17\n\x0fstore_connected\x18\x0b \x01(\x08\x12\r\n\x05model\x18\x0c \x01(\t\"\x12\n\x10ListNodesRequest\"\xd1\x01\n\x04Node\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0c\n\x04role\x18\x02 \x01(\t\x12\r\n\x05state\x18\x03 \x01(\t\x12\x0b\n\x03pid\x18\x04 \x01(\x03\x12\x0c\n\x04host\x18\x05 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x06 \x01(\t\x12\r\n\x05\x65poch\x18\x07 \x01(\x03\x12\x1a\n\x12kv_capacity_tokens\x18\x08 \x01(\x04\x12\x16\n\x0ekv_used_tokens\x18\t \x01(\x04\x12\r\n\x05\x61ge_s\x18\n \x01(\x01\x12\x0f\n\x07version\x18\x0b \x01(\t\x12\x11\n\tsequences\x18\x0c \x01(\x04\"A\n\x0eListNodesReply\x12\x1d\n\x05nodes\x18\x01 \x03(\x0b\x32\x0e.flume.v1.Node\x12\x10\n\x08revision\x18\x02 \x01(\x03\"%\n\x11ListRoutesRequest\x12\x10\n\x08sequence\x18\x01 \x01(\t\"D\n\x0fListRoutesReply\x12\x1f\n\x06routes\x18\x01 \x03(\x0b\x32\x0f.flume.v1.Route\x12\x10\n\x08revision\x18\x02 \x01(\x03\"\x15\n\x13ListRequestsRequest\"z\n\x07Request\x12\n\n\x02id\x18\x01 \x01(\t\x12\x13\n\x0bweight_node\x18\x02 \x01(\t\x12\r\n\x05state\x18\x03 \x01(\t\x12\x15\n\rprompt_tokens\x18\x04 \x01(\r\x12\x19\n\x11\x63ompletion_tokens\x18\x05 \x01(\r\x12\r\n\x05\x61ge_s\x18\x06 \x01(\x01\"8\n\x11ListRequestsReply\x12#\n\x08requests\x18\x01 \x03(\x0b\x32\x11.flume.v1.Request2\xcf\x02\n\x05\x41\x64min\x12\x35\n\x05Scale\x12\x16.flume.v1.ScaleRequest\x1a\x14.flume.v1.ScaleReply\x12:\n\x06Status\x12\x17.flume.v1.StatusRequest\x1a\x15.flume.v1.StatusReply0\x01\x12\x41\n\tListNodes\x12\x1a.flume.v1.ListNodesRequest\x1a\x18.flume.v1.ListNodesReply\x12\x44\n\nListRoutes\x12\x1b.flume.v1.ListRoutesRequest\x1a\x19.flume.v1.ListRoutesReply\x12J\n\x0cListRequests\x12\x1d.flume.v1.ListRequestsRequest\x1a\x1b.flume.v1.ListRequestsReplyb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1b\x66lume_protos/v1/admin.proto\x12\x08\x66lume.v1\x1a\x1f\x66lume_protos/v1/attention.proto\x1a\x1c\x66lume_protos/v1/common.proto\"\x98\x01\n\x0cScaleRequest\x12\x10\n\x08replicas\x18\x01 \x01(\r\x12\x1d\n\x10\x63urrent_replicas\x18\x02 \x01(\rH\x00\x88\x01\x01\x12\r\n\x05\x61\x63tor\x18\x03 \x01(\t\x12\x0f\n\x07\x64ry_run\x18\x04 \x01(\x08\x12\x15\n\x08revision\x18\x05 \x01(\x03H\x01\x88\x01\x01\x42\x13\n\x11_current_replicasB\x0b\n\t_revision\"D\n\nScaleReply\x12\x10\n\x08previous\x18\x01 \x01(\r\x12\x10\n\x08replicas\x18\x02 \x01(\r\x12\x12\n\ngeneration\x18\x03 \x01(\x03\"\x1e\n\rStatusRequest\x12\r\n\x05watch\x18\x01 \x01(\x08\"\x87\x01\n\tCondition\x12\x0c\n\x04type\x18\x01 \x01(\t\x12\x0e\n\x06status\x18\x02 \x01(\t\x12\x0e\n\x06reason\x18\x03 \x01(\t\x12\x0f\n\x07message\x18\x04 \x01(\t\x12\x1e\n\x16last_transition_time_s\x18\x05 \x01(\x01\x12\x1b\n\x13observed_generation\x18\x06 \x01(\x03\"F\n\tAutoscale\x12\x0f\n\x07\x65nabled\x18\x01 \x01(\x08\x12\x0e\n\x06paused\x18\x02 \x01(\x08\x12\x0b\n\x03min\x18\x03 \x01(\r\x12\x0b\n\x03max\x18\x04 \x01(\r\"\xff\x02\n\x0bStatusReply\x12\x0f\n\x07\x63luster\x18\x01 \x01(\t\x12\x0f\n\x07\x64\x65sired\x18\x02 \x01(\r\x12\r\n\x05ready\x18\x03 \x01(\r\x12\x11\n\tpreparing\x18\x04 \x01(\r\x12\x10\n\x08\x64raining\x18\x05 \x01(\r\x12\x12\n\ngeneration\x18\x06 \x01(\x03\x12\x1b\n\x13observed_generation\x18\x07 \x01(\x03\x12\'\n\nconditions\x18\x08 \x03(\x0b\x32\x13.flume.v1.Condition\x12\x14\n\x0cweight_nodes\x18\t \x01(\r\x12\x0f\n\x07routers\x18\n \x01(\r\x12\x17\n\x0fstore_connected\x18\x0b \x01(\x08\x12\r\n\x05model\x18\x0c \x01(\t\x12\x0e\n\x06set_by\x18\r \x01(\t\x12\x0b\n\x03min\x18\x0e \x01(\r\x12\x0b\n\x03max\x18\x0f \x01(\r\x12&\n\tautoscale\x18\x10 \x01(\x0b\x32\x13.flume.v1.Autoscale\x12\x0e\n\x06leader\x18\x11 \x01(\t\x12\x0f\n\x07\x64rained\x18\x12 \x03(\t\"\x12\n\x10ListNodesRequest\"\xd1\x01\n\x04Node\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0c\n\x04role\x18\x02 \x01(\t\x12\r\n\x05state\x18\x03 \x01(\t\x12\x0b\n\x03pid\x18\x04 \x01(\x03\x12\x0c\n\x04host\x18\x05 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x06 \x01(\t\x12\r\n\x05\x65poch\x18\x07 \x01(\x03\x12\x1a\n\x12kv_capacity_tokens\x18\x08 \x01(\x04\x12\x16\n\x0ekv_used_tokens\x18\t \x01(\x04\x12\r\n\x05\x61ge_s\x18\n \x01(\x01\x12\x0f\n\x07version\x18\x0b \x01(\t\x12\x11\n\tsequences\x18\x0c \x01(\x04\"A\n\x0eListNodesReply\x12\x1d\n\x05nodes\x18\x01 \x03(\x0b\x32\x0e.flume.v1.Node\x12\x10\n\x08revision\x18\x02 \x01(\x03\"%\n\x11ListRoutesRequest\x12\x10\n\x08sequence\x18\x01 \x01(\t\"D\n\x0fListRoutesReply\x12\x1f\n\x06routes\x18\x01 \x03(\x0b\x32\x0f.flume.v1.Route\x12\x10\n\x08revision\x18\x02 \x01(\x03\"\x15\n\x13ListRequestsRequest\"z\n\x07Request\x12\n\n\x02id\x18\x01 \x01(\t\x12\x13\n\x0bweight_node\x18\x02 \x01(\t\x12\r\n\x05state\x18\x03 \x01(\t\x12\x15\n\rprompt_tokens\x18\x04 \x01(\r\x12\x19\n\x11\x63ompletion_tokens\x18\x05 \x01(\r\x12\r\n\x05\x61ge_s\x18\x06 \x01(\x01\"8\n\x11ListRequestsReply\x12#\n\x08requests\x18\x01 \x03(\x0b\x32\x11.flume.v1.Request\"3\n\x15\x44\x65scribeObjectRequest\x12\x0c\n\x04kind\x18\x01 \x01(\t\x12\x0c\n\x04name\x18\x02 \x01(\t\"\xa2\x02\n\x13\x44\x65scribeObjectReply\x12\x1d\n\x05nodes\x18\x01 \x03(\x0b\x32\x0e.flume.v1.Node\x12\x1f\n\x06routes\x18\x02 \x03(\x0b\x32\x0f.flume.v1.Route\x12#\n\x08requests\x18\x03 \x03(\x0b\x32\x11.flume.v1.Request\x12\x1f\n\x06\x65vents\x18\x04 \x03(\x0b\x32\x0f.flume.v1.Event\x12\"\n\x05lanes\x18\x05 \x03(\x0b\x32\x13.flume.v1.LaneStats\x12%\n\x06status\x18\x06 \x01(\x0b\x32\x15.flume.v1.StatusReply\x12#\n\x08settings\x18\x07 \x03(\x0b\x32\x11.flume.v1.Setting\x12\x15\n\rspec_revision\x18\x08 \x01(\x03\"\x92\x01\n\x05\x45vent\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0e\n\x06object\x18\x02 \x01(\t\x12\x0c\n\x04type\x18\x03 \x01(\t\x12\x0e\n\x06reason\x18\x04 \x01(\t\x12\x0f\n\x07message\x18\x05 \x01(\t\x12\x0e\n\x06source\x18\x06 \x01(\t\x12\r\n\x05\x63ount\x18\x07 \x01(\r\x12\x0f\n\x07\x66irst_s\x18\x08 \x01(\x01\x12\x0e\n\x06last_s\x18\t \x01(\x01\"#\n\x11ListEventsRequest\x12\x0e\n\x06object\x18\x01 \x01(\t\"2\n\x0fListEventsReply\x12\x1f\n\x06\x65vents\x18\x01 \x03(\x0b\x32\x0f.flume.v1.Event\"1\n\x10\x44rainNodeRequest\x12\x0c\n\x04node\x18\x01 \x01(\t\x12\x0f\n\x07\x64ry_run\x18\x02 \x01(\x08\"5\n\x0e\x44rainNodeReply\x12\x0f\n\x07\x63hanged\x18\x01 \x01(\x08\x12\x12\n\ngeneration\x18\x02 \x01(\x03\"\xa4\x01\n\x13SetAutoscaleRequest\x12\x0f\n\x07\x65nabled\x18\x01 \x01(\x08\x12\x10\n\x03min\x18\x02 \x01(\rH\x00\x88\x01\x01\x12\x10\n\x03max\x18\x03 \x01(\rH\x01\x88\x01\x01\x12\x18\n\x0btpot_slo_ms\x18\x04 \x01(\x01H\x02\x88\x01\x01\x12\r\n\x05\x61\x63tor\x18\x05 \x01(\t\x12\x0f\n\x07\x64ry_run\x18\x06 \x01(\x08\x42\x06\n\x04_minB\x06\n\x04_maxB\x0e\n\x0c_tpot_slo_ms\"p\n\x11SetAutoscaleReply\x12#\n\x06\x62\x65\x66ore\x18\x01 \x01(\x0b\x32\x13.flume.v1.Autoscale\x12\"\n\x05\x61\x66ter\x18\x02 \x01(\x0b\x32\x13.flume.v1.Autoscale\x12\x12\n\ngeneration\x18\x03 \x01(\x03\"\xea\x01\n\x07Setting\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x12\n\x05value\x18\x02 \x01(\tH\x00\x88\x01\x01\x12\r\n\x05\x65rror\x18\x03 \x01(\t\x12\x0f\n\x07\x64\x65\x66\x61ult\x18\x04 \x01(\t\x12\x0c\n\x04type\x18\x05 \x01(\t\x12\r\n\x05range\x18\x06 \x01(\t\x12\x0c\n\x04unit\x18\x07 \x01(\t\x12\x13\n\x0b\x64\x65scription\x18\x08 \x01(\t\x12\x0f\n\x07readers\x18\t \x03(\t\x12\x0e\n\x06scopes\x18\n \x03(\t\x12\x10\n\x08revision\x18\x0b \x01(\x03\x12\x0e\n\x06set_by\x18\x0c \x01(\t\x12\x10\n\x08set_at_s\x18\r \x01(\x01\x42\x08\n\x06_value\" \n\x10GetConfigRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"5\n\x0eGetConfigReply\x12#\n\x08settings\x18\x01 \x03(\x0b\x32\x11.flume.v1.Setting\"8\n\nAssignment\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x12\n\x05value\x18\x02 \x01(\tH\x00\x88\x01\x01\x42\x08\n\x06_value\"]\n\x10SetConfigRequest\x12)\n\x0b\x61ssignments\x18\x01 \x03(\x0b\x32\x14.flume.v1.Assignment\x12\r\n\x05\x61\x63tor\x18\x02 \x01(\t\x12\x0f\n\x07\x64ry_run\x18\x03 \x01(\x08\"[\n\rSettingChange\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x13\n\x06\x62\x65\x66ore\x18\x02 \x01(\tH\x00\x88\x01\x01\x12\x12\n\x05\x61\x66ter\x18\x03 \x01(\tH\x01\x88\x01\x01\x42\t\n\x07_beforeB\x08\n\x06_after\":\n\x0eSetConfigReply\x12(\n\x07\x63hanges\x18\x01 \x03(\x0b\x32\x17.flume.v1.SettingChange\">\n\x11\x44iffConfigRequest\x12)\n\x0b\x61ssignments\x18\x01 \x03(\x0b\x32\x14.flume.v1.Assignment\"$\n\x14\x43onfigHistoryRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"r\n\x0c\x43onfigRecord\x12\x12\n\x05value\x18\x01 \x01(\tH\x00\x88\x01\x01\x12\x15\n\x08previous\x18\x02 \x01(\tH\x01\x88\x01\x01\x12\x0e\n\x06set_by\x18\x03 \x01(\t\x12\x10\n\x08set_at_s\x18\x04 \x01(\x01\x42\x08\n\x06_valueB\x0b\n\t_previous\"K\n\x12\x43onfigHistoryReply\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\'\n\x07records\x18\x02 \x03(\x0b\x32\x16.flume.v1.ConfigRecord2\x8e\x08\n\x05\x41\x64min\x12\x35\n\x05Scale\x12\x16.flume.v1.ScaleRequest\x1a\x14.flume.v1.ScaleReply\x12:\n\x06Status\x12\x17.flume.v1.StatusRequest\x1a\x15.flume.v1.StatusReply0\x01\x12\x41\n\tListNodes\x12\x1a.flume.v1.ListNodesRequest\x1a\x18.flume.v1.ListNodesReply\x12\x44\n\nListRoutes\x12\x1b.flume.v1.ListRoutesRequest\x1a\x19.flume.v1.ListRoutesReply\x12J\n\x0cListRequests\x12\x1d.flume.v1.ListRequestsRequest\x1a\x1b.flume.v1.ListRequestsReply\x12J\n\x08\x44\x65scribe\x12\x1f.flume.v1.DescribeObjectRequest\x1a\x1d.flume.v1.DescribeObjectReply\x12\x44\n\nListEvents\x12\x1b.flume.v1.ListEventsRequest\x1a\x19.flume.v1.ListEventsReply\x12=\n\x0bWatchEvents\x12\x1b.flume.v1.ListEventsRequest\x1a\x0f.flume.v1.Event0\x01\x12\x41\n\tDrainNode\x12\x1a.flume.v1.DrainNodeRequest\x1a\x18.flume.v1.DrainNodeReply\x12\x43\n\x0bUndrainNode\x12\x1a.flume.v1.DrainNodeRequest\x1a\x18.flume.v1.DrainNodeReply\x12J\n\x0cSetAutoscale\x12\x1d.flume.v1.SetAutoscaleRequest\x1a\x1b.flume.v1.SetAutoscaleReply\x12\x41\n\tGetConfig\x12\x1a.flume.v1.GetConfigRequest\x1a\x18.flume.v1.GetConfigReply\x12\x41\n\tSetConfig\x12\x1a.flume.v1.SetConfigRequest\x1a\x18.flume.v1.SetConfigReply\x12\x43\n\nDiffConfig\x12\x1b.flume.v1.DiffConfigRequest\x1a\x18.flume.v1.SetConfigReply\x12M\n\rConfigHistory\x12\x1e.flume.v1.ConfigHistoryRequest\x1a\x1c.flume.v1.ConfigHistoryReplyb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'flume_protos.v1.admin_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_SCALEREQUEST']._serialized_start=71
-  _globals['_SCALEREQUEST']._serialized_end=170
-  _globals['_SCALEREPLY']._serialized_start=172
-  _globals['_SCALEREPLY']._serialized_end=240
-  _globals['_STATUSREQUEST']._serialized_start=242
-  _globals['_STATUSREQUEST']._serialized_end=272
-  _globals['_CONDITION']._serialized_start=274
-  _globals['_CONDITION']._serialized_end=380
-  _globals['_STATUSREPLY']._serialized_start=383
-  _globals['_STATUSREPLY']._serialized_end=651
-  _globals['_LISTNODESREQUEST']._serialized_start=653
-  _globals['_LISTNODESREQUEST']._serialized_end=671
-  _globals['_NODE']._serialized_start=674
-  _globals['_NODE']._serialized_end=883
-  _globals['_LISTNODESREPLY']._serialized_start=885
-  _globals['_LISTNODESREPLY']._serialized_end=950
-  _globals['_LISTROUTESREQUEST']._serialized_start=952
-  _globals['_LISTROUTESREQUEST']._serialized_end=989
-  _globals['_LISTROUTESREPLY']._serialized_start=991
-  _globals['_LISTROUTESREPLY']._serialized_end=1059
-  _globals['_LISTREQUESTSREQUEST']._serialized_start=1061
-  _globals['_LISTREQUESTSREQUEST']._serialized_end=1082
-  _globals['_REQUEST']._serialized_start=1084
-  _globals['_REQUEST']._serialized_end=1206
-  _globals['_LISTREQUESTSREPLY']._serialized_start=1208
-  _globals['_LISTREQUESTSREPLY']._serialized_end=1264
-  _globals['_ADMIN']._serialized_start=1267
-  _globals['_ADMIN']._serialized_end=1602
+  _globals['_SCALEREQUEST']._serialized_start=105
+  _globals['_SCALEREQUEST']._serialized_end=257
+  _globals['_SCALEREPLY']._serialized_start=259
+  _globals['_SCALEREPLY']._serialized_end=327
+  _globals['_STATUSREQUEST']._serialized_start=329
+  _globals['_STATUSREQUEST']._serialized_end=359
+  _globals['_CONDITION']._serialized_start=362
+  _globals['_CONDITION']._serialized_end=497
+  _globals['_AUTOSCALE']._serialized_start=499
+  _globals['_AUTOSCALE']._serialized_end=569
+  _globals['_STATUSREPLY']._serialized_start=572
+  _globals['_STATUSREPLY']._serialized_end=955
+  _globals['_LISTNODESREQUEST']._serialized_start=957
+  _globals['_LISTNODESREQUEST']._serialized_end=975
+  _globals['_NODE']._serialized_start=978
+  _globals['_NODE']._serialized_end=1187
+  _globals['_LISTNODESREPLY']._serialized_start=1189
+  _globals['_LISTNODESREPLY']._serialized_end=1254
+  _globals['_LISTROUTESREQUEST']._serialized_start=1256
+  _globals['_LISTROUTESREQUEST']._serialized_end=1293
+  _globals['_LISTROUTESREPLY']._serialized_start=1295
+  _globals['_LISTROUTESREPLY']._serialized_end=1363
+  _globals['_LISTREQUESTSREQUEST']._serialized_start=1365
+  _globals['_LISTREQUESTSREQUEST']._serialized_end=1386
+  _globals['_REQUEST']._serialized_start=1388
+  _globals['_REQUEST']._serialized_end=1510
+  _globals['_LISTREQUESTSREPLY']._serialized_start=1512
+  _globals['_LISTREQUESTSREPLY']._serialized_end=1568
+  _globals['_DESCRIBEOBJECTREQUEST']._serialized_start=1570
+  _globals['_DESCRIBEOBJECTREQUEST']._serialized_end=1621
+  _globals['_DESCRIBEOBJECTREPLY']._serialized_start=1624
+  _globals['_DESCRIBEOBJECTREPLY']._serialized_end=1914
+  _globals['_EVENT']._serialized_start=1917
+  _globals['_EVENT']._serialized_end=2063
+  _globals['_LISTEVENTSREQUEST']._serialized_start=2065
+  _globals['_LISTEVENTSREQUEST']._serialized_end=2100
+  _globals['_LISTEVENTSREPLY']._serialized_start=2102
+  _globals['_LISTEVENTSREPLY']._serialized_end=2152
+  _globals['_DRAINNODEREQUEST']._serialized_start=2154
+  _globals['_DRAINNODEREQUEST']._serialized_end=2203
+  _globals['_DRAINNODEREPLY']._serialized_start=2205
+  _globals['_DRAINNODEREPLY']._serialized_end=2258
+  _globals['_SETAUTOSCALEREQUEST']._serialized_start=2261
+  _globals['_SETAUTOSCALEREQUEST']._serialized_end=2425
+  _globals['_SETAUTOSCALEREPLY']._serialized_start=2427
+  _globals['_SETAUTOSCALEREPLY']._serialized_end=2539
+  _globals['_SETTING']._serialized_start=2542
+  _globals['_SETTING']._serialized_end=2776
+  _globals['_GETCONFIGREQUEST']._serialized_start=2778
+  _globals['_GETCONFIGREQUEST']._serialized_end=2810
+  _globals['_GETCONFIGREPLY']._serialized_start=2812
+  _globals['_GETCONFIGREPLY']._serialized_end=2865
+  _globals['_ASSIGNMENT']._serialized_start=2867
+  _globals['_ASSIGNMENT']._serialized_end=2923
+  _globals['_SETCONFIGREQUEST']._serialized_start=2925
+  _globals['_SETCONFIGREQUEST']._serialized_end=3018
+  _globals['_SETTINGCHANGE']._serialized_start=3020
+  _globals['_SETTINGCHANGE']._serialized_end=3111
+  _globals['_SETCONFIGREPLY']._serialized_start=3113
+  _globals['_SETCONFIGREPLY']._serialized_end=3171
+  _globals['_DIFFCONFIGREQUEST']._serialized_start=3173
+  _globals['_DIFFCONFIGREQUEST']._serialized_end=3235
+  _globals['_CONFIGHISTORYREQUEST']._serialized_start=3237
+  _globals['_CONFIGHISTORYREQUEST']._serialized_end=3273
+  _globals['_CONFIGRECORD']._serialized_start=3275
+  _globals['_CONFIGRECORD']._serialized_end=3389
+  _globals['_CONFIGHISTORYREPLY']._serialized_start=3391
+  _globals['_CONFIGHISTORYREPLY']._serialized_end=3466
+  _globals['_ADMIN']._serialized_start=3469
+  _globals['_ADMIN']._serialized_end=4507
 # @@protoc_insertion_point(module_scope)

@@ -60,6 +60,56 @@ class AdminStub:
                 request_serializer=flume__protos_dot_v1_dot_admin__pb2.ListRequestsRequest.SerializeToString,
                 response_deserializer=flume__protos_dot_v1_dot_admin__pb2.ListRequestsReply.FromString,
                 _registered_method=True)
+        self.Describe = channel.unary_unary(
+                '/flume.v1.Admin/Describe',
+                request_serializer=flume__protos_dot_v1_dot_admin__pb2.DescribeObjectRequest.SerializeToString,
+                response_deserializer=flume__protos_dot_v1_dot_admin__pb2.DescribeObjectReply.FromString,
+                _registered_method=True)
+        self.ListEvents = channel.unary_unary(
+                '/flume.v1.Admin/ListEvents',
+                request_serializer=flume__protos_dot_v1_dot_admin__pb2.ListEventsRequest.SerializeToString,
+                response_deserializer=flume__protos_dot_v1_dot_admin__pb2.ListEventsReply.FromString,
+                _registered_method=True)
+        self.WatchEvents = channel.unary_stream(
+                '/flume.v1.Admin/WatchEvents',
+                request_serializer=flume__protos_dot_v1_dot_admin__pb2.ListEventsRequest.SerializeToString,
+                response_deserializer=flume__protos_dot_v1_dot_admin__pb2.Event.FromString,
+                _registered_method=True)
+        self.DrainNode = channel.unary_unary(
+                '/flume.v1.Admin/DrainNode',
+                request_serializer=flume__protos_dot_v1_dot_admin__pb2.DrainNodeRequest.SerializeToString,
+                response_deserializer=flume__protos_dot_v1_dot_admin__pb2.DrainNodeReply.FromString,
+                _registered_method=True)
+        self.UndrainNode = channel.unary_unary(
+                '/flume.v1.Admin/UndrainNode',
+                request_serializer=flume__protos_dot_v1_dot_admin__pb2.DrainNodeRequest.SerializeToString,
+                response_deserializer=flume__protos_dot_v1_dot_admin__pb2.DrainNodeReply.FromString,
+                _registered_method=True)
+        self.SetAutoscale = channel.unary_unary(
+                '/flume.v1.Admin/SetAutoscale',
+                request_serializer=flume__protos_dot_v1_dot_admin__pb2.SetAutoscaleRequest.SerializeToString,
+                response_deserializer=flume__protos_dot_v1_dot_admin__pb2.SetAutoscaleReply.FromString,
+                _registered_method=True)
+        self.GetConfig = channel.unary_unary(
+                '/flume.v1.Admin/GetConfig',
+                request_serializer=flume__protos_dot_v1_dot_admin__pb2.GetConfigRequest.SerializeToString,
+                response_deserializer=flume__protos_dot_v1_dot_admin__pb2.GetConfigReply.FromString,
+                _registered_method=True)
+        self.SetConfig = channel.unary_unary(
+                '/flume.v1.Admin/SetConfig',
+                request_serializer=flume__protos_dot_v1_dot_admin__pb2.SetConfigRequest.SerializeToString,
+                response_deserializer=flume__protos_dot_v1_dot_admin__pb2.SetConfigReply.FromString,
+                _registered_method=True)
+        self.DiffConfig = channel.unary_unary(
+                '/flume.v1.Admin/DiffConfig',
+                request_serializer=flume__protos_dot_v1_dot_admin__pb2.DiffConfigRequest.SerializeToString,
+                response_deserializer=flume__protos_dot_v1_dot_admin__pb2.SetConfigReply.FromString,
+                _registered_method=True)
+        self.ConfigHistory = channel.unary_unary(
+                '/flume.v1.Admin/ConfigHistory',
+                request_serializer=flume__protos_dot_v1_dot_admin__pb2.ConfigHistoryRequest.SerializeToString,
+                response_deserializer=flume__protos_dot_v1_dot_admin__pb2.ConfigHistoryReply.FromString,
+                _registered_method=True)
 
 
 class AdminServicer:
@@ -68,7 +118,8 @@ class AdminServicer:
 
     def Scale(self, request, context):
         """Sets the desired number of attention nodes. FAILED_PRECONDITION when `current_replicas` is given
-        and is not the desired number now; INVALID_ARGUMENT outside the bounds.
+        and is not the desired number now; ABORTED when `revision` is given and the spec was written since;
+        INVALID_ARGUMENT outside the bounds.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -95,6 +146,78 @@ class AdminServicer:
 
     def ListRequests(self, request, context):
         """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Describe(self, request, context):
+        """One thing and what belongs to it. NOT_FOUND when there is no such thing.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ListEvents(self, request, context):
+        """What happened in the last hour, oldest first.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def WatchEvents(self, request, context):
+        """The same, then every event that is new or counted once more.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def DrainNode(self, request, context):
+        """Empties one attention node for good: no new tails, gone once it holds nothing. The desired number
+        stays, so another node takes its place. NOT_FOUND for a node that is not there.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def UndrainNode(self, request, context):
+        """Takes that back while the node is there. FAILED_PRECONDITION when it was not drained by DrainNode.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def SetAutoscale(self, request, context):
+        """Lets the controller set the desired number itself, or stops that. INVALID_ARGUMENT for crossed bounds.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def GetConfig(self, request, context):
+        """Settings: where they are set, or what holds where they are not.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def SetConfig(self, request, context):
+        """Sets or unsets several at once, all or none. NOT_FOUND for a setting that does not exist there,
+        INVALID_ARGUMENT for a value that can't be, ABORTED when others kept changing settings meanwhile.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def DiffConfig(self, request, context):
+        """What SetConfig would change; nothing asked for: what differs from the defaults.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ConfigHistory(self, request, context):
+        """The last changes of one setting, oldest first.
+        """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
@@ -126,6 +249,56 @@ def add_AdminServicer_to_server(servicer, server):
                     servicer.ListRequests,
                     request_deserializer=flume__protos_dot_v1_dot_admin__pb2.ListRequestsRequest.FromString,
                     response_serializer=flume__protos_dot_v1_dot_admin__pb2.ListRequestsReply.SerializeToString,
+            ),
+            'Describe': grpc.unary_unary_rpc_method_handler(
+                    servicer.Describe,
+                    request_deserializer=flume__protos_dot_v1_dot_admin__pb2.DescribeObjectRequest.FromString,
+                    response_serializer=flume__protos_dot_v1_dot_admin__pb2.DescribeObjectReply.SerializeToString,
+            ),
+            'ListEvents': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListEvents,
+                    request_deserializer=flume__protos_dot_v1_dot_admin__pb2.ListEventsRequest.FromString,
+                    response_serializer=flume__protos_dot_v1_dot_admin__pb2.ListEventsReply.SerializeToString,
+            ),
+            'WatchEvents': grpc.unary_stream_rpc_method_handler(
+                    servicer.WatchEvents,
+                    request_deserializer=flume__protos_dot_v1_dot_admin__pb2.ListEventsRequest.FromString,
+                    response_serializer=flume__protos_dot_v1_dot_admin__pb2.Event.SerializeToString,
+            ),
+            'DrainNode': grpc.unary_unary_rpc_method_handler(
+                    servicer.DrainNode,
+                    request_deserializer=flume__protos_dot_v1_dot_admin__pb2.DrainNodeRequest.FromString,
+                    response_serializer=flume__protos_dot_v1_dot_admin__pb2.DrainNodeReply.SerializeToString,
+            ),
+            'UndrainNode': grpc.unary_unary_rpc_method_handler(
+                    servicer.UndrainNode,
+                    request_deserializer=flume__protos_dot_v1_dot_admin__pb2.DrainNodeRequest.FromString,
+                    response_serializer=flume__protos_dot_v1_dot_admin__pb2.DrainNodeReply.SerializeToString,
+            ),
+            'SetAutoscale': grpc.unary_unary_rpc_method_handler(
+                    servicer.SetAutoscale,
+                    request_deserializer=flume__protos_dot_v1_dot_admin__pb2.SetAutoscaleRequest.FromString,
+                    response_serializer=flume__protos_dot_v1_dot_admin__pb2.SetAutoscaleReply.SerializeToString,
+            ),
+            'GetConfig': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetConfig,
+                    request_deserializer=flume__protos_dot_v1_dot_admin__pb2.GetConfigRequest.FromString,
+                    response_serializer=flume__protos_dot_v1_dot_admin__pb2.GetConfigReply.SerializeToString,
+            ),
+            'SetConfig': grpc.unary_unary_rpc_method_handler(
+                    servicer.SetConfig,
+                    request_deserializer=flume__protos_dot_v1_dot_admin__pb2.SetConfigRequest.FromString,
+                    response_serializer=flume__protos_dot_v1_dot_admin__pb2.SetConfigReply.SerializeToString,
+            ),
+            'DiffConfig': grpc.unary_unary_rpc_method_handler(
+                    servicer.DiffConfig,
+                    request_deserializer=flume__protos_dot_v1_dot_admin__pb2.DiffConfigRequest.FromString,
+                    response_serializer=flume__protos_dot_v1_dot_admin__pb2.SetConfigReply.SerializeToString,
+            ),
+            'ConfigHistory': grpc.unary_unary_rpc_method_handler(
+                    servicer.ConfigHistory,
+                    request_deserializer=flume__protos_dot_v1_dot_admin__pb2.ConfigHistoryRequest.FromString,
+                    response_serializer=flume__protos_dot_v1_dot_admin__pb2.ConfigHistoryReply.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -264,6 +437,276 @@ class Admin:
             '/flume.v1.Admin/ListRequests',
             flume__protos_dot_v1_dot_admin__pb2.ListRequestsRequest.SerializeToString,
             flume__protos_dot_v1_dot_admin__pb2.ListRequestsReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Describe(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/flume.v1.Admin/Describe',
+            flume__protos_dot_v1_dot_admin__pb2.DescribeObjectRequest.SerializeToString,
+            flume__protos_dot_v1_dot_admin__pb2.DescribeObjectReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListEvents(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/flume.v1.Admin/ListEvents',
+            flume__protos_dot_v1_dot_admin__pb2.ListEventsRequest.SerializeToString,
+            flume__protos_dot_v1_dot_admin__pb2.ListEventsReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def WatchEvents(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/flume.v1.Admin/WatchEvents',
+            flume__protos_dot_v1_dot_admin__pb2.ListEventsRequest.SerializeToString,
+            flume__protos_dot_v1_dot_admin__pb2.Event.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def DrainNode(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/flume.v1.Admin/DrainNode',
+            flume__protos_dot_v1_dot_admin__pb2.DrainNodeRequest.SerializeToString,
+            flume__protos_dot_v1_dot_admin__pb2.DrainNodeReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def UndrainNode(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/flume.v1.Admin/UndrainNode',
+            flume__protos_dot_v1_dot_admin__pb2.DrainNodeRequest.SerializeToString,
+            flume__protos_dot_v1_dot_admin__pb2.DrainNodeReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def SetAutoscale(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/flume.v1.Admin/SetAutoscale',
+            flume__protos_dot_v1_dot_admin__pb2.SetAutoscaleRequest.SerializeToString,
+            flume__protos_dot_v1_dot_admin__pb2.SetAutoscaleReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetConfig(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/flume.v1.Admin/GetConfig',
+            flume__protos_dot_v1_dot_admin__pb2.GetConfigRequest.SerializeToString,
+            flume__protos_dot_v1_dot_admin__pb2.GetConfigReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def SetConfig(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/flume.v1.Admin/SetConfig',
+            flume__protos_dot_v1_dot_admin__pb2.SetConfigRequest.SerializeToString,
+            flume__protos_dot_v1_dot_admin__pb2.SetConfigReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def DiffConfig(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/flume.v1.Admin/DiffConfig',
+            flume__protos_dot_v1_dot_admin__pb2.DiffConfigRequest.SerializeToString,
+            flume__protos_dot_v1_dot_admin__pb2.SetConfigReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ConfigHistory(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/flume.v1.Admin/ConfigHistory',
+            flume__protos_dot_v1_dot_admin__pb2.ConfigHistoryRequest.SerializeToString,
+            flume__protos_dot_v1_dot_admin__pb2.ConfigHistoryReply.FromString,
             options,
             channel_credentials,
             insecure,

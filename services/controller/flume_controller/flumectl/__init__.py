@@ -6,15 +6,23 @@ from typing import Any
 
 import click
 
+from flume_controller.flumectl.autoscale import autoscale
 from flume_controller.flumectl.completion import completion
+from flume_controller.flumectl.config import config
+from flume_controller.flumectl.describe import describe
 from flume_controller.flumectl.down import down
+from flume_controller.flumectl.drain import drain, undrain
+from flume_controller.flumectl.events import events
 from flume_controller.flumectl.generate import generate
 from flume_controller.flumectl.get import get
 from flume_controller.flumectl.logs import logs
+from flume_controller.flumectl.rollout import rollout
 from flume_controller.flumectl.scale import scale
 from flume_controller.flumectl.status import status
+from flume_controller.flumectl.top import top
 from flume_controller.flumectl.up import up
 from flume_controller.flumectl.version import version
+from flume_controller.flumectl.wait import wait
 
 
 class Commands(click.Group):
@@ -40,5 +48,10 @@ def main() -> None:
     """
 
 
-for command in (up, down, status, get, scale, generate, logs, version, completion):
+for command in (
+    *(up, down, generate, logs),
+    *(status, get, describe, top, events),
+    *(scale, autoscale, rollout, wait, drain, undrain, config),
+    *(version, completion),
+):
     main.add_command(command)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import getpass
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -43,3 +45,12 @@ def admin(target: Target) -> Iterator[Any]:
     address = target.address
     with explained(address), grpc.insecure_channel(address) as channel:
         yield admin_pb2_grpc.AdminStub(channel)  # type: ignore[no-untyped-call]
+
+
+def who() -> str:
+    """Who asks, for histories: a claim, nothing checks it."""
+    try:
+        user = getpass.getuser()
+    except (KeyError, OSError):  # a container may have no name for its user
+        user = "unknown"
+    return f"{user}@{socket.gethostname()}"

@@ -48,6 +48,10 @@ output_option = click.option(
     "-o", "--output", "fmt", type=click.Choice(FORMATS), default="table", show_default=True, help="Format."
 )
 
+dry_run_option = click.option(
+    "--dry-run", is_flag=True, help="Let the controller check it and say what would change; change nothing."
+)
+
 
 def target_options(command: Callable[..., None]) -> Callable[..., None]:
     """--server, --name and --data-dir as one `target`. The innermost decorator of a command."""

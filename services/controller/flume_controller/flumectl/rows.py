@@ -1,10 +1,14 @@
-"""Messages of the admin API as rows: the field names of JSON output, and the columns of tables. Pure."""
+"""Messages of the admin API as rows: the field names of JSON output, and the columns of tables.
+
+Pure, but for ages of what is given as a time.
+"""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 
-from flume_protos.v1 import admin_pb2, common_pb2
+from flume_protos.v1 import admin_pb2, attention_pb2, common_pb2
 
 from flume_controller.flumectl.duration import format_age
 from flume_controller.flumectl.output import Column, Row, column
@@ -62,6 +66,16 @@ def status_row(status: admin_pb2.StatusReply) -> Row:
         },
         "generation": status.generation,
         "observed_generation": status.observed_generation,
+        "set_by": status.set_by,
+        "bounds": {"min": status.min, "max": status.max},
+        "autoscale": {
+            "enabled": status.autoscale.enabled,
+            "paused": status.autoscale.paused,
+            "min": status.autoscale.min,
+            "max": status.autoscale.max,
+        },
+        "drained": list(status.drained),
+        "leader": status.leader,
         "weight_nodes": status.weight_nodes,
         "routers": status.routers,
         "store_connected": status.store_connected,
@@ -75,6 +89,92 @@ def status_row(status: admin_pb2.StatusReply) -> Row:
             }
             for item in status.conditions
         ],
+    }
+
+
+def event_row(event: admin_pb2.Event) -> Row:
+    return {
+        "id": event.id,
+        "object": event.object,
+        "type": event.type,
+        "reason": event.reason,
+        "message": event.message,
+        "source": event.source,
+        "count": event.count,
+        "first_s": event.first_s,
+        "last_s": event.last_s,
+    }
+
+
+def lane_row(lane: attention_pb2.LaneStats) -> Row:
+    return {
+        "weight_node": lane.weight_node,
+        "epoch": lane.epoch,
+        "sequences": lane.sequences,
+        "ranges": lane.ranges,
+        "held_blocks": lane.held_blocks,
+        "granted_blocks": lane.granted_blocks,
+        "steps": lane.steps,
+    }
+
+
+def setting_row(setting: admin_pb2.Setting) -> Row:
+    return {
+        "name": setting.name,
+        "value": setting.value if setting.HasField("value") else None,
+        "default": setting.default,
+        "error": setting.error,
+        "type": setting.type,
+        "range": setting.range,
+        "unit": setting.unit,
+        "description": setting.description,
+        "readers": list(setting.readers),
+        "scopes": list(setting.scopes),
+        "revision": setting.revision,
+        "set_by": setting.set_by,
+        "set_at_s": setting.set_at_s,
+    }
+
+
+def change_row(change: admin_pb2.SettingChange) -> Row:
+    return {
+        "name": change.name,
+        "before": change.before if change.HasField("before") else None,
+        "after": change.after if change.HasField("after") else None,
+    }
+
+
+def record_row(record: admin_pb2.ConfigRecord) -> Row:
+    return {
+        "value": record.value if record.HasField("value") else None,
+        "previous": record.previous if record.HasField("previous") else None,
+        "set_by": record.set_by,
+        "set_at_s": record.set_at_s,
+    }
+
+
+def top_node_row(node: admin_pb2.Node, tokens_per_s: float | None) -> Row:
+    """`tokens_per_s`: by which what it holds grows; None: not known."""
+    return {
+        "id": node.id,
+        "state": node.state,
+        "kv_used_tokens": node.kv_used_tokens,
+        "kv_capacity_tokens": node.kv_capacity_tokens,
+        "kv_used_ratio": round(node.kv_used_tokens / max(node.kv_capacity_tokens, 1), 4),
+        "sequences": node.sequences,
+        "tokens_per_s": tokens_per_s,
+    }
+
+
+def top_request_row(request: admin_pb2.Request, tokens_per_s: float | None) -> Row:
+    """`tokens_per_s`: of the answer; None: not known."""
+    return {
+        "id": request.id,
+        "state": request.state,
+        "weight_node": request.weight_node,
+        "tokens": request.prompt_tokens + request.completion_tokens,
+        "tokens_per_s": tokens_per_s,
+        "age_s": round(request.age_s, 1),
     }
 
 
@@ -121,5 +221,83 @@ REQUEST_COLUMNS: Sequence[Column] = (
     column("WEIGHT-NODE", "weight_node"),
     column("PROMPT", "prompt_tokens"),
     column("COMPLETION", "completion_tokens"),
+    Column("AGE", _age),
+)
+
+
+def _rate(row: Row) -> str:
+    return "-" if row["tokens_per_s"] is None else f"{row['tokens_per_s']:.1f}"
+
+
+def _value(row: Row) -> str:
+    return str(row["default"] if row["value"] is None else row["value"])
+
+
+def _source(row: Row) -> str:
+    if row["error"]:
+        return "invalid"
+    return "default" if row["value"] is None else "set"
+
+
+def _set_since(row: Row) -> str:
+    return since(row["set_at_s"]) if row["set_by"] else "-"
+
+
+def _seen(row: Row) -> str:
+    if row["count"] < 2:
+        return since(row["last_s"])
+    return f"{since(row['last_s'])} (x{row['count']} over {format_age(row['last_s'] - row['first_s'])})"
+
+
+def since(time_s: float) -> str:
+    """The age of a Unix time."""
+    return format_age(time.time() - time_s)
+
+
+EVENT_COLUMNS: Sequence[Column] = (
+    Column("LAST-SEEN", _seen),
+    column("TYPE", "type"),
+    column("REASON", "reason"),
+    column("OBJECT", "object"),
+    column("SOURCE", "source", wide=True),
+    column("MESSAGE", "message"),
+)
+SETTING_COLUMNS: Sequence[Column] = (
+    column("NAME", "name"),
+    Column("VALUE", _value),
+    Column("SOURCE", _source),
+    column("UNIT", "unit"),
+    column("RANGE", "range", wide=True),
+    Column("READ-BY", lambda row: ",".join(row["readers"]) or "<none>", wide=True),
+    column("SET-BY", "set_by", wide=True),
+    Column("AGE", _set_since, wide=True),
+    column("DESCRIPTION", "description", wide=True),
+)
+CHANGE_COLUMNS: Sequence[Column] = (
+    column("NAME", "name"),
+    column("BEFORE", "before"),
+    column("AFTER", "after"),
+)
+RECORD_COLUMNS: Sequence[Column] = (
+    Column("AGE", lambda row: since(row["set_at_s"])),
+    column("VALUE", "value"),
+    column("PREVIOUS", "previous"),
+    column("SET-BY", "set_by"),
+)
+TOP_NODE_COLUMNS: Sequence[Column] = (
+    column("ID", "id"),
+    column("STATE", "state"),
+    Column("KV-USED", lambda row: f"{row['kv_used_ratio']:.0%}"),
+    column("TOKENS", "kv_used_tokens"),
+    column("CAPACITY", "kv_capacity_tokens"),
+    column("SEQUENCES", "sequences"),
+    Column("TOKENS/S", _rate),
+)
+TOP_REQUEST_COLUMNS: Sequence[Column] = (
+    column("ID", "id"),
+    column("STATE", "state"),
+    column("WEIGHT-NODE", "weight_node"),
+    column("TOKENS", "tokens"),
+    Column("TOKENS/S", _rate),
     Column("AGE", _age),
 )

@@ -53,6 +53,9 @@ def to_text(row: Row, now_s: float) -> str:
         f"Cluster:       {row['cluster']}",
         f"Model:         {row['model'] or '<none>'}",
         f"Attention:     {counts}" + (" (the controller has yet to act on the last change)" if stale else ""),
+        f"Set by:        {row['set_by'] or '<unknown>'}; autoscaling {_autoscale(row['autoscale'])}",
+        *([f"Drained:       {', '.join(row['drained'])}"] if row["drained"] else ()),
+        f"Controller:    {row['leader'] or '<none>'} leads",
         f"Weight nodes:  {row['weight_nodes']}",
         f"Routers:       {row['routers']}",
         f"Store:         {'connected' if row['store_connected'] else 'unreachable, last known state shown'}",
@@ -66,3 +69,10 @@ def to_text(row: Row, now_s: float) -> str:
         column("MESSAGE", "message"),
     )
     return "\n".join([*lines, *Table(columns, wide=False).lines(row["conditions"])])
+
+
+def _autoscale(row: Row) -> str:
+    if not row["enabled"]:
+        return "off"
+    bounds = f"{row['min']} to {row['max']} nodes"
+    return f"paused, as the number was set by hand ({bounds})" if row["paused"] else bounds
