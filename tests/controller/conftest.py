@@ -23,8 +23,9 @@ FAKE_NODE = Path(__file__).parent / "fake_attention_node.py"
 class ControllerProcess:
     """A controller of its own, and a client of it."""
 
-    def __init__(self, endpoint, cluster, directory):
+    def __init__(self, endpoint, cluster, directory, node="controller-1", options=()):
         self.directory = directory
+        self.node = node
         self.state = directory / "state"
         self.records = RecordDir(directory / "run")
         self.address = f"127.0.0.1:{free_port()}"
@@ -32,9 +33,9 @@ class ControllerProcess:
             *(sys.executable, "-m", "flume_controller", "--cluster", cluster, "--etcd", endpoint),
             *("--listen", self.address, "--data-dir", str(directory), "--attention", "1"),
             *("--attention-command", shlex.join([sys.executable, str(FAKE_NODE)])),
-            *("--attention-args", shlex.join(["--state", str(self.state)])),
+            *("--attention-args", shlex.join(["--state", str(self.state)]), "--node", node, *options),
         ]
-        self.state.mkdir()
+        self.state.mkdir(exist_ok=True)
         self._process = None
         self._channel = grpc.insecure_channel(
             self.address,
@@ -43,12 +44,15 @@ class ControllerProcess:
         self.stub = rpc.AdminStub(self._channel)
 
     def start(self):
-        log = (self.directory / "controller.log").open("ab")
+        log = (self.directory / f"{self.node}.log").open("ab")
         self._process = subprocess.Popen(self._argv, stdout=log, stderr=log, start_new_session=True)
         grpc.channel_ready_future(self._channel).result(timeout=15)
 
+    def send(self, signal_number):
+        self._process.send_signal(signal_number)
+
     def end(self, how=signal.SIGTERM):
-        self._process.send_signal(how)
+        self.send(how)
         return self._process.wait(timeout=15)
 
     def close(self):
@@ -93,7 +97,7 @@ class ControllerProcess:
         return next(item for item in self.status().conditions if item.type == kind)
 
     def log(self):
-        return (self.directory / "controller.log").read_text()
+        return (self.directory / f"{self.node}.log").read_text()
 
 
 @pytest.fixture
@@ -105,3 +109,26 @@ def controller(etcd_endpoint, keys, tmp_path):
         yield made
     finally:
         made.close()
+
+
+QUICK_ELECTION = (
+    *("--leader-elect-lease-duration", "3s", "--leader-elect-renew-deadline", "1500ms"),
+    *("--leader-elect-retry-period", "500ms"),
+)
+
+
+@pytest.fixture
+def two_controllers(etcd_endpoint, keys, tmp_path):
+    """The leader and its standby, on the same machine and data directory."""
+    made = [
+        ControllerProcess(etcd_endpoint, keys.cluster, tmp_path, node, QUICK_ELECTION)
+        for node in ("controller-1", "controller-2")
+    ]
+    try:
+        for controller in made:
+            controller.start()
+            made[0].until_states(a1="READY")
+        yield made
+    finally:
+        for controller in made:
+            controller.close()

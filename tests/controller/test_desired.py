@@ -2,8 +2,8 @@ import asyncio
 
 import pytest
 from flume_controller import desired
-from flume_controller.desired import InvalidSpec, NotCurrent, OutOfBounds
-from flume_controller.spec import Actor, AttentionSpec, encode
+from flume_controller.desired import InvalidSpec, NotCurrent, OutOfBounds, RevisionChanged
+from flume_controller.spec import Actor, AttentionSpec, Autoscale, encode
 
 
 async def set_to(store, keys, replicas, **options):
@@ -11,42 +11,71 @@ async def set_to(store, keys, replicas, **options):
     return (await desired.set_desired(store, keys, replicas, **options))[1]
 
 
-async def test_the_first_controller_creates_the_spec_and_the_next_finds_it(store, keys):
-    first = await desired.ensure(store, keys, AttentionSpec(desired=2))
-    again = await desired.ensure(store, keys, AttentionSpec(desired=9))
-    assert first == again == AttentionSpec(desired=2)
+async def write(store, keys, spec):
+    await store.put(keys.spec_attention, encode(spec))
+    return spec
 
 
 async def test_a_change_counts_up_the_generation_and_says_who(store, keys):
-    await desired.ensure(store, keys, AttentionSpec(desired=1))
+    await write(store, keys, AttentionSpec(desired=1))
     spec = await set_to(store, keys, 3, actor=Actor.AUTOSCALER)
     assert (spec.desired, spec.generation, spec.set_by, spec.updated_at_s) == (3, 2, "autoscaler", 5.0)
     assert (await desired.read(store, keys))[0] == spec
 
 
 async def test_asking_for_what_is_wanted_already_changes_nothing(store, keys):
-    before = await desired.ensure(store, keys, AttentionSpec(desired=1))
+    before = await write(store, keys, AttentionSpec(desired=1))
     _, revision = await desired.read(store, keys)
     assert await set_to(store, keys, 1) == before
     assert (await desired.read(store, keys))[1] == revision
 
 
 async def test_bounds_are_kept_and_named(store, keys):
-    await desired.ensure(store, keys, AttentionSpec(desired=2, min=1, max=4))
+    await write(store, keys, AttentionSpec(desired=2, min=1, max=4))
     for replicas in (0, 5):
         with pytest.raises(OutOfBounds, match=f"replicas must be 1 to 4, got {replicas}"):
             await set_to(store, keys, replicas)
 
 
 async def test_the_precondition_is_checked_even_when_nothing_would_change(store, keys):
-    await desired.ensure(store, keys, AttentionSpec(desired=2))
+    await write(store, keys, AttentionSpec(desired=2))
     with pytest.raises(NotCurrent, match="expected 3 current replicas, the desired number is 2"):
         await set_to(store, keys, 2, current=3)
     assert (await set_to(store, keys, 4, current=2)).desired == 4
 
 
+async def test_a_change_decided_at_an_old_revision_is_refused(store, keys):
+    await write(store, keys, AttentionSpec(desired=2))
+    _, revision = await desired.read(store, keys)
+    assert (await set_to(store, keys, 4, revision=revision)).desired == 4
+    with pytest.raises(RevisionChanged, match=f"expected the spec at revision {revision}, it is at"):
+        await set_to(store, keys, 5, revision=revision)
+    with pytest.raises(RevisionChanged):
+        await set_to(store, keys, 4, revision=revision)
+    assert (await desired.read(store, keys))[0].desired == 4
+
+
+async def test_the_autoscaler_is_turned_on_and_off_and_keeps_the_count(store, keys):
+    await write(store, keys, AttentionSpec(desired=2, set_by=Actor.USER))
+    on = Autoscale(enabled=True, min=1, max=5)
+    _, spec = await desired.set_autoscale(store, keys, on, now_s=6.0)
+    assert (spec.desired, spec.set_by, spec.generation, spec.autoscale) == (2, "user", 2, on)
+    _, again = await desired.set_autoscale(store, keys, on, now_s=7.0)
+    assert again == spec
+    _, off = await desired.set_autoscale(store, keys, Autoscale(), now_s=8.0)
+    assert not off.autoscale.enabled and off.generation == 3
+
+
+@pytest.mark.parametrize("actor", [Actor.USER, Actor.KUBERNETES])
+async def test_whoever_else_sets_the_count_pauses_the_autoscaler(store, keys, actor):
+    await write(store, keys, AttentionSpec(desired=2, autoscale=Autoscale(enabled=True)))
+    assert (await set_to(store, keys, 3, actor=Actor.AUTOSCALER)).autoscale.active
+    spec = await set_to(store, keys, 3, actor=actor)
+    assert spec.autoscale.enabled and spec.autoscale.paused
+
+
 async def test_of_two_with_the_same_precondition_one_wins(store, keys):
-    await desired.ensure(store, keys, AttentionSpec(desired=2))
+    await write(store, keys, AttentionSpec(desired=2))
     results = await asyncio.gather(
         *(set_to(store, keys, replicas, current=2) for replicas in (3, 4, 5)), return_exceptions=True
     )
@@ -56,7 +85,7 @@ async def test_of_two_with_the_same_precondition_one_wins(store, keys):
 
 
 async def test_changes_at_the_same_time_are_all_counted(store, keys):
-    await desired.ensure(store, keys, AttentionSpec(desired=1))
+    await write(store, keys, AttentionSpec(desired=1))
     await asyncio.gather(*(set_to(store, keys, replicas) for replicas in (2, 3, 4)))
     assert (await desired.read(store, keys))[0].generation == 4
 

@@ -1,77 +1,33 @@
 """One pass at a time over real etcd, with a fake provider, fake node calls and a clock of the test's."""
 
-import itertools
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import grpc
 import pytest
+from flume_common.election import Deposed
 from flume_common.membership import Member, Role, State
-from flume_controller.fleet import ActionsFailed, AttentionFleet
+from flume_controller.fleet import ActionsFailed, AttentionFleet, SpecMoved
 from flume_controller.observe import Held, Patience
 from flume_controller.providers.base import Instance
-from flume_controller.spec import AttentionSpec, decode_status, encode
+from flume_controller.spec import Actor, AttentionSpec, decode_spec, decode_status, encode
 
-
-class FakeProvider:
-    """Processes that run because the list says so."""
-
-    def __init__(self, clock):
-        self.clock = clock
-        self.known = {}
-        self.pids = itertools.count(1)
-        self.stopped = []
-        self.before_listing = None
-        self.error = None
-
-    async def instances(self):
-        if self.before_listing:
-            await self.before_listing()
-        return list(self.known.values())
-
-    async def start(self, node):
-        if self.error:
-            raise self.error
-        self.known[node] = Instance(node, pid=next(self.pids), started_at_s=self.clock())
-
-    async def stop(self, node):
-        self.stopped.append(node)
-        self.known[node] = replace(self.known[node], stopping=True)
-
-    async def forget(self, node):
-        del self.known[node]
-
-    def crash(self, node):
-        self.known[node] = replace(self.known[node], running=False, exit_code=1)
-
-
-class FakeNodes:
-    """Node calls: `holds` is what nodes answer; drains and undrains are recorded."""
-
-    def __init__(self):
-        self.holds = {}
-        self.calls = []
-        self.error = None
-
-    async def held(self, members):
-        return {m.id: self.holds[m.id] for m in members if m.id in self.holds}
-
-    async def drain(self, member):
-        if self.error:
-            raise self.error
-        self.calls.append(("drain", member.id))
-
-    async def undrain(self, member):
-        self.calls.append(("undrain", member.id))
+sys.path.insert(0, str(Path(__file__).parent))
+from fleet_fakes import FakeNodes, FakeProvider
+from office import Office
 
 
 class World:
     """A fleet and everything around it."""
 
-    def __init__(self, store, keys):
+    def __init__(self, store, keys, office):
         self.store, self.keys = store, keys
         self.now_s = 1000.0
         self.provider = FakeProvider(self.clock)
         self.nodes = FakeNodes()
+        self.office = office
+        self.told = []
         self.restart()
 
     def clock(self):
@@ -80,14 +36,26 @@ class World:
     def restart(self):
         """A new controller over the same world."""
         self.fleet = AttentionFleet(
-            self.store, self.keys, self.provider, self.nodes, AttentionSpec(desired=1),
-            patience=Patience(start_s=100, lost_s=30), clock=self.clock,
+            self.store, self.keys, self.office.fenced, self.provider, self.nodes, AttentionSpec(desired=1),
+            leader="controller-1", tell=self.tell, patience=Patience(start_s=100, lost_s=30),
+            progress_deadline_s=60, clock=self.clock,
         )  # fmt: skip
 
-    async def want(self, desired, generation=2):
+    def tell(self, *happenings):
+        self.told += happenings
+
+    def news(self):
+        """What was told since the last time, `object reason`."""
+        told, self.told = self.told, []
+        return [f"{item.object} {item.reason}" for item in told]
+
+    async def want(self, desired, generation=2, **fields):
         await self.store.put(
-            self.keys.spec_attention, encode(AttentionSpec(desired=desired, generation=generation))
+            self.keys.spec_attention, encode(AttentionSpec(desired=desired, generation=generation, **fields))
         )
+
+    async def spec(self):
+        return decode_spec((await self.store.get(self.keys.spec_attention)).value)
 
     async def register(self, node, state=State.READY, **values):
         member = Member(
@@ -115,13 +83,16 @@ class World:
     async def status(self):
         return decode_status((await self.store.get(self.keys.status_attention)).value)
 
+    async def condition(self, kind):
+        return next(item for item in (await self.status()).conditions if item.type == kind)
+
     async def degraded(self):
-        return next(item for item in (await self.status()).conditions if item.type == "Degraded")
+        return await self.condition("Degraded")
 
 
 @pytest.fixture
-def world(store, keys):
-    return World(store, keys)
+async def world(store, keys):
+    return World(store, keys, await Office.take(store, keys))
 
 
 async def test_the_first_pass_creates_the_spec_and_starts_what_it_says(world):
@@ -267,3 +238,136 @@ async def test_a_member_and_a_status_nobody_can_read_are_stepped_over(world):
     await world.turn()
     assert list(world.provider.known) == ["attention-1"]
     assert (await world.status()).desired == 1
+
+
+async def test_the_status_names_its_writer_and_the_epoch(world):
+    await world.turn()
+    status = await world.status()
+    assert (status.leader, status.epoch) == ("controller-1", world.office.fenced.term.epoch)
+
+
+async def test_the_writes_of_an_ex_leader_are_refused_and_counted(world):
+    await world.ready(1)
+    before = await world.store.get(world.keys.status_attention)
+    await Office.take(world.store, world.keys)
+    await world.want(2, generation=3)
+    with pytest.raises(Deposed):
+        await world.turn()
+    after = await world.store.get(world.keys.status_attention)
+    assert after == before and world.office.candidate.epoch_rejected == 1
+
+
+async def test_a_leader_that_could_not_renew_starts_and_stops_nothing(world):
+    await world.ready(1)
+    world.office.renewal.left_s = -0.1
+    await world.want(2, generation=3)
+    with pytest.raises(Deposed):
+        await world.turn()
+    assert list(world.provider.known) == ["attention-1"]
+
+
+async def test_a_scale_up_that_cannot_complete_returns_to_the_last_good_count(world):
+    await world.ready(2)
+    world.news()
+    await world.want(5, generation=3, set_by=Actor.USER)
+    await world.turn()
+    await world.turn(after_s=59)
+    assert (await world.spec()).desired == 5 and (await world.condition("Progressing")).status == "True"
+    await world.turn(after_s=1)
+    spec, status = await world.spec(), await world.status()
+    assert (spec.desired, spec.set_by, spec.generation) == (2, "controller", 4)
+    assert (status.observed_generation, status.last_good) == (4, 2)
+    assert (status.gave_up.generation, status.gave_up.wanted, status.gave_up.returned_to) == (3, 5, 2)
+    assert (await world.condition("Progressing")).reason == "ProgressDeadlineExceeded"
+    assert [item for item in world.news() if item.startswith("fleet")] == [
+        *("fleet/attention ScalingUp", "fleet/attention ScaleTimedOut", "fleet/attention ScalingDown"),
+    ]
+    await world.want(3, generation=5, set_by=Actor.USER)
+    await world.turn()
+    assert (await world.condition("Progressing")).status == "True", "a new wish is a new try"
+
+
+async def test_each_node_that_becomes_ready_gives_a_scale_more_time(world):
+    await world.ready(1)
+    await world.want(3, generation=3)
+    await world.turn()
+    await world.turn(after_s=50)
+    await world.register("attention-2")
+    await world.turn(after_s=9)
+    await world.turn(after_s=50)
+    assert (await world.spec()).desired == 3
+    await world.turn(after_s=10)
+    assert (await world.spec()).desired == 1
+
+
+async def test_a_lost_node_that_cannot_be_replaced_is_no_reason_to_want_fewer(world):
+    await world.ready(2)
+    world.provider.crash("attention-2")
+    world.provider.error = OSError("no room")
+    for _ in range(3):
+        with pytest.raises(ActionsFailed):
+            await world.turn(after_s=40)
+    assert (await world.spec()).desired == 2
+    assert (await world.condition("Progressing")).reason == "ProgressDeadlineExceeded"
+
+
+async def test_a_spec_that_changes_while_a_pass_gives_up_is_left_alone(world):
+    await world.ready(1)
+    await world.want(4, generation=3)
+    await world.turn()
+
+    async def edit():
+        await world.want(6, generation=4)
+
+    world.provider.before_listing = edit
+    with pytest.raises(SpecMoved):
+        await world.turn(after_s=60)
+    assert (await world.spec()).desired == 6
+
+
+async def test_a_drained_node_is_replaced_and_its_id_not_given_again(world):
+    await world.ready(2)
+    await world.want(2, generation=3, drained=("attention-1",))
+    await world.turn()
+    assert world.nodes.calls == [("drain", "attention-1")]
+    assert set(world.provider.known) == {"attention-1", "attention-2", "attention-3"}
+    await world.register("attention-1", State.DRAINING)
+    world.nodes.holds = {"attention-1": Held(0, 0, safe_to_delete=True)}
+    await world.turn()
+    assert world.provider.stopped == ["attention-1"]
+    world.provider.known["attention-1"] = replace(world.provider.known["attention-1"], running=False)
+    await world.lapse("attention-1")
+    await world.register("attention-3")
+    await world.want(3, generation=4, drained=("attention-1",))
+    await world.turn()
+    assert set(world.provider.known) == {"attention-2", "attention-3", "attention-4"}
+
+
+async def test_what_becomes_of_nodes_is_told_once(world):
+    await world.turn()
+    assert world.news() == ["fleet/attention ScalingUp"]
+    await world.register("attention-1")
+    await world.turn()
+    await world.turn()
+    assert world.news() == ["attention/attention-1 NodeReady"]
+    await world.want(0, generation=2)
+    await world.register("attention-1", State.DRAINING)
+    await world.turn()
+    assert world.news() == ["fleet/attention ScalingDown", "attention/attention-1 NodeDraining"]
+
+
+async def test_a_new_leader_tells_nothing_of_what_it_finds(world):
+    await world.ready(2)
+    world.news()
+    world.restart()
+    await world.turn()
+    assert world.news() == []
+
+
+async def test_how_long_nodes_took_to_become_ready_is_measured(world):
+    await world.turn()
+    assert world.fleet.prepare_s is None
+    await world.register("attention-1")
+    await world.turn(after_s=7)
+    await world.turn(after_s=100)
+    assert world.fleet.prepare_s == 7

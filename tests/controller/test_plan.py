@@ -190,3 +190,22 @@ def _rests(view):
     if view.phase is DRAINING:
         return node(view.id, DRAINING, 0, safe=True)
     return view if view.phase is STUCK else node(view.id, READY, view.held_tokens)
+
+
+def test_a_node_that_an_operator_drains_goes_and_another_comes():
+    nodes = [NodeView("attention-1", Phase.READY, drained=True), NodeView("attention-2", Phase.READY)]
+    assert plan(2, nodes) == [Start(1), Drain("attention-1")]
+
+
+def test_a_drain_that_an_operator_asked_for_is_not_taken_back():
+    nodes = [NodeView("attention-1", Phase.DRAINING, held_tokens=9, drained=True)]
+    assert plan(1, nodes) == [Start(1)]
+
+
+def test_a_lost_node_that_was_to_go_is_not_waited_for():
+    assert plan(1, [NodeView("attention-1", Phase.LOST, drained=True)]) == [Start(1)]
+
+
+def test_draining_one_of_too_many_starts_nothing():
+    nodes = [NodeView("attention-1", Phase.READY, drained=True), NodeView("attention-2", Phase.READY)]
+    assert plan(1, nodes) == [Drain("attention-1")]

@@ -1,6 +1,7 @@
 import pytest
 from flume_controller.plan import NodeView, Phase
-from flume_controller.spec import AttentionSpec, ConditionStatus
+from flume_controller.progress import Progress
+from flume_controller.spec import AttentionSpec, ConditionStatus, GaveUp
 from flume_controller.status import Crash, report
 
 SPEC = AttentionSpec(desired=2, generation=7)
@@ -14,8 +15,28 @@ def conditions(status):
     return {item.type: (str(item.status), item.reason) for item in status.conditions}
 
 
-def make(*phases, spec=SPEC, crashes=(), failures=(), previous=None, now_s=1.0):
-    return report(spec, nodes(*phases), crashes, failures, previous, now_s)
+FINE = Progress(last_good=2, at_s=0.5, gave_up=None)
+
+
+def make(*phases, spec=SPEC, crashes=(), failures=(), state=FINE, previous=None, now_s=1.0):
+    return report(spec, nodes(*phases), crashes, failures, state, previous, now_s)
+
+
+def test_no_progress_within_the_deadline_is_said():
+    status = make(Phase.READY, Phase.STARTING, state=Progress(1, 0.5, None, overdue=True))
+    assert conditions(status)["Progressing"] == ("False", "ProgressDeadlineExceeded")
+    assert (status.last_good, status.progressed_at_s) == (1, 0.5)
+
+
+def test_a_scale_that_was_given_up_stays_visible_though_the_fleet_is_as_it_was():
+    gave_up = GaveUp(generation=6, wanted=5, returned_to=2, at_s=9.0)
+    status = make(Phase.READY, Phase.READY, state=Progress(2, 0.5, gave_up))
+    assert conditions(status)["Progressing"] == ("False", "ProgressDeadlineExceeded")
+    assert "5 were wanted" in status.conditions[1].message and status.gave_up == gave_up
+
+
+def test_conditions_name_the_generation_they_are_about():
+    assert {item.observed_generation for item in make(Phase.READY).conditions} == {7}
 
 
 def test_the_generation_acted_on_and_the_counts_are_reported():

@@ -9,10 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import click
+from flume_common.election import Timing
 from flume_common.serving import until_signalled
 from flume_common.telemetry import LEVELS, configure_logging
 
 from flume_controller.config import ControllerConfig
+from flume_controller.flumectl.duration import DURATION
 from flume_controller.serve import run
 
 
@@ -38,12 +40,52 @@ from flume_controller.serve import run
     "--data-dir", type=click.Path(path_type=Path, file_okay=False), required=True,
     help="For records of the processes it starts and their logs.",
 )  # fmt: skip
+@click.option(
+    "--leader-elect-lease-duration", "lease_s", type=DURATION, default="15s", show_default=True,
+    help="How long other controllers wait for a leader that died without saying so.",
+)  # fmt: skip
+@click.option(
+    "--leader-elect-renew-deadline", "renew_deadline_s", type=DURATION, default="10s", show_default=True,
+    help="A leader that could not renew its lease for so long stops leading. Shorter than the lease.",
+)  # fmt: skip
+@click.option(
+    "--leader-elect-retry-period", "retry_s", type=DURATION, default="2s", show_default=True,
+    help="Between two renewals. The renew deadline must be more than 1.2 times as long.",
+)  # fmt: skip
+@click.option(
+    "--progress-deadline", "progress_deadline_s", type=DURATION, default="10m", show_default=True,
+    help="A scale-up without progress for so long returns to the last good count.",
+)  # fmt: skip
+@click.option(
+    "--autoscale-bandwidth", "attention_bandwidth_bytes_per_s", type=click.FloatRange(min=0), default=0,
+    help="Bytes per second at which an attention node reads KV; with it the autoscaler keeps the SLO, too.",
+)  # fmt: skip
+@click.option(
+    "--autoscale-rest", "rest_of_step_s", type=DURATION, default="0s",
+    help="Part of a step outside of attention, for the same limit.",
+)  # fmt: skip
 @click.option("--log-level", type=click.Choice(LEVELS), default="info", show_default=True)
-def main(attention_command: str, attention_args: str, log_level: str, **settings: Any) -> None:
-    """Keep as many attention nodes running as are wanted, and serve the admin API."""
+def main(
+    attention_command: str,
+    attention_args: str,
+    lease_s: float,
+    renew_deadline_s: float,
+    retry_s: float,
+    log_level: str,
+    **settings: Any,
+) -> None:
+    """Keep as many attention nodes running as are wanted, and serve the admin API.
+
+    Several may run side by side: one leads, the others serve the admin API and wait.
+    """
+    try:
+        election = Timing(lease_s, renew_deadline_s, retry_s)
+    except ValueError as error:
+        raise click.UsageError(str(error)) from None
     config = ControllerConfig(
         attention_command=tuple(shlex.split(attention_command)),
         attention_args=tuple(shlex.split(attention_args)),
+        election=election,
         **settings,
     )
     configure_logging("controller", config.node, log_level)

@@ -18,10 +18,11 @@ from flume_protos.v1 import admin_pb2 as pb
 from flume_protos.v1 import admin_pb2_grpc as rpc
 
 from flume_controller import desired
-from flume_controller.desired import InvalidSpec, NotCurrent, OutOfBounds, SpecConflict
+from flume_controller.desired import InvalidSpec, NotCurrent, OutOfBounds, RevisionChanged, SpecConflict
+from flume_controller.lead import LedProvider
 from flume_controller.nodes import GrpcNodes
 from flume_controller.observe import Held
-from flume_controller.providers.base import Instance, Provider
+from flume_controller.providers.base import Instance
 from flume_controller.spec import Actor, AttentionSpec, AttentionStatus, Condition
 from flume_controller.views import Report, Wish
 
@@ -35,6 +36,7 @@ STATUS_OF: dict[type[Exception], grpc.StatusCode] = {
     OutOfBounds: grpc.StatusCode.INVALID_ARGUMENT,
     NotCurrent: grpc.StatusCode.FAILED_PRECONDITION,
     InvalidSpec: grpc.StatusCode.FAILED_PRECONDITION,
+    RevisionChanged: grpc.StatusCode.ABORTED,
     SpecConflict: grpc.StatusCode.ABORTED,
     StoreRefused: grpc.StatusCode.FAILED_PRECONDITION,
     StoreError: grpc.StatusCode.UNAVAILABLE,
@@ -56,7 +58,7 @@ class Sources:
     members: Members
     wish: Wish
     report: Report
-    provider: Provider
+    provider: LedProvider
     nodes: GrpcNodes
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import msgspec
+from flume_common.election import Timing
 
 Positive = Annotated[float, msgspec.Meta(gt=0)]
 
@@ -30,5 +31,13 @@ class ControllerConfig(msgspec.Struct, frozen=True, kw_only=True):
     lease_ttl_s: Positive = 10.0
     resync_s: Positive = 5.0
     """A pass runs at least this often, whatever was or was not heard."""
+    progress_deadline_s: Positive = 600.0
+    """A scale-up without progress for so long returns to the last good count."""
+    election: Timing = Timing()
+    """How long the others wait for a leader that died, and when one that can't renew stops."""
+    attention_bandwidth_bytes_per_s: Annotated[float, msgspec.Meta(ge=0)] = 0.0
+    """At which one attention node reads KV, for the autoscaler's latency limit; 0: unknown, memory alone."""
+    rest_of_step_s: Annotated[float, msgspec.Meta(ge=0)] = 0.0
+    """Part of a step outside of attention, for the same limit."""
     stop_grace_s: Positive = 10.0
     """How long an attention node may take to end after SIGTERM."""

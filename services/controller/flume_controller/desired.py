@@ -3,17 +3,20 @@
 * SpecError
   + OutOfBounds      the count lies outside the spec's own bounds
   + NotCurrent       the caller's `current` is not the desired count now
+  + RevisionChanged  the spec is not at the revision the caller decided at
   + SpecConflict     others kept changing it at the same time
   + InvalidSpec      what is in etcd can't be read
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import msgspec
 from flume_common.keys import Keys
-from flume_common.store import Get, Put, Store, mod_revision
+from flume_common.store import Put, Store, mod_revision
 
-from flume_controller.spec import Actor, AttentionSpec, decode_spec, encode
+from flume_controller.spec import Actor, AttentionSpec, Autoscale, decode_spec, encode
 
 _ATTEMPTS = 5
 
@@ -33,6 +36,13 @@ class OutOfBounds(SpecError):
 class NotCurrent(SpecError):
     def __init__(self, expected: int, actual: int) -> None:
         super().__init__(f"expected {expected} current replicas, the desired number is {actual}")
+        self.expected = expected
+        self.actual = actual
+
+
+class RevisionChanged(SpecError):
+    def __init__(self, expected: int, actual: int) -> None:
+        super().__init__(f"expected the spec at revision {expected}, it is at {actual}")
         self.expected = expected
         self.actual = actual
 
@@ -57,37 +67,60 @@ async def read(store: Store, keys: Keys) -> tuple[AttentionSpec | None, int]:
     return _decode(keys, found.value), found.mod_revision
 
 
-async def ensure(store: Store, keys: Keys, initial: AttentionSpec) -> AttentionSpec:
-    """The spec, created as `initial` where there is none yet."""
-    spec, _ = await read(store, keys)
-    if spec is not None:
-        return spec
-    result = await store.txn(
-        [mod_revision(keys.spec_attention, 0)],
-        [Put(keys.spec_attention, encode(initial))],
-        [Get(keys.spec_attention)],
-    )
-    if result.succeeded:
-        return initial
-    written = result.kv(0)
-    return initial if written is None else _decode(keys, written.value)
-
-
 async def set_desired(
-    store: Store, keys: Keys, replicas: int, *, actor: Actor, current: int | None, now_s: float
+    store: Store,
+    keys: Keys,
+    replicas: int,
+    *,
+    actor: Actor,
+    current: int | None,
+    revision: int | None = None,
+    now_s: float,
 ) -> tuple[AttentionSpec, AttentionSpec]:
     """Set the desired count; the spec before and after. Setting it to what it is changes nothing.
 
-    Raises OutOfBounds, NotCurrent (`current` is a precondition), SpecConflict, InvalidSpec, StoreError.
+    `current` and `revision` (of the spec's key) are preconditions. While another scale is under way the
+    new count takes its place. Raises OutOfBounds, NotCurrent, RevisionChanged, SpecConflict,
+    InvalidSpec, StoreError.
     """
+    return await edit(
+        store,
+        keys,
+        lambda spec: changed(spec, replicas, actor=actor, current=current, now_s=now_s),
+        revision=revision,
+    )
+
+
+async def set_autoscale(
+    store: Store, keys: Keys, autoscale: Autoscale, *, revision: int | None = None, now_s: float
+) -> tuple[AttentionSpec, AttentionSpec]:
+    """Turn the autoscaler on or off; the spec before and after. Raises as `set_desired`.
+
+    Turning it on ends the pause that a count set by hand began.
+    """
+    return await edit(
+        store, keys, lambda spec: with_autoscale(spec, autoscale, now_s=now_s), revision=revision
+    )
+
+
+async def edit(
+    store: Store,
+    keys: Keys,
+    change: Callable[[AttentionSpec], AttentionSpec],
+    *,
+    revision: int | None = None,
+) -> tuple[AttentionSpec, AttentionSpec]:
+    """Replace the spec by what `change` makes of it; before and after. `change` may run several times."""
     for _ in range(_ATTEMPTS):
-        before, revision = await read(store, keys)
+        before, found = await read(store, keys)
+        if revision is not None and revision != found:
+            raise RevisionChanged(revision, found)
         before = before or AttentionSpec(desired=0, generation=1)
-        after = changed(before, replicas, actor=actor, current=current, now_s=now_s)
+        after = change(before)
         if after == before:
             return before, before
         write = Put(keys.spec_attention, encode(after))
-        result = await store.txn([mod_revision(keys.spec_attention, revision)], [write])
+        result = await store.txn([mod_revision(keys.spec_attention, found)], [write])
         if result.succeeded:
             return before, after
     raise SpecConflict
@@ -101,11 +134,31 @@ def changed(
         raise NotCurrent(current, spec.desired)
     if not spec.min <= replicas <= spec.max:
         raise OutOfBounds(replicas, spec)
-    if replicas == spec.desired:
+    autoscale = _pinned(spec.autoscale) if actor is not Actor.AUTOSCALER else spec.autoscale
+    if (replicas, autoscale) == (spec.desired, spec.autoscale):
         return spec
     return msgspec.structs.replace(
-        spec, desired=replicas, set_by=actor, generation=spec.generation + 1, updated_at_s=now_s
+        spec,
+        desired=replicas,
+        autoscale=autoscale,
+        set_by=actor,
+        generation=spec.generation + 1,
+        updated_at_s=now_s,
     )
+
+
+def with_autoscale(spec: AttentionSpec, autoscale: Autoscale, *, now_s: float) -> AttentionSpec:
+    """The next generation of `spec`, or `spec` itself when it asks for nothing new. Pure."""
+    if autoscale == spec.autoscale:
+        return spec
+    return msgspec.structs.replace(
+        spec, autoscale=autoscale, generation=spec.generation + 1, updated_at_s=now_s
+    )
+
+
+def _pinned(autoscale: Autoscale) -> Autoscale:
+    """A count set by hand stays: the autoscaler pauses until it is turned on again."""
+    return msgspec.structs.replace(autoscale, paused=True) if autoscale.active else autoscale
 
 
 def _decode(keys: Keys, value: bytes) -> AttentionSpec:

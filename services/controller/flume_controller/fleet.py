@@ -1,24 +1,31 @@
 """One reconcile pass over the attention nodes: read all of the state, plan, act, report.
 
-Decisions are in `plan.py`, `observe.py` and `status.py`; when to run a pass is in `reconcile.py`.
+Decisions are in `plan.py`, `observe.py`, `progress.py` and `status.py`; when to run a pass is in
+`reconcile.py`. A pass belongs to one term of the leader: etcd refuses its writes once that is over, and
+what etcd can't refuse is not begun then.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 
 import grpc
+import msgspec
 import structlog
+from flume_common.election import Fenced
 from flume_common.keys import Keys
 from flume_common.membership import Member, Role
-from flume_common.store import KeyValue, Store
+from flume_common.store import KeyValue, Put, Store, mod_revision
 
-from flume_controller import desired
+from flume_controller import desired, happenings
+from flume_controller.events import Happening
 from flume_controller.memory import Memory
 from flume_controller.nodes import Nodes
 from flume_controller.observe import Patience, free_ids, observe
 from flume_controller.plan import Action, Drain, NodeView, Phase, Start, Stop, Undrain, plan
+from flume_controller.progress import Progress, progress, returned
 from flume_controller.providers.base import Instance, Provider
 from flume_controller.spec import AttentionSpec, AttentionStatus, decode_status, encode
 from flume_controller.status import report
@@ -39,42 +46,106 @@ class ActionsFailed(Exception):
         self.failures = tuple(failures)
 
 
+class SpecMoved(Exception):
+    """Somebody wrote the spec while a pass was about to; the next pass decides anew."""
+
+    def __init__(self) -> None:
+        super().__init__("the spec changed during the pass")
+
+
 class AttentionFleet:
-    """Makes the attention nodes match the spec, one pass at a time."""
+    """Makes the attention nodes match the spec, one pass at a time. One object per term."""
 
     def __init__(
         self,
         store: Store,
         keys: Keys,
+        fenced: Fenced,
         provider: Provider,
         nodes: Nodes,
         initial: AttentionSpec,
         *,
+        leader: str = "",
+        tell: Callable[..., None] = lambda *happenings: None,
         patience: Patience | None = None,
+        progress_deadline_s: float = 600.0,
         clock: Callable[[], float] = time.time,
     ) -> None:
+        """`tell` takes what happened, for the events; `leader` is the id that the status names."""
         self._store = store
         self._keys = keys
+        self._fenced = fenced
         self._provider = provider
         self._nodes = nodes
         self._initial = initial
+        self._leader = leader
+        self._tell = tell
         self._patience = patience or Patience()
+        self._progress_deadline_s = progress_deadline_s
         self._clock = clock
         self._memory = Memory()
 
+    @property
+    def prepare_s(self) -> float | None:
+        """How long nodes took of late from their start to READY; None before the first."""
+        return self._memory.prepare_s
+
     async def reconcile(self) -> float | None:
-        """One pass. Raises StoreError, InvalidSpec, ActionsFailed."""
-        spec = await desired.ensure(self._store, self._keys, self._initial)
+        """One pass; seconds after which it wants another. Raises StoreError, InvalidSpec, ActionsFailed,
+        SpecMoved, Deposed."""
+        spec, revision = await self._spec()
+        previous = await self._previous()
         members = await self._members()
         instances = await self._instances(members)
-        views = await self._observe(members, instances)
-        if sum(view.phase is Phase.READY for view in views) >= spec.desired:
+        views = await self._observe(spec, members, instances)
+        ready = sum(view.phase is Phase.READY for view in views)
+        state = progress(spec, ready, previous, self._clock(), self._progress_deadline_s)
+        spec, state = await self._give_up(spec, revision, state, previous)
+        if ready >= spec.desired:
             self._memory.all_ready(self._clock())
-        failures = await self._act(plan(spec.desired, views), members)
-        await self._report(spec, views, failures)
+        failures = await self._act(plan(spec.desired, views), spec, members)
+        await self._report(spec, views, failures, state, previous)
+        self._tell(*self._news(spec, views, previous))
         if failures:
             raise ActionsFailed(failures)
         return self._wish_s(spec, views)
+
+    async def _spec(self) -> tuple[AttentionSpec, int]:
+        """The spec and its revision, created where there is none yet."""
+        spec, revision = await desired.read(self._store, self._keys)
+        if spec is not None:
+            return spec, revision
+        key = self._keys.spec_attention
+        result = await self._fenced.txn([mod_revision(key, 0)], [Put(key, encode(self._initial))])
+        if not result.succeeded:
+            raise SpecMoved
+        return self._initial, result.revision
+
+    async def _previous(self) -> AttentionStatus | None:
+        found = await self._store.get(self._keys.status_attention)
+        return _status_or_none(found.value) if found else None
+
+    async def _give_up(
+        self, spec: AttentionSpec, revision: int, state: Progress, previous: AttentionStatus | None
+    ) -> tuple[AttentionSpec, Progress]:
+        """Return to the last good count where a scale-up can't complete. Raises SpecMoved."""
+        back = returned(spec, state, self._clock())
+        if back is None or previous is None:
+            return spec, state
+        after, gave_up = back
+        noted = msgspec.structs.replace(previous, gave_up=gave_up)
+        result = await self._fenced.txn(
+            [mod_revision(self._keys.spec_attention, revision)],
+            # Together, so that a death between the two does not forget why.
+            [
+                Put(self._keys.spec_attention, encode(after)),
+                Put(self._keys.status_attention, encode(noted)),
+            ],
+        )
+        if not result.succeeded:
+            raise SpecMoved
+        self._tell(happenings.of_giving_up(gave_up, self._progress_deadline_s))
+        return after, replace(state, gave_up=gave_up, overdue=False, at_s=self._clock())
 
     async def _members(self) -> dict[str, Member]:
         # Read, not taken from a cached view: nothing is stopped on the strength of what was true once.
@@ -92,25 +163,31 @@ class AttentionFleet:
                 self._memory.forget(instance.id)
         return await self._provider.instances()
 
-    async def _observe(self, members: Members, instances: Sequence[Instance]) -> list[NodeView]:
+    async def _observe(
+        self, spec: AttentionSpec, members: Members, instances: Sequence[Instance]
+    ) -> list[NodeView]:
         now_s = self._clock()
         self._memory.note_members(members, now_s)
         held = await self._nodes.held(members.values())
-        return observe(members.values(), instances, held, self._memory.last_seen_s, now_s, self._patience)
+        seen_s = self._memory.last_seen_s
+        views = observe(members.values(), instances, held, seen_s, now_s, self._patience)
+        self._memory.note_ready((view.id for view in views if view.phase is Phase.READY), instances, now_s)
+        return [replace(view, drained=view.id in spec.drained) for view in views]
 
-    async def _act(self, actions: Sequence[Action], members: Members) -> list[str]:
+    async def _act(self, actions: Sequence[Action], spec: AttentionSpec, members: Members) -> list[str]:
         failures = []
         for action in actions:
+            self._fenced.term.require()
             try:
-                await self._do(action, members)
+                await self._do(action, spec, members)
             except (OSError, grpc.aio.AioRpcError) as error:
                 failures.append(f"{action}: {_reason(error)}")
         return failures
 
-    async def _do(self, action: Action, members: Members) -> None:
+    async def _do(self, action: Action, spec: AttentionSpec, members: Members) -> None:
         match action:
             case Start(count):
-                await self._start(count, members)
+                await self._start(count, {*members, *spec.drained})
             case Drain(node):
                 log.info("node_drain", node=node)
                 await self._nodes.drain(members[node])
@@ -120,11 +197,11 @@ class AttentionFleet:
             case Stop(node):
                 await self._stop(node, members)
 
-    async def _start(self, count: int, members: Members) -> None:
+    async def _start(self, count: int, taken: set[str]) -> None:
         if self._memory.backoff.wait_s(self._clock()) > 0:
             return
-        taken = {instance.id for instance in await self._provider.instances()}
-        for node in free_ids(count, taken | members.keys()):
+        taken |= {instance.id for instance in await self._provider.instances()}
+        for node in free_ids(count, taken):
             await self._provider.start(node)
 
     async def _stop(self, node: str, members: Members) -> None:
@@ -132,13 +209,31 @@ class AttentionFleet:
             return  # registered since the members were read; the next pass decides about it
         await self._provider.stop(node)
 
-    async def _report(self, spec: AttentionSpec, views: Sequence[NodeView], failures: Sequence[str]) -> None:
+    async def _report(
+        self,
+        spec: AttentionSpec,
+        views: Sequence[NodeView],
+        failures: Sequence[str],
+        state: Progress,
+        previous: AttentionStatus | None,
+    ) -> None:
         """Write the status where it differs from what is there. `status/attention` is only ours to write."""
-        found = await self._store.get(self._keys.status_attention)
-        previous = _status_or_none(found.value) if found else None
-        status = report(spec, views, self._memory.crashes, failures, previous, self._clock())
+        status = msgspec.structs.replace(
+            report(spec, views, self._memory.crashes, failures, state, previous, self._clock()),
+            leader=self._leader,
+            epoch=self._fenced.term.epoch,
+        )
         if status != previous:
-            await self._store.put(self._keys.status_attention, encode(status))
+            await self._fenced.put(self._keys.status_attention, encode(status))
+
+    def _news(
+        self, spec: AttentionSpec, views: Sequence[NodeView], previous: AttentionStatus | None
+    ) -> list[Happening]:
+        phases = {view.id: view.phase for view in views}
+        before = self._memory.exchange_phases(phases)
+        told = happenings.of_scale(previous.desired if previous else 0, spec)
+        # A new leader does not know what was before: it begins with what it finds.
+        return told + (happenings.of_nodes(before, phases) if before is not None else [])
 
     def _wish_s(self, spec: AttentionSpec, views: Sequence[NodeView]) -> float | None:
         waits_s = []

@@ -5,15 +5,19 @@ A restarted controller begins with an empty memory and acts the same, but for wa
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import structlog
 
+from flume_controller.plan import Phase
 from flume_controller.providers.base import Instance
 from flume_controller.status import Crash
 
 log = structlog.get_logger()
+
+PREPARED_KEPT = 128
+"""Beyond the largest fleet: a node that is still there must not be timed again."""
 
 
 @dataclass(slots=True)
@@ -51,6 +55,10 @@ class Memory:
 
     last_seen_s: dict[str, float] = field(default_factory=dict)  # Unix time, by node id
     backoff: StartBackoff = field(default_factory=StartBackoff)
+    prepare_s: float | None = None
+    """The longest of the last few times from a node's start to READY."""
+    _prepared_s: dict[tuple[str, int], float] = field(default_factory=dict)  # by node id and pid
+    _phases: Mapping[str, Phase] | None = None  # of the last pass
     _crashes: dict[str, Crash] = field(default_factory=dict)  # by node id
     _counted: set[tuple[str, int]] = field(default_factory=set)  # id and pid of crashes still to be seen
     _first: bool = True
@@ -75,6 +83,21 @@ class Memory:
     def note_members(self, nodes: Iterable[str], now_s: float) -> None:
         """Who is registered now."""
         self.last_seen_s |= dict.fromkeys(nodes, now_s)
+
+    def note_ready(self, nodes: Iterable[str], instances: Iterable[Instance], now_s: float) -> None:
+        """Who is ready now. Those that the first pass finds ready became so some time before."""
+        processes = {instance.id: instance for instance in instances}
+        for process in (processes[node] for node in nodes if node in processes):
+            took_s = now_s - process.started_at_s if self._phases is not None else 0.0
+            self._prepared_s.setdefault((process.id, process.pid), took_s)
+        while len(self._prepared_s) > PREPARED_KEPT:
+            del self._prepared_s[next(iter(self._prepared_s))]
+        self.prepare_s = max(self._prepared_s.values(), default=0.0) or None
+
+    def exchange_phases(self, phases: Mapping[str, Phase]) -> Mapping[str, Phase] | None:
+        """Remember the phases of this pass; those of the one before, None at the first."""
+        before, self._phases = self._phases, phases
+        return before
 
     def _note_crash(self, instance: Instance, now_s: float) -> None:
         before = self._crashes.get(instance.id)

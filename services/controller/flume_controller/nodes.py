@@ -45,6 +45,17 @@ class GrpcNodes:
     async def undrain(self, member: Member) -> None:
         await self._attention(member).Undrain(attention_pb2.UndrainRequest(), timeout=CALL_DEADLINE_S)
 
+    async def stats(self, member: Member) -> attention_pb2.StatsReply | None:
+        """What an attention node says of itself; None when it does not answer in time."""
+        request = attention_pb2.StatsRequest()
+        try:
+            reply: attention_pb2.StatsReply = await self._attention(member).Stats(
+                request, timeout=STATS_DEADLINE_S
+            )
+        except grpc.aio.AioRpcError:
+            return None
+        return reply
+
     async def sequences(self, member: Member) -> list[weight_pb2.SequenceInfo]:
         """The live sequences of a weight node; none when it does not answer in time."""
         stub = weight_pb2_grpc.WeightStub(self._channel(member))  # type: ignore[no-untyped-call]

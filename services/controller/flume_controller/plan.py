@@ -38,6 +38,7 @@ class NodeView:
     held_tokens: int = 0
     safe_to_delete: bool = False  # DRAINING and holds nothing
     managed: bool = True  # this controller's provider runs it, and so can stop it
+    drained: bool = False  # an operator wants this very node to go
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,13 +68,16 @@ def plan(desired: int, nodes: Sequence[NodeView]) -> list[Action]:
     """Actions that move the nodes towards `desired`; empty once they agree.
 
     Reads the two and nothing else, so a late, repeated or missed wake-up is harmless: the next pass
-    sees what is true then. Draining nodes count for nobody, as they take no new tails.
+    sees what is true then. Draining nodes count for nobody, as they take no new tails; neither do those
+    that an operator wants to go, so that others are started in their place.
     """
-    staying = [node for node in nodes if node.phase in _STAYING]
+    present = [node for node in nodes if node.phase in _STAYING]
+    staying = [node for node in present if not node.drained]
     # A lost node is likely to be back with its KV: nothing is started in its place, but neither does
     # it let a ready node go. Once it is STUCK it no longer counts.
-    lost = sum(node.phase is Phase.LOST for node in nodes)
+    lost = sum(node.phase is Phase.LOST and not node.drained for node in nodes)
     wanted = _more(desired - len(staying) - lost, nodes)
+    wanted += [_leave(node) for node in present if node.drained]
     wanted += [_leave(node) for node in _victims(len(staying) - desired, staying)]
     return [*wanted, *_stops(nodes, wanted)]
 
@@ -83,7 +87,7 @@ def _more(missing: int, nodes: Iterable[NodeView]) -> list[Action]:
         return []
     # Taking a drain back is instant and keeps KV where it is; the fullest node is the one worth keeping.
     draining = sorted(
-        (node for node in nodes if node.phase is Phase.DRAINING),
+        (node for node in nodes if node.phase is Phase.DRAINING and not node.drained),
         key=lambda node: (-node.held_tokens, node.id),
     )[:missing]
     taken_back: list[Action] = [Undrain(node.id) for node in draining]

@@ -1,64 +1,163 @@
-"""The loop around a reconcile pass: when to run it, and what to do when it fails.
+"""The loop around a reconcile pass: takes keys from the work queue, and decides what follows a pass.
 
-A pass observes the world afresh, so pokes carry no facts and may coalesce.
+    result                       then
+    an error                     again after the limiter's delay
+    TerminalError                not again until something changes; counted
+    Result(requeue_after_s)      forgotten, and again then
+    Result()                     forgotten
+
+A key says what to look at and nothing about what happened: a pass observes the world afresh. Counters
+carry the names of controller-runtime's metrics.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+import itertools
+import time
+from collections import Counter
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
 from typing import NoReturn
 
 import structlog
+from flume_common.tasks import background
+from structlog.contextvars import bound_contextvars
+
+from flume_controller.workqueue import Clock, Durations, WorkQueue
 
 log = structlog.get_logger()
 
-Pass = Callable[[], Awaitable[float | None]]
-"""Returns the seconds after which it wants to run again even if nothing happens, None for no wish."""
+RESULTS = ("success", "error", "requeue", "requeue_after")
+
+
+class TerminalError(Exception):
+    """Trying again does not help until somebody changes something."""
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """A pass that went well."""
+
+    requeue_after_s: float | None = None
+    """Run again then even if nothing happens: it waits for something that nobody announces."""
+
+
+Reconcile = Callable[[str], Awaitable[Result]]
+Errors = tuple[type[Exception], ...]
 
 
 class Reconciler:
-    """Runs a pass when poked, after at most `resync_s` anyway, and again after a failure."""
+    """One worker: passes never overlap."""
+
+    max_concurrent_reconciles = 1
 
     def __init__(
-        self, reconcile: Pass, *, resync_s: float = 10.0, backoff_s: float = 0.2, backoff_cap_s: float = 10.0
+        self,
+        reconcile: Reconcile,
+        keys: Sequence[str],
+        *,
+        expected: Errors = (),
+        stop_on: Errors = (),
+        resync_s: float = 10.0,
+        timeout_s: float = 60.0,
+        queue: WorkQueue[str] | None = None,
+        clock: Clock = time.monotonic,
     ) -> None:
+        """`expected` errors are the world's, all others ours (counted as panics); `stop_on` ends `run`."""
+        self.reconcile_total = Counter(dict.fromkeys(RESULTS, 0))
+        self.reconcile_errors_total = 0
+        self.terminal_reconcile_errors_total = 0
+        self.reconcile_panics_total = 0
+        self.reconcile_timeouts_total = 0
+        self.reconcile_time_seconds = Durations()
+        self.active_workers = 0
+        self.queue = queue or WorkQueue[str]()
         self._reconcile = reconcile
+        self._keys = tuple(keys)
+        self._expected = expected
+        self._stop_on = stop_on
         self._resync_s = resync_s
-        self._backoff_s = backoff_s
-        self._backoff_cap_s = backoff_cap_s
-        self._poked = asyncio.Event()
-        self._failures = 0
+        self._timeout_s = timeout_s
+        self._clock = clock
+        self._ids = itertools.count(1)
 
     def poke(self) -> None:
-        self._poked.set()
+        """Something may have changed."""
+        for key in self._keys:
+            self.queue.add(key)
 
     async def run(self) -> NoReturn:
+        """Works until cancelled. Raises what `stop_on` names."""
+        async with background(reconcile_worker=self._work(), reconcile_resync=self._resync()):
+            await asyncio.get_running_loop().create_future()
+        raise AssertionError("the future above never completes")
+
+    async def run_once(self, key: str) -> None:
+        """One pass over `key`, and what follows from it."""
+        began_s = self._clock()
+        self.active_workers += 1
+        try:
+            with bound_contextvars(pass_id=next(self._ids)):
+                await self._pass(key)
+        finally:
+            self.active_workers -= 1
+            self.reconcile_time_seconds.add(self._clock() - began_s)
+
+    async def _work(self) -> NoReturn:
         while True:
-            # Cleared before the pass observes: a poke during the pass starts another one.
-            self._poked.clear()
-            await self._sleep_until_poked(await self.run_once())
+            key = await self.queue.get()
+            try:
+                await self.run_once(key)
+            finally:
+                self.queue.done(key)
 
-    async def run_once(self) -> float:
-        """One pass. Returns the seconds until the next one falls due."""
+    async def _resync(self) -> NoReturn:
+        """Whatever was or was not heard."""
+        while True:
+            self.poke()
+            await asyncio.sleep(self._resync_s)
+
+    async def _pass(self, key: str) -> None:
         try:
-            wish_s = await self._reconcile()
+            async with asyncio.timeout(self._timeout_s):
+                result = await self._reconcile(key)
+        except self._stop_on:
+            raise
+        except TerminalError as error:
+            self._count("error")
+            self.reconcile_errors_total += 1
+            self.terminal_reconcile_errors_total += 1
+            self.queue.forget(key)
+            log.error("reconcile_failed_for_good", key=key, error=str(error))
         except Exception as error:
-            self._failures += 1
-            retry_s = min(self._backoff_s * 2.0 ** min(self._failures - 1, 30), self._backoff_cap_s)
-            log.warning(
-                "reconcile_failed",
-                error=f"{type(error).__name__}: {error}",
-                failures=self._failures,
-                retry_s=retry_s,
-            )
-            return retry_s
-        self._failures = 0
-        return self._resync_s if wish_s is None else min(wish_s, self._resync_s)
+            self._failed(key, error)
+        else:
+            self._succeeded(key, result)
 
-    async def _sleep_until_poked(self, delay_s: float) -> None:
-        try:
-            async with asyncio.timeout(delay_s):
-                await self._poked.wait()
-        except TimeoutError:
-            pass
+    def _failed(self, key: str, error: Exception) -> None:
+        self._count("error")
+        self.reconcile_errors_total += 1
+        self.reconcile_timeouts_total += isinstance(error, TimeoutError)
+        unexpected = not isinstance(error, (*self._expected, TimeoutError))
+        self.reconcile_panics_total += unexpected
+        retry_s = self.queue.add_rate_limited(key)
+        log.warning(
+            "reconcile_failed",
+            key=key,
+            error=f"{type(error).__name__}: {error}",
+            failures=self.queue.requeues(key),
+            retry_s=retry_s,
+            exc_info=unexpected,
+        )
+
+    def _succeeded(self, key: str, result: Result) -> None:
+        self.queue.forget(key)
+        if result.requeue_after_s is None:
+            self._count("success")
+        else:
+            self._count("requeue_after")
+            self.queue.add_after(key, result.requeue_after_s)
+
+    def _count(self, result: str) -> None:
+        self.reconcile_total[result] += 1

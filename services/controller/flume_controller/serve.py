@@ -6,9 +6,10 @@ import asyncio
 import os
 import socket
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Callable
 from typing import NoReturn
 
+from flume_common.election import Candidate
 from flume_common.keys import Keys
 from flume_common.membership import Member, Members, Role, State, register, watch_members
 from flume_common.serving import Server, serve
@@ -20,11 +21,8 @@ from flume_protos.v1 import admin_pb2, admin_pb2_grpc
 
 from flume_controller.admin import AdminServicer, Sources
 from flume_controller.config import ControllerConfig
-from flume_controller.fleet import AttentionFleet
+from flume_controller.lead import Leader, Surroundings
 from flume_controller.nodes import GrpcNodes, node_calls
-from flume_controller.providers.local import local_provider
-from flume_controller.reconcile import Reconciler
-from flume_controller.spec import AttentionSpec
 from flume_controller.views import watch_spec, watch_status
 
 SERVICE = admin_pb2.DESCRIPTOR.services_by_name["Admin"].full_name
@@ -39,39 +37,21 @@ async def run(config: ControllerConfig) -> NoReturn:
         watch_spec(store, keys) as wish,
         watch_status(store, keys) as report,
         node_calls() as nodes,
-        local_provider(
-            lambda node: attention_command(config, node), config.data_dir, grace_s=config.stop_grace_s
-        ) as provider,
     ):
-        fleet = AttentionFleet(store, keys, provider, nodes, initial_spec(config))
-        reconciler = Reconciler(fleet.reconcile, resync_s=config.resync_s)
-        sources = Sources(store, keys, members, wish, report, provider, nodes)
+        candidate = Candidate(store, keys.election, config.node, config.election)
+        leader = Leader(config, Surroundings(store, keys, members, wish, nodes), candidate)
+        sources = Sources(store, keys, members, wish, report, leader.provider, nodes)
         async with (
             serve(config.listen, _adder(sources), [SERVICE], ready=True, grace_s=1.0) as server,
             register(store, keys, _member(config, server), ttl_s=config.lease_ttl_s),
-            # Innermost: whoever would elect a leader puts this block, and only this, under its lease.
+            # Innermost: it resigns first, so that another one leads while we still answer.
             background(
-                reconcile=reconciler.run(),
-                wake_on_members=_forward(members.changed, reconciler.poke),
-                wake_on_spec=_forward(wish.changed, reconciler.poke),
-                wake_on_process=_forward(provider.changed, reconciler.poke),
+                campaign=candidate.campaign(leader.lead),
                 tidy_channels=_tidy(members, nodes),
             ),
         ):
             await asyncio.get_running_loop().create_future()
     raise AssertionError("the future above never completes")
-
-
-def initial_spec(config: ControllerConfig) -> AttentionSpec:
-    return AttentionSpec(desired=config.initial_attention, updated_at_s=time.time())
-
-
-def attention_command(config: ControllerConfig, node: str) -> Sequence[str]:
-    return (
-        *config.attention_command,
-        *("--cluster", config.cluster, "--node", node, "--etcd", config.etcd, "--listen", "127.0.0.1:0"),
-        *config.attention_args,
-    )
 
 
 def _adder(sources: Sources) -> Callable[..., None]:
@@ -93,12 +73,6 @@ def _member(config: ControllerConfig, server: Server) -> Member:
         protocol_version=PROTOCOL_VERSION,
         started_at_s=time.time(),
     )
-
-
-async def _forward(changed: Callable[[], Awaitable[None]], poke: Callable[[], None]) -> NoReturn:
-    while True:
-        await changed()
-        poke()
 
 
 async def _tidy(members: Members, nodes: GrpcNodes) -> NoReturn:

@@ -24,6 +24,25 @@ class Actor(StrEnum):
     USER = "user"
     AUTOSCALER = "autoscaler"
     KUBERNETES = "kubernetes"
+    CONTROLLER = "controller"  # the return to the last good count after a scale that could not complete
+
+
+class Autoscale(msgspec.Struct, frozen=True, kw_only=True):
+    """Whether the controller may set the desired count itself. Raises ValueError for crossed bounds."""
+
+    enabled: bool = False
+    min: Annotated[int, msgspec.Meta(ge=1)] = 1
+    max: Annotated[int, msgspec.Meta(ge=1)] = MAX_ATTENTION_NODES
+    paused: bool = False
+    """Somebody has set the count by hand since, and it stays. Enabling it again ends this."""
+
+    def __post_init__(self) -> None:
+        if self.min > self.max:
+            raise ValueError(f"autoscale bounds are {self.min} to {self.max}")
+
+    @property
+    def active(self) -> bool:
+        return self.enabled and not self.paused
 
 
 class AttentionSpec(msgspec.Struct, frozen=True, kw_only=True):
@@ -37,6 +56,9 @@ class AttentionSpec(msgspec.Struct, frozen=True, kw_only=True):
     """Goes up by one with every change of the wish, and only then."""
     updated_at_s: float = 0.0
     """Unix time of that change."""
+    autoscale: Autoscale = Autoscale()
+    drained: tuple[str, ...] = ()
+    """Nodes that operators want emptied and gone, whatever the count; the controller never edits it."""
 
     def __post_init__(self) -> None:
         if not self.min <= self.desired <= self.max:
@@ -60,6 +82,17 @@ class Condition(msgspec.Struct, frozen=True, kw_only=True):
     message: str
     last_transition_time_s: float
     """Unix time at which `status` last changed; a new reason or message alone leaves it."""
+    observed_generation: int = 0
+    """The spec generation this statement is about."""
+
+
+class GaveUp(msgspec.Struct, frozen=True, kw_only=True):
+    """A scale that could not complete in time; kept until somebody sets another count."""
+
+    generation: int  # of the spec that asked for it
+    wanted: Count
+    returned_to: Count
+    at_s: float  # Unix time
 
 
 class AttentionStatus(msgspec.Struct, frozen=True, kw_only=True):
@@ -72,6 +105,15 @@ class AttentionStatus(msgspec.Struct, frozen=True, kw_only=True):
     preparing: Count
     draining: Count
     conditions: tuple[Condition, ...] = ()
+    last_good: Count | None = None
+    """The last desired count of which all nodes were ready; None before the first."""
+    progressed_at_s: float = 0.0
+    """Unix time of the last progress towards the desired count: a new generation, or one more ready node."""
+    gave_up: GaveUp | None = None
+    leader: str = ""
+    """Id of the controller that wrote this."""
+    epoch: int = 0
+    """Its fencing number: the create revision of its election key."""
 
 
 def encode(value: AttentionSpec | AttentionStatus) -> bytes:

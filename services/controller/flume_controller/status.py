@@ -6,10 +6,13 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from flume_controller.plan import NodeView, Phase
+from flume_controller.progress import Progress
 from flume_controller.spec import AttentionSpec, AttentionStatus, Condition, ConditionStatus
 
 NODE_CRASHED = "NodeCrashed"
 """Reason of `Degraded`."""
+DEADLINE_EXCEEDED = "ProgressDeadlineExceeded"
+"""Reason of `Progressing`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +45,7 @@ def report(
     nodes: Sequence[NodeView],
     crashes: Sequence[Crash],
     failures: Sequence[str],
+    state: Progress,
     previous: AttentionStatus | None,
     now_s: float,
 ) -> AttentionStatus:
@@ -50,14 +54,21 @@ def report(
     `crashes` are those not made good yet, `failures` the actions of this pass that failed.
     """
     count = Counts.of(nodes)
-    findings = (_available(spec, count), _progressing(spec, count), _degraded(count, crashes, failures))
+    findings = (
+        _available(spec, count),
+        _progressing(spec, count, state),
+        _degraded(count, crashes, failures),
+    )
     return AttentionStatus(
         observed_generation=spec.generation,
         desired=spec.desired,
         ready=count.ready,
         preparing=count.preparing,
         draining=count.draining,
-        conditions=_dated(findings, previous.conditions if previous else (), now_s),
+        conditions=_dated(findings, previous.conditions if previous else (), spec.generation, now_s),
+        last_good=state.last_good,
+        progressed_at_s=state.at_s,
+        gave_up=state.gave_up,
     )
 
 
@@ -90,7 +101,16 @@ def _available(spec: AttentionSpec, count: Counts) -> Finding:
     return Finding("Available", True, "EnoughNodes", f"{count.ready} ready, at least {least} needed")
 
 
-def _progressing(spec: AttentionSpec, count: Counts) -> Finding:
+def _progressing(spec: AttentionSpec, count: Counts, state: Progress) -> Finding:
+    if state.gave_up is not None:
+        message = (
+            f"{state.gave_up.wanted} were wanted (generation {state.gave_up.generation}) and not ready in "
+            f"time, returned to {state.gave_up.returned_to}; {count.ready} ready"
+        )
+        return Finding("Progressing", False, DEADLINE_EXCEEDED, message)
+    if state.overdue:
+        message = f"{count.ready} of {spec.desired} ready, and no progress within the deadline"
+        return Finding("Progressing", False, DEADLINE_EXCEEDED, message)
     if count.ready != spec.desired:
         message = f"{count.ready} of {spec.desired} ready, {count.preparing} preparing"
         return Finding("Progressing", True, "Scaling", message)
@@ -111,12 +131,14 @@ def _degraded(count: Counts, crashes: Sequence[Crash], failures: Sequence[str]) 
     return Finding("Degraded", False, "AsExpected", "")
 
 
-def _dated(findings: Iterable[Finding], previous: Iterable[Condition], now_s: float) -> tuple[Condition, ...]:
+def _dated(
+    findings: Iterable[Finding], previous: Iterable[Condition], generation: int, now_s: float
+) -> tuple[Condition, ...]:
     before = {condition.type: condition for condition in previous}
-    return tuple(_date(finding, before.get(finding.type), now_s) for finding in findings)
+    return tuple(_date(finding, before.get(finding.type), generation, now_s) for finding in findings)
 
 
-def _date(finding: Finding, before: Condition | None, now_s: float) -> Condition:
+def _date(finding: Finding, before: Condition | None, generation: int, now_s: float) -> Condition:
     status = ConditionStatus.TRUE if finding.status else ConditionStatus.FALSE
     same = before is not None and before.status is status
     return Condition(
@@ -125,4 +147,5 @@ def _date(finding: Finding, before: Condition | None, now_s: float) -> Condition
         reason=finding.reason,
         message=finding.message,
         last_transition_time_s=before.last_transition_time_s if before and same else now_s,
+        observed_generation=generation,
     )

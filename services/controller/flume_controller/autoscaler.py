@@ -1,0 +1,146 @@
+"""The loop around the policy of `flume_common.autoscale`: look, decide, write the spec.
+
+It acts only while `spec.autoscale` is on and not paused; a count that somebody sets by hand pauses it.
+The count it writes compares the revision it was decided at, so a hand that is quicker wins.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from typing import NoReturn, Protocol
+
+import msgspec
+import structlog
+from flume_common.autoscale import Decision, FleetLoad, Settings, decide
+from flume_common.election import Fenced
+from flume_common.keys import Keys
+from flume_common.membership import Member, Role, State
+from flume_common.store import Put, Store, StoreError, mod_revision
+from flume_protos.v1 import attention_pb2, weight_pb2
+
+from flume_controller import desired
+from flume_controller.desired import SpecError
+from flume_controller.events import EventType, Happening
+from flume_controller.happenings import FLEET
+from flume_controller.load import Pace, node_loads, waiting_tokens
+from flume_controller.spec import Actor, AttentionSpec, encode
+
+log = structlog.get_logger()
+
+INTERVAL_S = 1.0
+
+
+class LoadCalls(Protocol):
+    """What it asks of nodes: None or nothing from one that does not answer in time."""
+
+    async def stats(self, member: Member) -> attention_pb2.StatsReply | None: ...
+
+    async def sequences(self, member: Member) -> list[weight_pb2.SequenceInfo]: ...
+
+
+class MembersOf(Protocol):
+    def of(self, role: Role) -> list[Member]: ...
+
+
+class Autoscaler:
+    """One per term of the leader."""
+
+    def __init__(
+        self,
+        store: Store,
+        keys: Keys,
+        fenced: Fenced,
+        members: MembersOf,
+        nodes: LoadCalls,
+        settings: Callable[[], Settings],
+        *,
+        prepare_s: Callable[[], float | None] = lambda: None,
+        tell: Callable[..., None] = lambda *happenings: None,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        """`settings` are asked for each time, `prepare_s` is what starts took of late."""
+        self._store = store
+        self._keys = keys
+        self._fenced = fenced
+        self._members = members
+        self._nodes = nodes
+        self._settings = settings
+        self._prepare_s = prepare_s
+        self._tell = tell
+        self._clock = clock
+        self._pace = Pace()
+        self._low_since_s: float | None = None
+
+    async def run(self) -> NoReturn:
+        """Raises Deposed."""
+        while True:
+            await asyncio.sleep(INTERVAL_S)
+            try:
+                await self.step()
+            except (StoreError, SpecError) as error:
+                log.warning("autoscale_failed", error=str(error))
+
+    async def step(self) -> Decision | None:
+        """One decision; None while it is off. Raises StoreError, InvalidSpec, Deposed."""
+        spec, revision = await desired.read(self._store, self._keys)
+        if spec is None or not spec.autoscale.active or spec.max < 1:
+            self._low_since_s = None
+            return None
+        decision = decide(
+            bounded(self._settings(), spec), await self._load(spec), self._low_since_s, self._clock()
+        )
+        self._low_since_s = decision.low_since_s
+        if decision.desired != spec.desired:
+            await self._set(spec, revision, decision)
+        return decision
+
+    async def _load(self, spec: AttentionSpec) -> FleetLoad:
+        attention, weight = (_ready(self._members.of(role)) for role in (Role.ATTENTION, Role.WEIGHT))
+        stats = await asyncio.gather(*(self._nodes.stats(member) for member in attention))
+        lists = await asyncio.gather(*(self._nodes.sequences(member) for member in weight))
+        sequences = [item for items in lists for item in items]
+        return FleetLoad(
+            nodes=node_loads(map(_or_last_word, attention, stats), sequences),
+            desired=spec.desired,
+            changed_at_s=spec.updated_at_s,
+            waiting_tokens=waiting_tokens(sequences),
+            step_s=self._pace.step_s(sequences, self._clock()),
+            prepare_s=self._prepare_s(),
+            gave_up=spec.set_by is Actor.CONTROLLER,
+        )
+
+    async def _set(self, spec: AttentionSpec, revision: int, decision: Decision) -> None:
+        after = msgspec.structs.replace(
+            spec,
+            desired=decision.desired,
+            set_by=Actor.AUTOSCALER,
+            generation=spec.generation + 1,
+            updated_at_s=self._clock(),
+        )
+        key = self._keys.spec_attention
+        if (await self._fenced.txn([mod_revision(key, revision)], [Put(key, encode(after))])).succeeded:
+            message = f"from {spec.desired} to {after.desired}: {decision.reason}"
+            self._tell(Happening(FLEET, EventType.NORMAL, "Autoscaled", message))
+
+
+def bounded(settings: Settings, spec: AttentionSpec) -> Settings:
+    """The settings within all bounds that hold: the cluster's, the spec's and the autoscaler's own."""
+    least = max(settings.min, spec.autoscale.min, spec.min)
+    most = min(settings.max, spec.autoscale.max, spec.max)
+    # Where they leave nothing between them, the upper ones count: they protect what there is to run on.
+    most = max(most, 1)
+    return replace(settings, min=min(least, most), max=most)
+
+
+def _or_last_word(member: Member, reply: attention_pb2.StatsReply | None) -> attention_pb2.StatsReply:
+    """What a silent node holds does not vanish from the load: its own record says what it was of late."""
+    return reply or attention_pb2.StatsReply(
+        node=member.id, capacity_tokens=member.kv_capacity_tokens, used_tokens=member.kv_used_tokens
+    )
+
+
+def _ready(members: list[Member]) -> list[Member]:
+    return [member for member in members if member.state is State.READY]

@@ -1,0 +1,182 @@
+"""What only the leader does: run the nodes, reconcile, autoscale, write events. One run per term."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import NoReturn
+
+from flume_common.autoscale import Settings
+from flume_common.election import Candidate, Deposed, Fenced, Term
+from flume_common.keys import Keys
+from flume_common.membership import Members
+from flume_common.store import Store, StoreError
+from flume_common.tasks import background
+
+from flume_controller import happenings
+from flume_controller.autoscaler import Autoscaler
+from flume_controller.config import ControllerConfig
+from flume_controller.desired import InvalidSpec
+from flume_controller.event_writer import EventWriter, event_writer
+from flume_controller.events import Correlator
+from flume_controller.fleet import ActionsFailed, AttentionFleet, SpecMoved
+from flume_controller.nodes import GrpcNodes
+from flume_controller.providers.base import Instance, Provider
+from flume_controller.providers.local import local_provider
+from flume_controller.reconcile import Reconciler, Result, TerminalError
+from flume_controller.spec import AttentionSpec
+from flume_controller.views import Wish
+
+KEY = "attention"
+"""The one key of the work queue."""
+
+
+@dataclass(frozen=True, slots=True)
+class Surroundings:
+    """What the leader looks at; it lives longer than any term."""
+
+    store: Store
+    keys: Keys
+    members: Members
+    wish: Wish
+    nodes: GrpcNodes
+
+
+class LedProvider:
+    """The provider's instances while we lead. A follower has none: they are the leader's."""
+
+    def __init__(self) -> None:
+        self._current: Provider | None = None
+
+    async def instances(self) -> Sequence[Instance]:
+        return await self._current.instances() if self._current else ()
+
+    @contextmanager
+    def held(self, provider: Provider) -> Iterator[None]:
+        self._current = provider
+        try:
+            yield
+        finally:
+            self._current = None
+
+
+class Leader:
+    """Leads whenever the candidate is elected."""
+
+    def __init__(self, config: ControllerConfig, around: Surroundings, candidate: Candidate) -> None:
+        self.provider = LedProvider()
+        self.reconciler: Reconciler | None = None  # of this term; None while another one leads
+        self.settings: Callable[[], Settings] = lambda: autoscale_settings(config)
+        """Asked for before each decision of the autoscaler."""
+        self._config = config
+        self._around = around
+        self._candidate = candidate
+        self._correlator = Correlator(config.node)
+
+    async def lead(self, term: Term) -> None:
+        """Until cancelled. Raises Deposed when etcd says that the term is over."""
+        deposed = False
+        try:
+            await self._lead(Fenced(self._around.store, self._candidate, term))
+        except* Deposed:
+            deposed = True
+        if deposed:
+            raise Deposed(term.epoch)
+
+    async def _lead(self, fenced: Fenced) -> NoReturn:
+        config, store, keys = self._config, self._around.store, self._around.keys
+        async with (
+            local_provider(
+                lambda node: attention_command(config, node),
+                config.data_dir,
+                grace_s=config.stop_grace_s,
+            ) as provider,
+            event_writer(store, fenced, keys, self._correlator) as events,
+        ):
+            fleet = self._fleet(fenced, provider, events)
+            self.reconciler = self._reconciler(fleet)
+            events.tell(happenings.of_election(config.node, fenced.term.epoch))
+            poke = self.reconciler.poke
+            try:
+                with self.provider.held(provider):
+                    async with background(
+                        reconcile=self.reconciler.run(),
+                        autoscale=self._autoscaler(fenced, fleet, events).run(),
+                        wake_on_members=_forward(self._around.members.changed, poke),
+                        wake_on_spec=_forward(self._around.wish.changed, poke),
+                        wake_on_process=_forward(provider.changed, poke),
+                    ):
+                        await asyncio.get_running_loop().create_future()
+            finally:
+                self.reconciler = None
+        raise AssertionError("the future above never completes")
+
+    def _fleet(self, fenced: Fenced, provider: Provider, events: EventWriter) -> AttentionFleet:
+        config, around = self._config, self._around
+        return AttentionFleet(
+            around.store,
+            around.keys,
+            fenced,
+            provider,
+            around.nodes,
+            initial_spec(config),
+            leader=config.node,
+            tell=events.tell,
+            progress_deadline_s=config.progress_deadline_s,
+        )
+
+    def _autoscaler(self, fenced: Fenced, fleet: AttentionFleet, events: EventWriter) -> Autoscaler:
+        around = self._around
+        return Autoscaler(
+            around.store,
+            around.keys,
+            fenced,
+            around.members,
+            around.nodes,
+            lambda: self.settings(),
+            prepare_s=lambda: fleet.prepare_s,
+            tell=events.tell,
+        )
+
+    def _reconciler(self, fleet: AttentionFleet) -> Reconciler:
+        async def reconcile(key: str) -> Result:
+            try:
+                return Result(await fleet.reconcile())
+            except InvalidSpec as error:
+                raise TerminalError(str(error)) from error
+
+        return Reconciler(
+            reconcile,
+            (KEY,),
+            expected=(StoreError, ActionsFailed, SpecMoved),
+            stop_on=(Deposed,),
+            resync_s=self._config.resync_s,
+        )
+
+
+def initial_spec(config: ControllerConfig) -> AttentionSpec:
+    return AttentionSpec(desired=config.initial_attention, updated_at_s=time.time())
+
+
+def autoscale_settings(config: ControllerConfig) -> Settings:
+    """What the command line says; the rest as the policy's defaults."""
+    return Settings(
+        bandwidth_bytes_per_s=config.attention_bandwidth_bytes_per_s, rest_s=config.rest_of_step_s
+    )
+
+
+def attention_command(config: ControllerConfig, node: str) -> Sequence[str]:
+    return (
+        *config.attention_command,
+        *("--cluster", config.cluster, "--node", node, "--etcd", config.etcd, "--listen", "127.0.0.1:0"),
+        *config.attention_args,
+    )
+
+
+async def _forward(changed: Callable[[], Awaitable[None]], poke: Callable[[], None]) -> NoReturn:
+    while True:
+        await changed()
+        poke()

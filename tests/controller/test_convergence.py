@@ -1,0 +1,193 @@
+"""Whatever happens in whatever order, the fleet ends as wished and no pass does harm on the way.
+
+The real passes over an etcd, processes and nodes that are values: edits of the spec, deaths, lapsed and
+renewed registrations, restarts of the controller, and passes that come late, twice or not at all.
+"""
+
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+from flume_common.keys import Keys
+from flume_common.membership import Member, Role, State
+from flume_controller import desired
+from flume_controller.fleet import AttentionFleet
+from flume_controller.observe import Held, Patience
+from flume_controller.spec import Actor, AttentionSpec, decode_spec, decode_status
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
+
+sys.path.insert(0, str(Path(__file__).parent))
+from fleet_fakes import FakeNodes, FakeProvider, FakeStore
+from history import Entry, violations
+from office import Office
+
+KEYS = Keys("property")
+PICK = st.randoms(use_true_random=False)
+
+
+def now(coroutine):
+    """The result of a coroutine that never waits."""
+    try:
+        coroutine.send(None)
+    except StopIteration as end:
+        return end.value
+    raise AssertionError("it waited")
+
+
+class Nodes(FakeNodes):
+    """Draining shows in the member's record at once."""
+
+    def __init__(self, world):
+        super().__init__()
+        self.world = world
+
+    async def held(self, members):
+        return {m.id: Held(0, 0, m.state is State.DRAINING) for m in members if m.id in self.world.empty}
+
+    async def drain(self, member):
+        self.world.register(member.id, State.DRAINING)
+
+    async def undrain(self, member):
+        self.world.register(member.id, State.READY)
+
+
+class FleetLife(RuleBasedStateMachine):
+    @initialize(wanted=st.integers(0, 4))
+    def begin(self, wanted):
+        self.now_s = 1000.0
+        self.store = FakeStore()
+        self.provider = FakeProvider(lambda: self.now_s)
+        self.nodes = Nodes(self)
+        self.empty = set()  # nodes that hold nothing and say so
+        self.initial = AttentionSpec(desired=wanted)
+        self.history = []
+        self.restart()
+
+    def restart(self):
+        office = now(Office.take(self.store, KEYS))
+        self.fleet = AttentionFleet(
+            self.store, KEYS, office.fenced, self.provider, self.nodes, self.initial, leader="controller-1",
+            patience=Patience(start_s=100, lost_s=30), progress_deadline_s=1e9, clock=lambda: self.now_s,
+        )  # fmt: skip
+
+    def register(self, node, state):
+        member = Member(
+            id=node, role=Role.ATTENTION, state=state, address="x:1", host="here", pid=1, version="0",
+            protocol_version=1, started_at_s=0,
+        )  # fmt: skip
+        now(self.store.put(KEYS.member(Role.ATTENTION, node), member.encode()))
+
+    def members(self):
+        found = now(self.store.range(KEYS.members)).items.values()
+        return {member.id: member for member in map(Member.decode, found)}
+
+    def staying(self):
+        """Running and not on their way out, registered or not."""
+        members = self.members()
+        return {
+            id
+            for id, item in self.provider.known.items()
+            if item.running and not item.stopping
+            and not (id in members and members[id].state is State.DRAINING)
+        }  # fmt: skip
+
+    def ready(self):
+        return {id for id in self.staying() if self.members().get(id)}
+
+    def spec(self):
+        kv = self.store.items.get(KEYS.spec_attention)
+        return decode_spec(kv.value) if kv else self.initial
+
+    # What people and the world do.
+
+    @rule(wanted=st.integers(0, 4))
+    def somebody_scales(self, wanted):
+        now(desired.set_desired(self.store, KEYS, wanted, actor=Actor.USER, current=None, now_s=self.now_s))
+        self.record()
+
+    @rule(seconds=st.sampled_from([0.1, 1.0, 20.0, 40.0, 120.0]))
+    def time_passes(self, seconds):
+        self.now_s += seconds
+
+    def some(self, random, candidates):
+        return random.choice(sorted(candidates)) if candidates else None
+
+    @rule(random=PICK)
+    def a_process_registers(self, random):
+        if node := self.some(random, self.staying() - self.members().keys()):
+            self.register(node, State.READY)
+
+    @rule(random=PICK)
+    def a_process_dies(self, random):
+        if node := self.some(random, {id for id, item in self.provider.known.items() if item.running}):
+            self.provider.crash(node)
+
+    @rule(random=PICK)
+    def a_registration_lapses(self, random):
+        if node := self.some(random, self.members()):
+            now(self.store.delete(KEYS.member(Role.ATTENTION, node)))
+
+    @rule(random=PICK)
+    def a_node_becomes_empty(self, random):
+        if node := self.some(random, self.members()):
+            self.empty.add(node)
+
+    @rule()
+    def the_controller_is_restarted(self):
+        self.restart()
+
+    @precondition(lambda self: self.provider.known)
+    @rule()
+    def what_was_told_to_end_ends(self):
+        for id, item in self.provider.known.items():
+            if item.stopping:
+                self.provider.known[id] = replace(item, running=False)
+                now(self.store.delete(KEYS.member(Role.ATTENTION, id)))
+
+    # What the controller does.
+
+    @rule()
+    def a_pass(self):
+        wanted = self.spec().desired
+        ready, staying = self.ready(), self.staying()
+        unregistered = staying - self.members().keys()
+        now(self.fleet.reconcile())
+        self.record()
+        assert len(self.ready()) >= min(wanted, len(ready)), "a pass never takes a ready node that is wanted"
+        # The surge: nodes that run without a registration, one of which may be as good as lost.
+        assert len(self.staying()) <= max(wanted, min(wanted, len(ready)) + len(unregistered))
+        assert len(self.staying() - staying) <= wanted, "it never starts more than are wanted"
+
+    def record(self):
+        for name, key, decode in (
+            ("spec", KEYS.spec_attention, decode_spec),
+            ("status", KEYS.status_attention, decode_status),
+        ):
+            kv = self.store.items.get(key)
+            if kv and not any(e.revision == kv.mod_revision and e.kind == name for e in self.history):
+                self.history.append(Entry(name, decode(kv.value), kv.mod_revision))
+
+    def teardown(self):
+        if not hasattr(self, "provider"):
+            return
+        for _ in range(30):
+            self.what_was_told_to_end_ends()
+            for node in self.members().keys() - {i.id for i in self.provider.known.values() if i.running}:
+                now(self.store.delete(KEYS.member(Role.ATTENTION, node)))
+            for node in self.staying() - self.members().keys():
+                self.register(node, State.READY)
+            self.empty = set(self.members())
+            self.now_s += 31.0
+            self.a_pass()
+        wanted = self.spec().desired
+        assert len(self.ready()) == wanted and len(self.provider.known) == wanted
+        status = decode_status(self.store.items[KEYS.status_attention].value)
+        assert (status.ready, status.observed_generation) == (wanted, self.spec().generation)
+        assert {item.type: item.reason for item in status.conditions}["Progressing"] == "AsDesired"
+        assert violations(sorted(self.history, key=lambda entry: entry.revision)) == []
+
+
+FleetLife.TestCase.settings = settings(max_examples=40, stateful_step_count=40, deadline=None)
+TestFleetLife = FleetLife.TestCase
