@@ -113,7 +113,7 @@ def cluster(nodes: int) -> Iterator[Ours]:
         up = [*flumectl, "up", "--detach", "--data-dir", folder, "--dtype", "bfloat16", *ports]
         subprocess.run([*up, "--attention", str(nodes), "--kv-memory", "512MiB"], check=True)
         try:
-            get = [*flumectl, "--server", "127.0.0.1:19400", "get", "nodes", "-o", "json"]
+            get = [*flumectl, "get", "nodes", "-o", "json", "--server", "127.0.0.1:19400"]
             rows = json.loads(subprocess.run(get, check=True, capture_output=True, text=True).stdout)
             yield Ours(next(row["address"] for row in rows if row["role"] == "weight"))
         finally:
