@@ -4,7 +4,7 @@ import logging
 
 import pytest
 import structlog
-from flume_common.telemetry import configure_logging, version
+from flume_common.telemetry import LEVELS, configure_logging, level, set_level, version
 
 
 class Terminal(io.StringIO):
@@ -100,3 +100,11 @@ def test_fields_bound_for_a_request_are_on_each_of_its_lines():
 
 def test_the_version_is_the_distributions():
     assert version().count(".") >= 1
+
+
+@pytest.mark.parametrize("name", LEVELS)
+def test_the_level_can_be_changed_and_asked_for(name):
+    set_level(name)
+    assert (logging.getLogger().level, level()) == (getattr(logging, name.upper()), name)
+    with pytest.raises(ValueError, match="loud"):
+        set_level("loud")

@@ -16,12 +16,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import msgspec
 from msgspec import Meta
 
-from flume_common.telemetry import LEVELS
+from flume_common.telemetry import LEVELS, Level
 
 Value = int | float | str
 
@@ -47,7 +47,7 @@ class Values(msgspec.Struct, frozen=True, kw_only=True):
     """Every setting's value, as one service sees it."""
 
     log_level: Annotated[
-        Literal["debug", "info", "warning", "error"],
+        Level,
         Meta(
             description="Least important log line that is printed.",
             extra=_read_by(*_EVERYONE, choices=LEVELS),

@@ -5,12 +5,13 @@ from __future__ import annotations
 import logging
 import sys
 from importlib.metadata import version as distribution_version
-from typing import TextIO
+from typing import Literal, TextIO
 
 import structlog
 from structlog.typing import EventDict, Processor, WrappedLogger
 
-LEVELS = ("debug", "info", "warning", "error")
+Level = Literal["debug", "info", "warning", "error"]
+LEVELS: tuple[Level, ...] = ("debug", "info", "warning", "error")
 
 
 def version() -> str:
@@ -52,6 +53,13 @@ def set_level(level: str) -> None:
     """Change the level while we run. Raises ValueError for an unknown one."""
     _check_level(level)
     logging.getLogger().setLevel(level.upper())
+
+
+def level() -> Level:
+    """The level now; between two of ours it counts as the more talkative one."""
+    number = logging.getLogger().getEffectiveLevel()
+    reached: list[Level] = [name for name in LEVELS if logging.getLevelName(name.upper()) <= number]
+    return reached[-1] if reached else LEVELS[0]
 
 
 def _check_level(level: str) -> None:

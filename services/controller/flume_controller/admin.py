@@ -5,80 +5,44 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncIterator, Iterable
-from dataclasses import dataclass
-from typing import Any
 
 import grpc
-from flume_common.keys import Keys
-from flume_common.membership import Member, Members, Role, State
+from flume_common import config_store
+from flume_common.membership import Member, Role, State
 from flume_common.route_store import decode_route
 from flume_common.serving import status_errors
-from flume_common.store import Store, StoreError, StoreRefused
 from flume_protos.v1 import admin_pb2 as pb
 from flume_protos.v1 import admin_pb2_grpc as rpc
+from flume_protos.v1 import attention_pb2
 
 from flume_controller import desired
-from flume_controller.desired import InvalidSpec, NotCurrent, OutOfBounds, RevisionChanged, SpecConflict
-from flume_controller.lead import LedProvider
-from flume_controller.nodes import GrpcNodes
+from flume_controller.admin_sources import SPEC_STATUS_OF, Context, Sources
+from flume_controller.config_admin import ConfigRpcs, setting_message
+from flume_controller.describe import Everything, NoSuchThing, UnknownKind, describe
+from flume_controller.event_admin import EventRpcs, event_message
 from flume_controller.observe import Held
 from flume_controller.providers.base import Instance
-from flume_controller.spec import Actor, AttentionSpec, AttentionStatus, Condition
-from flume_controller.views import Report, Wish
+from flume_controller.spec import AttentionSpec, AttentionStatus, Autoscale, Condition
+from flume_controller.spec_admin import SpecRpcs, autoscale_message
 
-
-class UnknownActor(ValueError):
-    """`actor` is none of those that may set the desired count."""
-
+__all__ = ["AdminServicer", "Sources"]
 
 STATUS_OF: dict[type[Exception], grpc.StatusCode] = {
-    UnknownActor: grpc.StatusCode.INVALID_ARGUMENT,
-    OutOfBounds: grpc.StatusCode.INVALID_ARGUMENT,
-    NotCurrent: grpc.StatusCode.FAILED_PRECONDITION,
-    InvalidSpec: grpc.StatusCode.FAILED_PRECONDITION,
-    RevisionChanged: grpc.StatusCode.ABORTED,
-    SpecConflict: grpc.StatusCode.ABORTED,
-    StoreRefused: grpc.StatusCode.FAILED_PRECONDITION,
-    StoreError: grpc.StatusCode.UNAVAILABLE,
+    UnknownKind: grpc.StatusCode.INVALID_ARGUMENT,
+    NoSuchThing: grpc.StatusCode.NOT_FOUND,
+    **SPEC_STATUS_OF,
 }
 """The first entry that an error is an instance of counts."""
 
 STORE_TICK_S = 1.0
 """Whether etcd answers changes without any view changing."""
 
-Context = grpc.aio.ServicerContext[Any, Any]
 
-
-@dataclass(frozen=True, slots=True)
-class Sources:
-    """Everything the admin API reads."""
-
-    store: Store
-    keys: Keys
-    members: Members
-    wish: Wish
-    report: Report
-    provider: LedProvider
-    nodes: GrpcNodes
-
-
-class AdminServicer(rpc.AdminServicer):
-    """See admin.proto."""
+class AdminServicer(SpecRpcs, ConfigRpcs, EventRpcs, rpc.AdminServicer):
+    """See admin.proto. Here: what is; the bases: what is wanted, settings, events."""
 
     def __init__(self, sources: Sources) -> None:
         self._from = sources
-
-    async def Scale(self, request: pb.ScaleRequest, context: Context) -> pb.ScaleReply:
-        async with status_errors(context, STATUS_OF):
-            before, after = await desired.set_desired(
-                self._from.store,
-                self._from.keys,
-                request.replicas,
-                actor=_actor(request.actor),
-                current=request.current_replicas if request.HasField("current_replicas") else None,
-                now_s=time.time(),
-            )
-        return pb.ScaleReply(previous=before.desired, replicas=after.desired, generation=after.generation)
 
     async def Status(self, request: pb.StatusRequest, context: Context) -> AsyncIterator[pb.StatusReply]:
         seen = self._versions()
@@ -124,6 +88,32 @@ class AdminServicer(rpc.AdminServicer):
         ]
         return pb.ListRequestsReply(requests=requests)
 
+    async def Describe(self, request: pb.DescribeObjectRequest, context: Context) -> pb.DescribeObjectReply:
+        async with status_errors(context, STATUS_OF):
+            reply = describe(request.kind, request.name, await self._everything(context))
+            if request.kind == "node":
+                reply.lanes.extend(await self._lanes(request.name))
+            if request.kind == "cluster":
+                _, reply.spec_revision = await desired.read(self._from.store, self._from.keys)
+                entries = await config_store.read(self._from.store, self._from.keys)
+                reply.settings.extend(setting_message(item) for item in entries if item.text is not None)
+                reply.status.CopyFrom(self._status())
+        return reply
+
+    async def _everything(self, context: Context) -> Everything:
+        nodes, routes, requests = await asyncio.gather(
+            self.ListNodes(pb.ListNodesRequest(), context),
+            self.ListRoutes(pb.ListRoutesRequest(), context),
+            self.ListRequests(pb.ListRequestsRequest(), context),
+        )
+        events = [event_message(event) for event in self._from.events.listed()]
+        return Everything(nodes.nodes, routes.routes, requests.requests, events)
+
+    async def _lanes(self, node: str) -> list[attention_pb2.LaneStats]:
+        member = self._from.members.current.get((Role.ATTENTION, node))
+        stats = await self._from.nodes.stats(member) if member else None
+        return list(stats.lanes) if stats else []
+
     def _status(self) -> pb.StatusReply:
         return status_message(
             self._from.keys.cluster,
@@ -150,13 +140,6 @@ class AdminServicer(rpc.AdminServicer):
         return self._versions()
 
 
-def _actor(name: str) -> Actor:
-    try:
-        return Actor(name) if name else Actor.USER
-    except ValueError:
-        raise UnknownActor(f"actor must be one of {', '.join(Actor)}, got {name!r}") from None
-
-
 def status_message(
     cluster: str,
     spec: AttentionSpec | None,
@@ -179,6 +162,12 @@ def status_message(
         routers=sum(member.role is Role.ROUTER for member in ready),
         store_connected=store_connected,
         model=next((member.model for member in ready if member.role is Role.WEIGHT), ""),
+        set_by=spec.set_by if spec else "",
+        min=spec.min if spec else 0,
+        max=spec.max if spec else 0,
+        autoscale=autoscale_message(spec.autoscale if spec else Autoscale()),
+        leader=status.leader if status else "",
+        drained=spec.drained if spec else (),
     )
 
 
@@ -189,6 +178,7 @@ def _condition(item: Condition) -> pb.Condition:
         reason=item.reason,
         message=item.message,
         last_transition_time_s=item.last_transition_time_s,
+        observed_generation=item.observed_generation,
     )
 
 

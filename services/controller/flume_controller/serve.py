@@ -7,21 +7,26 @@ import os
 import socket
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from typing import NoReturn
 
+from flume_common.autoscale import Settings
+from flume_common.config_schema import Scope, Values
+from flume_common.config_watch import watch_config
 from flume_common.election import Candidate
 from flume_common.keys import Keys
 from flume_common.membership import Member, Members, Role, State, register, watch_members
 from flume_common.serving import Server, serve
 from flume_common.store import StoreConfig, connect
 from flume_common.tasks import background
-from flume_common.telemetry import version
+from flume_common.telemetry import level, version
 from flume_common.wire import PROTOCOL_VERSION
 from flume_protos.v1 import admin_pb2, admin_pb2_grpc
 
+from flume_controller import event_store
 from flume_controller.admin import AdminServicer, Sources
 from flume_controller.config import ControllerConfig
-from flume_controller.lead import Leader, Surroundings
+from flume_controller.lead import Leader, Surroundings, autoscale_settings
 from flume_controller.nodes import GrpcNodes, node_calls
 from flume_controller.views import watch_spec, watch_status
 
@@ -36,11 +41,14 @@ async def run(config: ControllerConfig) -> NoReturn:
         watch_members(store, keys) as members,
         watch_spec(store, keys) as wish,
         watch_status(store, keys) as report,
+        event_store.watch(store, keys) as events,
+        watch_config(store, keys, Scope.CONTROLLER, Values(log_level=level())) as settings,
         node_calls() as nodes,
     ):
         candidate = Candidate(store, keys.election, config.node, config.election)
         leader = Leader(config, Surroundings(store, keys, members, wish, nodes), candidate)
-        sources = Sources(store, keys, members, wish, report, leader.provider, nodes)
+        leader.settings = lambda: with_settings(autoscale_settings(config), settings.current)
+        sources = Sources(store, keys, members, wish, report, leader.provider, nodes, events)
         async with (
             serve(config.listen, _adder(sources), [SERVICE], ready=True, grace_s=1.0) as server,
             register(store, keys, _member(config, server), ttl_s=config.lease_ttl_s),
@@ -52,6 +60,18 @@ async def run(config: ControllerConfig) -> NoReturn:
         ):
             await asyncio.get_running_loop().create_future()
     raise AssertionError("the future above never completes")
+
+
+def with_settings(settings: Settings, values: Values) -> Settings:
+    """What the autoscaler follows: the settings of the cluster where it has them."""
+    return replace(
+        settings,
+        min=values.min_replicas,
+        max=values.max_replicas,
+        watermark=values.watermark_ratio,
+        cooldown_s=values.cooldown_s,
+        tpot_slo_s=values.tpot_slo_ms / 1e3,
+    )
 
 
 def _adder(sources: Sources) -> Callable[..., None]:

@@ -1,0 +1,181 @@
+"""Operating a real controller on real etcd, with fake attention nodes: by flumectl and by gRPC."""
+
+import json
+
+import grpc
+import pytest
+from click.testing import CliRunner
+from flume_common.route_store import encode_route
+from flume_common.routes import Route
+from flume_controller.flumectl import main
+from flume_protos.v1 import admin_pb2 as pb
+
+
+@pytest.fixture
+def flumectl(controller, tmp_path):
+    """Run a command line against the controller; .exit_code, .stdout, .stderr."""
+
+    def run(*words):
+        env = {"FLUME_SERVER": controller.address, "FLUME_DATA_DIR": str(tmp_path), "FLUME_CLUSTER": ""}
+        return CliRunner(env=env).invoke(main, list(words), prog_name="flumectl")
+
+    return run
+
+
+def refusal(call):
+    with pytest.raises(grpc.RpcError) as caught:
+        call()
+    return caught.value.code(), caught.value.details()
+
+
+def ready(controller):
+    return {id for id, state in controller.states().items() if state == "READY"}
+
+
+def test_a_drained_node_is_replaced_kept_until_it_is_empty_and_can_be_taken_back(controller, flumectl):
+    controller.until_states(a1="READY")
+    controller.hold("attention-1", 7)
+    assert flumectl("drain", "attention-1", "--dry-run").stdout == "attention-1 would be drained (dry run)\n"
+    assert controller.states() == {"attention-1": "READY"}
+    assert flumectl("drain", "attention-1", "--timeout", "0").exit_code == 0
+    controller.until_states(a1="DRAINING", a2="READY")
+    status = controller.status()
+    assert (status.desired, list(status.drained)) == (1, ["attention-1"])
+    # Taken back, the one that holds something stays, and its replacement goes.
+    assert flumectl("undrain", "attention-1").stdout == "attention-1 is no longer drained\n"
+    controller.until_states(a1="READY")
+    code, _ = refusal(lambda: controller.stub.UndrainNode(pb.DrainNodeRequest(node="attention-1"), timeout=5))
+    assert code is grpc.StatusCode.FAILED_PRECONDITION
+    assert flumectl("drain", "attention-1", "--timeout", "0").exit_code == 0
+    controller.until(lambda: ready(controller) == {"attention-2"})
+    controller.hold("attention-1", 0)
+    result = flumectl("drain", "attention-1", "--timeout", "10s")
+    assert (result.exit_code, result.stdout) == (0, "attention-1 drained\n")
+    # Its name is not given to a new node while it is still to be drained.
+    controller.scale(2)
+    controller.until_states(a2="READY", a3="READY")
+    assert "is gone already" in flumectl("undrain", "attention-1").stdout
+    assert list(controller.status().drained) == []
+
+
+def test_a_node_that_is_not_there_can_not_be_drained(flumectl):
+    for verb in ("drain", "undrain"):
+        result = flumectl(verb, "attention-9")
+        assert (result.exit_code, result.stdout) == (1, "")
+        assert result.stderr == "Error: there is no attention node 'attention-9' (NOT_FOUND)\n"
+
+
+def test_a_scale_is_followed_checked_without_doing_it_and_told_as_events(controller, flumectl):
+    controller.until_states(a1="READY")
+    assert flumectl("scale", "attention", "--replicas", "2", "--dry-run").stdout == (
+        "attention scaled (1 -> 2) (dry run)\n"
+    )
+    assert "must be 0 to 64" in flumectl("scale", "attention", "--replicas", "65", "--dry-run").stderr
+    assert controller.status().desired == 1
+    assert flumectl("scale", "attention", "--replicas", "2", "--timeout", "0").exit_code == 0
+    assert flumectl("rollout", "status", "--timeout", "15s").exit_code == 0
+    assert controller.status().ready == 2
+    assert flumectl("wait", "--for=condition=Progressing=False", "--timeout", "5s").exit_code == 0
+    controller.until(lambda: "NodeReady" in flumectl("events", "--for", "attention-2").stdout)
+    reasons = [row["reason"] for row in json.loads(flumectl("events", "-o", "json").stdout)]
+    assert {"LeaderElected", "ScalingUp"} <= set(reasons)
+
+
+def test_events_are_watched_as_they_come(controller):
+    controller.until_states(a1="READY")
+    stream = controller.stub.WatchEvents(pb.ListEventsRequest(object="fleet/attention"), timeout=15)
+    controller.scale(2)
+    assert next(event for event in stream if event.reason == "ScalingUp").object == "fleet/attention"
+    stream.cancel()
+
+
+def test_a_scale_with_a_revision_is_refused_once_the_spec_was_written_since(controller):
+    described = controller.stub.Describe(pb.DescribeObjectRequest(kind="cluster"), timeout=5)
+    assert controller.scale(2, revision=described.spec_revision).replicas == 2
+    code, details = refusal(lambda: controller.scale(3, revision=described.spec_revision))
+    assert code is grpc.StatusCode.ABORTED and str(described.spec_revision) in details
+
+
+def test_autoscaling_is_turned_on_pinned_by_a_scale_and_turned_off(controller, flumectl):
+    controller.until_states(a1="READY")
+    words = ("autoscale", "attention", "--min", "1", "--max", "3", "--tpot-slo-ms", "80")
+    assert flumectl(*words, "--dry-run").exit_code == 0
+    assert not controller.status().autoscale.enabled
+    assert flumectl(*words).stdout == "attention autoscaled between 1 and 3 nodes\n"
+    on = controller.until(lambda: (s := controller.status()).autoscale.enabled and s).autoscale
+    assert (on.min, on.max, on.paused) == (1, 3, False)
+    assert "80" in flumectl("config", "get", "tpot_slo_ms").stdout
+    controller.scale(2)
+    controller.until(lambda: controller.status().autoscale.paused)
+    assert flumectl(*words).exit_code == 0
+    controller.until(lambda: not controller.status().autoscale.paused)
+    assert flumectl("autoscale", "off").exit_code == 0
+    controller.until(lambda: not controller.status().autoscale.enabled)
+
+
+def test_the_autoscaler_follows_a_setting_while_it_runs(controller, flumectl):
+    controller.until_states(a1="READY")
+    assert flumectl("autoscale", "attention").exit_code == 0
+    assert flumectl("config", "set", "min_replicas=2").exit_code == 0
+    controller.until_states(a1="READY", a2="READY")
+    assert controller.status().set_by == "autoscaler"
+
+
+@pytest.mark.parametrize("bounds", [{"min": 4, "max": 3}, {"min": 0}, {"max": 65}], ids=str)
+def test_autoscale_bounds_that_can_not_be_are_refused_and_change_nothing(controller, bounds):
+    request = pb.SetAutoscaleRequest(enabled=True, tpot_slo_ms=70, **bounds)
+    code, details = refusal(lambda: controller.stub.SetAutoscale(request, timeout=5))
+    assert code is grpc.StatusCode.INVALID_ARGUMENT and "bounds must be" in details
+    (slo,) = controller.stub.GetConfig(pb.GetConfigRequest(name="tpot_slo_ms"), timeout=5).settings
+    assert not slo.HasField("value") and not controller.status().autoscale.enabled
+
+
+async def test_settings_are_set_shown_compared_and_remembered(controller, flumectl, store, keys):
+    assert flumectl("config", "diff").exit_code == 0
+    result = flumectl("config", "set", "cooldown_s=30", "log_level=debug")
+    assert result.stdout.splitlines() == [
+        "controller/cooldown_s: <not set> -> 30",
+        "cluster/log_level: <not set> -> debug",
+    ]
+    result = flumectl("config", "diff", "cooldown_s=20")
+    assert result.exit_code == 1 and "controller/cooldown_s   30       20" in result.stdout
+    flumectl("config", "unset", "cooldown_s")
+    records = json.loads(flumectl("config", "history", "cooldown_s", "-o", "json").stdout)
+    assert [(record["previous"], record["value"]) for record in records] == [(None, "30"), ("30", None)]
+    controller.until(lambda: '"log_level": "debug"' in controller.log(), timeout_s=5)
+    # Written by hand, it is shown as wrong, and the controller keeps what it had.
+    await store.put(keys.setting("cluster", "log_level"), b"loud")
+    row = json.loads(flumectl("config", "get", "log_level", "-o", "json").stdout)[0]
+    assert row["value"] == "loud" and "must be one of" in row["error"]
+    controller.until(lambda: "setting_refused" in controller.log(), timeout_s=5)
+    assert '"log_level": "info"' not in controller.log().partition("setting_refused")[2]
+
+
+@pytest.mark.parametrize(
+    "name, value, code",
+    [
+        ("step_timeout_s", "soon", grpc.StatusCode.INVALID_ARGUMENT),
+        ("microbatches", "2", grpc.StatusCode.INVALID_ARGUMENT),
+        ("colour", "blue", grpc.StatusCode.NOT_FOUND),
+    ],
+)
+def test_a_setting_that_can_not_be_is_refused_by_its_status(controller, name, value, code):
+    request = pb.SetConfigRequest(assignments=[pb.Assignment(name=name, value=value)])
+    assert refusal(lambda: controller.stub.SetConfig(request, timeout=5))[0] is code
+
+
+async def test_a_node_is_described_with_its_lanes_routes_and_events(controller, flumectl, store, keys):
+    controller.until_states(a1="READY")
+    controller.hold("attention-1", 5)
+    await store.put(keys.route("seq-a"), encode_route(Route.start("seq-a", "weight-1", 5, "attention-1")))
+    row = json.loads(flumectl("describe", "node", "attention-1", "-o", "json").stdout)
+    assert [item["kv_used_tokens"] for item in row["nodes"]] == [5]
+    assert [item["weight_node"] for item in row["lanes"]] == ["weight-1"]
+    assert [item["sequence"] for item in row["routes"]] == ["seq-a"]
+    route = json.loads(flumectl("describe", "route", "seq-a", "-o", "json").stdout)
+    assert [item["id"] for item in route["nodes"]] == ["attention-1"]
+    for words in (("node", "attention-9"), ("route", "seq-b"), ("request", "seq-b")):
+        result = flumectl("describe", *words)
+        assert result.exit_code == 1 and "NOT_FOUND" in result.stderr
+    code, _ = refusal(lambda: controller.stub.Describe(pb.DescribeObjectRequest(kind="pod"), timeout=5))
+    assert code is grpc.StatusCode.INVALID_ARGUMENT
