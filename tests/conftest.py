@@ -4,21 +4,33 @@ from __future__ import annotations
 
 import asyncio
 import os
+import sys
 import threading
 import uuid
+from pathlib import Path
 
 import pytest
 import pytest_asyncio
-from flume_common.etcd_binary import embedded_etcd
+from flume_common.etcd_binary import embedded_etcd, find_etcd
 from flume_common.keys import Keys
 from flume_common.store import StoreConfig, connect
+
+sys.path.insert(0, str(Path(__file__).parent))
+from etcd_container import docker_answers, etcd_container
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 @pytest.fixture(scope="session")
 def etcd_endpoint(tmp_path_factory):
-    """host:port of an etcd shared by the whole run. Don't stop it, don't compact it."""
+    """host:port of an etcd shared by the whole run. Don't stop it, don't compact it.
+
+    In a container where a Docker daemon answers, otherwise the binary.
+    """
+    if docker_answers():
+        with etcd_container(find_etcd()) as endpoint:
+            yield endpoint
+        return
     # Its own loop: those of the tests come and go.
     loop = asyncio.new_event_loop()
     thread = threading.Thread(target=loop.run_forever, name="shared-etcd", daemon=True)
