@@ -43,6 +43,8 @@ class FakeWeight(rpc.WeightServicer):
         self.vocab_size = 49152
         self.not_yet = 0
         self.num_described = 0
+        self.silent = asyncio.Event()
+        """Set: it answers no question."""
 
     async def Describe(self, request, context):
         self.num_described += 1
@@ -51,6 +53,11 @@ class FakeWeight(rpc.WeightServicer):
         return pb.DescribeReply(
             node=self.node, model=self.model, vocab_size=self.vocab_size, context_tokens=CONTEXT_TOKENS
         )
+
+    async def ListSequences(self, request, context):
+        if self.silent.is_set():
+            await asyncio.sleep(3600)
+        return pb.ListSequencesReply()
 
     async def Generate(self, request, context):
         self.requests.append(request)
@@ -105,6 +112,50 @@ def says(text_model):
                 yield finish(request, pb.STOP, len(ids) + 1)
 
         return script
+
+    return make
+
+
+class Dying:
+    """A script for any number of nodes: one answer, told on from where the request says it is.
+
+    `lives`: after how many tokens of its own each attempt ends as `end` says; afterwards they last.
+    """
+
+    def __init__(self, ids: Sequence[int], lives: Sequence[int], end: Script | None) -> None:
+        self.ids = list(ids)
+        self.lives = list(lives)
+        self.end = end
+
+    async def __call__(self, request, context):
+        had, limit = len(request.output_token_ids), request.sampling.max_tokens or CONTEXT_TOKENS
+        assert list(request.output_token_ids) == self.ids[:had]
+        life = self.lives.pop(0) if self.lives else None
+        for token_id in self.ids[had : limit if life is None else had + life]:
+            reply = pb.GenerateReply(token_ids=[token_id])
+            if request.sampling.has_logprobs:
+                reply.logprobs.append(logprobs_of(token_id, request.sampling.logprobs))
+            yield reply
+        if life is not None:
+            async for reply in (self.end or _unavailable)(request, context):
+                yield reply
+        elif limit < len(self.ids):
+            yield finish(request, pb.LENGTH, limit)
+        else:
+            yield finish(request, pb.STOP, len(self.ids) + 1)
+
+
+async def _unavailable(request, context):
+    await context.abort(grpc.StatusCode.UNAVAILABLE, "its engine ended")
+    yield
+
+
+@pytest.fixture
+def dies(text_model):
+    """`Dying` over a text."""
+
+    def make(said: str, *lives: int, end: Script | None = None) -> Dying:
+        return Dying(text_model.tokenizer.encode_now(said, add_special_tokens=False), lives, end)
 
     return make
 

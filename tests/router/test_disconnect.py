@@ -8,7 +8,7 @@ import time
 
 import pytest
 from flume_protos.v1 import weight_pb2 as pb
-from flume_router.weight_pool import WeightNode
+from flume_router.weight_node import WeightNode
 
 BODY = {"model": "smollm2-135m", "messages": [{"role": "user", "content": "Hi"}]}
 SOON_S = 0.5

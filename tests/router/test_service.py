@@ -4,8 +4,10 @@ import pytest
 from flume_protos.v1 import weight_pb2 as pb
 from flume_router.chat_template import ChatTemplate
 from flume_router.errors import BadRequest, ContextTooLong
-from flume_router.generation import SequenceRequest
+from flume_router.generation import Generation
 from flume_router.in_flight import InFlight
+from flume_router.progress import ResumeLimits
+from flume_router.sequence_request import SequenceRequest
 from flume_router.service import Service, sequences, wrapped
 from flume_router.text_model import TextModel
 from flume_router.tokenizer import Tokenizer
@@ -20,6 +22,11 @@ class Pool:
     vocab_size = 5
 
 
+def service_of(text):
+    pool = Pool()
+    return Service("m", text, pool, Generation(pool, text.tokenizer, ResumeLimits()), InFlight(1), 0.0)
+
+
 @pytest.fixture
 def service():
     """Of a model that puts <s> before every text, and whose template does so too."""
@@ -32,7 +39,7 @@ def service():
         "{{ bos_token }}{% for m in messages %}{{ m.content }}:{% endfor %}", {"bos_token": "<s>"}
     )
     text = TextModel(Tokenizer(backend, {"bos_token": "<s>"}), template)
-    return Service("m", text, Pool(), InFlight(1), 0.0)
+    return service_of(text)
 
 
 async def test_a_text_gets_the_beginning_its_model_wants(service):
@@ -44,7 +51,7 @@ async def test_a_chat_begins_only_once(service):
 
 
 async def test_a_model_without_a_template_has_no_chats(service):
-    plain = Service("m", TextModel(service.text.tokenizer, None), Pool(), InFlight(1), 0.0)
+    plain = service_of(TextModel(service.text.tokenizer, None))
     with pytest.raises(BadRequest, match="m has no chat template; use /v1/completions"):
         await plain.chat_prompt([{"role": "user", "content": "ab"}])
 

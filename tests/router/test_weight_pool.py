@@ -67,31 +67,32 @@ async def test_the_replacement_gets_the_same_request(start_router, start_weight,
         start_router() as router,
     ):
         await settle(a, b)
-        answer = await ask(router, seed=5)
-        assert (answer.status_code, answer.headers["retry-after"]) == (503, "1")
-        assert a.requests == b.requests  # each once, and no third time
-        assert len(a.requests) == 1
+        a.script, b.script = turns(unavailable(), says("fine"))
+        assert (await ask(router, seed=5)).status_code == 200
+        [first, second] = sorted((*a.requests, *b.requests), key=lambda request: request.adopt_from)
+        assert second.adopt_from in "ab"
+        second.adopt_from = ""
+        assert first == second
 
 
-async def test_there_is_one_replacement_and_no_more(start_router, start_weight):
+def turns(*scripts):
+    """For two nodes: whichever is asked next plays the next script."""
+    remaining = list(scripts)
+
+    async def script(request, context):
+        async for reply in remaining.pop(0)(request, context):
+            yield reply
+
+    return script, script
+
+
+async def test_nodes_that_all_fail_are_tried_so_often_and_no_more(start_router, start_weight):
     broken = unavailable()
-    async with (
-        start_weight("a", broken) as a,
-        start_weight("b", broken) as b,
-        start_weight("c", broken) as c,
-        start_router() as router,
-    ):
-        await settle(a, b, c)
-        assert (await ask(router)).status_code == 503
-        assert sum(len(fake.requests) for fake in (a, b, c)) == 2
-
-
-async def test_a_node_that_fails_after_its_first_token_is_not_replaced(start_router, start_weight, says):
-    broken = unavailable(after=1)
     async with start_weight("a", broken) as a, start_weight("b", broken) as b, start_router() as router:
         await settle(a, b)
-        assert (await ask(router)).status_code == 503
-        assert len(a.requests) + len(b.requests) == 1
+        answer = await ask(router)
+        assert (answer.status_code, answer.headers["retry-after"]) == (503, "1")
+        assert len(a.requests) + len(b.requests) == 6
 
 
 async def test_a_process_that_is_gone_is_replaced(start_router, start_weight, says):
@@ -115,7 +116,8 @@ async def test_without_a_weight_node_the_router_says_so(start_router):
         assert health.json()["message"].startswith("no weight node serves smollm2-135m")
         assert (await client.get(f"{router.http}/livez")).status_code == 200
         ready = await client.get(f"{router.http}/readyz")
-        assert (ready.status_code, ready.text) == (503, "[-]weight-node failed\n[+]not-draining ok")
+        assert ready.status_code == 503
+        assert ready.text == "[-]weight-node failed\n[+]not-draining ok\nstore_connected: true"
         assert (await client.get(f"{router.http}/v1/models")).status_code == 200
 
 

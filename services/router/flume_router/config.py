@@ -39,6 +39,12 @@ class RouterConfig(msgspec.Struct, frozen=True, kw_only=True):
     request_deadline_s: float
     """A request still running after this is ended with an error, so that nothing hangs for ever."""
 
+    resume_s: float
+    """How long an answer may stand still, once its weight node failed, before it ends with an error."""
+
+    silence_s: float
+    """A weight node that says nothing for so long counts as failed. Longer than its longest step."""
+
     drain_s: float
     """How long open requests may run after SIGTERM. Keep below the pod's grace period."""
 
@@ -49,11 +55,14 @@ class RouterConfig(msgspec.Struct, frozen=True, kw_only=True):
     log_level: str
 
     def __post_init__(self) -> None:
-        for name in ("request_deadline_s", "lease_ttl_s", "body_limit_bytes"):
+        for name in ("request_deadline_s", "silence_s", "lease_ttl_s", "body_limit_bytes"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"--{name.replace('_', '-')} must be above 0, got {getattr(self, name)}")
-        if self.drain_s < 0:
-            raise ValueError(f"--drain-s must not be negative, got {self.drain_s}")
+        for name in ("drain_s", "resume_s"):
+            if getattr(self, name) < 0:
+                raise ValueError(
+                    f"--{name.replace('_', '-')} must not be negative, got {getattr(self, name)}"
+                )
         for name in ("listen_http", "listen_grpc"):
             _require_address(name, getattr(self, name))
 
@@ -120,6 +129,18 @@ def _add_serving_flags(parser: argparse.ArgumentParser) -> None:
         type=float,
         default=600.0,
         help="longest a request may take (default: %(default)s)",
+    )
+    add(
+        "--resume-s",
+        type=float,
+        default=60.0,
+        help="time to find another weight node for an answer whose own failed (default: %(default)s)",
+    )
+    add(
+        "--silence-s",
+        type=float,
+        default=10.0,
+        help="a weight node that says nothing for so long has failed (default: %(default)s)",
     )
     add(
         "--drain-s",

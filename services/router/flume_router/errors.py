@@ -8,6 +8,9 @@
   + Unavailable             nobody can serve it now; a retry may find someone
     - NoWeightNode          no weight node is ready
     - WeightNodeLost        the weight node went away, or is leaving
+      . WeightNodeSilent    it neither sends tokens nor answers
+    - NotYet                the weight node can't take the sequence at this moment
+    - NotContinued          no other weight node went on with the answer
     - ShuttingDown          this router is leaving
   + DeadlineExceeded        the request took longer than it may
   + WeightNodeFailed        the weight node broke its contract or failed inside
@@ -105,6 +108,30 @@ class WeightNodeLost(Unavailable):
     def __init__(self, node: str, detail: str) -> None:
         super().__init__(f"weight node {node} went away: {detail}")
         self.node = node
+
+
+class WeightNodeSilent(WeightNodeLost):
+    """Connected still, but nothing has come for too long: stopped, or cut off."""
+
+    def __init__(self, node: str, silence_s: float) -> None:
+        super().__init__(node, f"no token and no answer for {silence_s:g} s")
+        self.silence_s = silence_s
+
+
+class NotYet(Unavailable):
+    """It still has an earlier attempt of this sequence, or lacks the KV that it had a moment ago."""
+
+    def __init__(self, node: str, detail: str) -> None:
+        super().__init__(f"weight node {node} cannot take the sequence yet: {detail}")
+        self.node = node
+
+
+class NotContinued(Unavailable):
+    """`tokens`: how many of the answer were there already."""
+
+    def __init__(self, model: str, why: str, tokens: int) -> None:
+        super().__init__(f"no weight node of {model} could go on after {tokens} tokens: {why}")
+        self.tokens = tokens
 
 
 class ShuttingDown(Unavailable):

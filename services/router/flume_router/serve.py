@@ -20,9 +20,11 @@ from flume_common.telemetry import version
 from flume_protos.v1.router_pb2_grpc import add_RouterServicer_to_server
 
 from flume_router.config import RouterConfig
+from flume_router.generation import Generation
 from flume_router.http.app import build_app
 from flume_router.http.server import http_server, reachable_address
 from flume_router.in_flight import InFlight
+from flume_router.progress import ResumeLimits
 from flume_router.service import Service
 from flume_router.servicer import SERVICE, RouterServicer
 from flume_router.text_model import TextModel
@@ -52,9 +54,16 @@ async def serve(
     async with (
         connect(config.store) as store,
         watch_members(store, keys) as members,
-        open_pool(members, channel, model=model, vocab_size=text.tokenizer.vocab_size) as pool,
+        open_pool(
+            members,
+            channel,
+            model=model,
+            vocab_size=text.tokenizer.vocab_size,
+            silence_s=config.silence_s,
+        ) as pool,
     ):
-        service = Service(model, text, pool, in_flight, started_at_s)
+        generation = Generation(pool, text.tokenizer, ResumeLimits(resume_s=config.resume_s))
+        service = Service(model, text, pool, generation, in_flight, started_at_s)
         servicer = RouterServicer(service)
         async with (
             grpc_server(

@@ -12,8 +12,9 @@ from flume_protos.v1 import weight_pb2 as pb
 
 from flume_router.chat_template import TemplateRefused
 from flume_router.errors import BadRequest, ContextTooLong, ModelNotFound
-from flume_router.generation import SequenceRequest
+from flume_router.generation import Generation
 from flume_router.in_flight import InFlight
+from flume_router.sequence_request import SequenceRequest
 from flume_router.text_model import TextModel
 from flume_router.weight_pool import WeightPool
 
@@ -25,6 +26,7 @@ class Service(msgspec.Struct, frozen=True):
     model: str
     text: TextModel
     pool: WeightPool
+    generation: Generation
     in_flight: InFlight
     started_at_s: float  # Unix time
 

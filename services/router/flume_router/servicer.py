@@ -24,7 +24,7 @@ from flume_router.errors import (
     Unavailable,
     WeightNodeFailed,
 )
-from flume_router.generation import SequenceRequest, answer
+from flume_router.sequence_request import SequenceRequest
 from flume_router.service import Service
 
 log = structlog.get_logger(__name__)
@@ -51,15 +51,14 @@ class RouterServicer(rpc.RouterServicer):
         self, request: pb.GenerateTextRequest, context: Context
     ) -> AsyncIterator[pb.GenerateTextReply]:
         request_id = f"gen-{uuid.uuid4().hex}"
+        context.set_trailing_metadata((("x-request-id", request_id),))  # also where there is no reply
         async with (
             status_errors(context, STATUS_OF),
             _logged(request_id),
             self._service.in_flight.request() as deadline_at,
         ):
             sequence = await self._sequence(request, request_id, deadline_at)
-            async with contextlib.aclosing(
-                answer(self._service.pool, self._service.text.tokenizer, sequence)
-            ) as pieces:
+            async with contextlib.aclosing(self._service.generation.answer(sequence)) as pieces:
                 async for piece in pieces:
                     yield encode(piece, request_id)
 

@@ -8,8 +8,7 @@ channel while sequences run there and for a while after: losing a lease ends no 
 from __future__ import annotations
 
 import asyncio
-import time
-from collections.abc import AsyncIterator, Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager
 from typing import Protocol
 
@@ -22,12 +21,12 @@ from flume_protos.v1 import weight_pb2 as pb
 from flume_protos.v1 import weight_pb2_grpc as rpc
 
 from flume_router.errors import NoWeightNode
-from flume_router.pick import Candidate, pick
+from flume_router.pick import pick
+from flume_router.weight_node import WeightNode
 
 log = structlog.get_logger(__name__)
 
 _DESCRIBE_DEADLINE_S = 5.0
-_SUSPECT_S = 5.0
 _LINGER_S = 15.0
 Connect = Callable[[str], AbstractAsyncContextManager[grpc.aio.Channel]]
 Key = tuple[str, str, int]  # id, address, epoch
@@ -36,56 +35,20 @@ Key = tuple[str, str, int]  # id, address, epoch
 class MembersView(Protocol):
     """What the pool needs of `flume_common.membership.Members`."""
 
+    @property
+    def connected(self) -> bool: ...
     def of(self, role: Role) -> Sequence[Member]: ...
     async def changed(self) -> None: ...
-
-
-class WeightNode:
-    """One node with its channel; `described` is None until it has answered."""
-
-    def __init__(self, member: Member) -> None:
-        self.id = member.id
-        self.address = member.address
-        self.stub: rpc.WeightStub | None = None
-        self.described: pb.DescribeReply | None = None
-        self.listed = True
-        self.outstanding = 0
-        self.retired = asyncio.Event()
-        self._picked_at_s = 0.0
-        self._suspect_until_s = 0.0
-
-    def generate(
-        self, request: pb.GenerateRequest, *, timeout_s: float, metadata: tuple[tuple[str, str], ...]
-    ) -> grpc.aio.UnaryStreamCall[pb.GenerateRequest, pb.GenerateReply]:
-        assert self.stub is not None, "a node is a candidate only once it has answered"
-        call: grpc.aio.UnaryStreamCall[pb.GenerateRequest, pb.GenerateReply]
-        call = self.stub.Generate(request, timeout=timeout_s, metadata=metadata)
-        return call
-
-    def suspect(self) -> None:
-        """A call to it has just failed: others first, for a few seconds."""
-        self._suspect_until_s = time.monotonic() + _SUSPECT_S
-
-    def candidate(self, key: str) -> Candidate:
-        suspect = time.monotonic() < self._suspect_until_s
-        return Candidate(key, self.outstanding, self._picked_at_s, self.listed, suspect)
-
-    @contextmanager
-    def one_more(self) -> Iterator[None]:
-        """Counts a sequence for as long as it runs."""
-        self.outstanding += 1
-        self._picked_at_s = time.monotonic()
-        try:
-            yield
-        finally:
-            self.outstanding -= 1
 
 
 class WeightPool:
     """Made by `open_pool`."""
 
-    def __init__(self, members: MembersView, connect: Connect, *, model: str, vocab_size: int) -> None:
+    def __init__(
+        self, members: MembersView, connect: Connect, *, model: str, vocab_size: int, silence_s: float
+    ) -> None:
         self.model = model
+        self._silence_s = silence_s
         self._members = members
         self._connect = connect
         self._vocab_size = vocab_size
@@ -97,10 +60,18 @@ class WeightPool:
         """Whether a member that is READY has answered Describe."""
         return any(node.listed and node.described for node in self._nodes.values())
 
+    @property
+    def store_connected(self) -> bool:
+        """Whether the members are up to date; otherwise they are the last ones known."""
+        return self._members.connected
+
     async def changed(self) -> None:
-        """Returns at the next change of `ready` after the last call, or a little too often."""
+        """Returns at the next change of what this pool says, or a little too often. For any number."""
         await self._moved.wait()
-        self._moved.clear()
+
+    def _move(self) -> None:
+        self._moved.set()
+        self._moved = asyncio.Event()
 
     @property
     def context_tokens(self) -> int:
@@ -118,23 +89,35 @@ class WeightPool:
             raise NoWeightNode(self.model)
         return known
 
+    @property
+    def known(self) -> bool:
+        """Whether a node that serves our model has ever answered and is not long gone."""
+        return any(node.described for node in self._nodes.values())
+
+    @property
+    def lendable(self) -> bool:
+        """Whether `borrow` has a node now."""
+        return bool(self._lendable())
+
     @contextmanager
-    def borrow(self, exclude: Collection[str] = ()) -> Iterator[WeightNode]:
-        """A node for one sequence. `exclude`: ids not to take. Raises NoWeightNode."""
-        nodes = {str(key): node for key, node in self._nodes.items() if node.described is not None}
-        excluded = [key for key, node in nodes.items() if node.id in exclude]
-        chosen = pick([node.candidate(key) for key, node in nodes.items()], excluded)
+    def borrow(self) -> Iterator[WeightNode]:
+        """A node for one sequence, of those that answer. Raises NoWeightNode."""
+        nodes = self._lendable()
+        chosen = pick(node.candidate(key) for key, node in nodes.items())
         if chosen is None:
             raise NoWeightNode(self.model)
         with nodes[chosen].one_more():
             yield nodes[chosen]
+
+    def _lendable(self) -> dict[str, WeightNode]:
+        return {str(key): node for key, node in self._nodes.items() if node.described and node.answering}
 
     async def run(self) -> None:
         """For ever; each connected node has a task that lives as long as its channel."""
         async with asyncio.TaskGroup() as tasks:
             while True:
                 self._adjust(tasks)
-                self._moved.set()
+                self._move()
                 await self._members.changed()
 
     def _adjust(self, tasks: asyncio.TaskGroup) -> None:
@@ -148,13 +131,13 @@ class WeightPool:
                 self._nodes[key].listed = True
                 self._nodes[key].retired.clear()
             else:
-                self._nodes[key] = WeightNode(member)
+                self._nodes[key] = WeightNode(member, silence_s=self._silence_s, changed=self._move)
                 tasks.create_task(self._keep(key, self._nodes[key]), name=f"weight-node-{member.id}")
 
     async def _keep(self, key: Key, node: WeightNode) -> None:
         async with self._connect(node.address) as channel:
             node.stub = rpc.WeightStub(channel)  # type: ignore[no-untyped-call]
-            async with background(describe=self._describe(node)):
+            async with background(meet=self._meet(node)):
                 await self._until_unused(node)
             # Before the channel closes, so that nobody is given a node that cannot be called.
             del self._nodes[key]
@@ -165,7 +148,12 @@ class WeightPool:
             await node.retired.wait()
             await asyncio.sleep(_LINGER_S if node.described else 0)
 
-    async def _describe(self, node: WeightNode) -> None:
+    async def _meet(self, node: WeightNode) -> None:
+        if await self._describe(node):
+            await node.keep_asking()
+
+    async def _describe(self, node: WeightNode) -> bool:
+        """False: it can't be used."""
         backoff = Backoff()
         while node.described is None:
             try:
@@ -176,10 +164,11 @@ class WeightPool:
                 await asyncio.sleep(backoff.next_s())
                 continue
             if not self._fits(node, described):
-                return
+                return False
             node.described = described
-            self._moved.set()
+            self._move()
             log.info("weight_node_connected", weight_node=node.id, context_tokens=described.context_tokens)
+        return True
 
     def _fits(self, node: WeightNode, described: pb.DescribeReply) -> bool:
         """A node whose vocabulary is smaller than our tokenizer's has another model than we have."""
@@ -207,9 +196,12 @@ def wanted_nodes(members: Sequence[Member], model: str) -> Mapping[Key, Member]:
 
 @asynccontextmanager
 async def open_pool(
-    members: MembersView, connect: Connect, *, model: str, vocab_size: int
+    members: MembersView, connect: Connect, *, model: str, vocab_size: int, silence_s: float
 ) -> AsyncIterator[WeightPool]:
-    """`vocab_size` is our tokenizer's: a node with fewer tokens is not used."""
-    pool = WeightPool(members, connect, model=model, vocab_size=vocab_size)
+    """`vocab_size` is our tokenizer's: a node with fewer tokens is not used.
+
+    `silence_s`: after this long without a sign of life, a node's sequences go on elsewhere.
+    """
+    pool = WeightPool(members, connect, model=model, vocab_size=vocab_size, silence_s=silence_s)
     async with background(weight_pool=pool.run()):
         yield pool

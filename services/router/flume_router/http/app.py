@@ -84,13 +84,17 @@ class _Pages:
         return PlainTextResponse("ok")
 
     async def ready(self, request: Request) -> Response:
-        """Whether new requests should come here; `?verbose` lists the checks."""
+        """Whether new requests should come here; `?verbose` lists the checks.
+
+        Without etcd we serve on the members known last, so that is told but decides nothing.
+        """
         checks = {
             "weight-node": self._service.pool.ready,
             "not-draining": not self._service.in_flight.draining,
         }
         passed = all(checks.values())
         lines = [f"[+]{name} ok" if ok else f"[-]{name} failed" for name, ok in checks.items()]
+        lines.append(f"store_connected: {str(self._service.pool.store_connected).lower()}")
         verbose = "verbose" in request.query_params or not passed
         return PlainTextResponse("\n".join(lines) if verbose else "ok", 200 if passed else 503)
 

@@ -19,12 +19,13 @@ from starlette.types import Receive, Scope, Send
 
 from flume_router.answer import Piece
 from flume_router.errors import RouterError
-from flume_router.generation import Pieces, SequenceRequest, answer, merged
+from flume_router.generation import Pieces, merged
 from flume_router.http.body import read_object
 from flume_router.http.errors import HttpError, reply_of, unexpected
 from flume_router.http.reply import Reply
 from flume_router.http.sampling import Common
 from flume_router.http.shape import Shape, Usage
+from flume_router.sequence_request import SequenceRequest
 from flume_router.service import Service, sequences
 
 log = structlog.get_logger(__name__)
@@ -101,8 +102,7 @@ class CompletionEndpoint:
             "x-request-id": str(structlog.contextvars.get_contextvars().get("request_id", request_id))
         }
         base = SequenceRequest(request_id, (), job.common.sampling, job.common.stop, deadline_at, metadata)
-        tokenizer, pool = self._service.text.tokenizer, self._service.pool
-        return [answer(pool, tokenizer, one) for one in sequences(base, job.prompts, job.common.n)]
+        return [self._service.generation.answer(one) for one in sequences(base, job.prompts, job.common.n)]
 
 
 async def _stream(reply: Reply, shape: Shape, pieces: Pieces, usage: Usage, *, include_usage: bool) -> None:

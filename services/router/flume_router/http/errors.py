@@ -1,5 +1,7 @@
 """Errors as OpenAI's API writes them: {"error": {"message", "type", "param", "code"}} and a status.
 
+We add the request id, as the last event of a stream may be far from the header that has it.
+
 * HttpError     what goes wrong before there is a request for the router: path, method, size, JSON
 """
 
@@ -9,6 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import msgspec
+import structlog
 
 from flume_router.errors import (
     BadRequest,
@@ -68,4 +71,7 @@ def unexpected() -> ErrorReply:
 
 
 def body(message: str, kind: str, param: str | None, code: str | None) -> dict[str, Any]:
-    return {"error": {"message": message, "type": kind, "param": param, "code": code}}
+    request_id = structlog.contextvars.get_contextvars().get("request_id")
+    return {
+        "error": {"message": message, "type": kind, "param": param, "code": code, "request_id": request_id}
+    }
