@@ -38,6 +38,7 @@ class FakeSlot:
     """What the node should hold for a slot: K and V [layers, 2, tokens, kv_heads, head_dim]."""
 
     kv: torch.Tensor
+    opened_at: int = 0  # where its newest range starts
 
     @property
     def held(self) -> int:
@@ -62,6 +63,7 @@ class FakeWeightNode:
         self.receive_lane = next(_lane_numbers)
         self.lane: Lane
         self.number = 0
+        self.last_epoch = 0  # of what was received last
         self.kv_sent = 0
         self.want = 16
         self.returned = 0
@@ -93,7 +95,11 @@ class FakeWeightNode:
     # Single messages
 
     def plan(self, rows=(), ops=(), *, number=None, epoch=None, kv_sent=None) -> int:
-        """Send a PLAN of rows (slot, queries, append, held) and ops (op, slot, argument, key); its step."""
+        """Send a PLAN of rows (slot, queries, append, held[, position]) and ops (op, slot, argument, key).
+
+        Returns its step. Slots here begin with their sequence, so that a row's position is what is held.
+        """
+        rows = [row if len(row) == 5 else (*row, row[3]) for row in rows]
         if number is None:
             self.number += 1
             number = self.number
@@ -101,7 +107,7 @@ class FakeWeightNode:
             step=number,
             epoch=self.epoch if epoch is None else epoch,
             ops=np.array(ops, dtype=np.int64).reshape(-1, 4),
-            rows=np.array(rows, dtype=np.int64).reshape(-1, 4),
+            rows=np.array(rows, dtype=np.int64).reshape(-1, 5),
             layers_per_kv=1,
             want_blocks=self.want,
             returned_blocks=self.returned,
@@ -170,10 +176,12 @@ class FakeWeightNode:
     def open(self, slot: int, sequence: str | None = None) -> tuple[int, int, int, int]:
         """The op that opens a range in a slot."""
         self.slots.setdefault(slot, FakeSlot(self.new_kv(0)))
+        self.slots[slot].opened_at = self.slots[slot].held
         return (Op.OPEN, slot, self.slots[slot].held, sequence_key(sequence or f"{self.name}/{slot}"))
 
     def close(self, slot: int) -> tuple[int, int, int, int]:
-        return (Op.CLOSE, slot, self.slots[slot].held, 0)
+        opened_at = self.slots[slot].opened_at
+        return (Op.CLOSE, slot, opened_at, self.slots[slot].held - opened_at)
 
     def release(self, slot: int) -> tuple[int, int, int, int]:
         del self.slots[slot]
@@ -212,6 +220,7 @@ class FakeWeightNode:
             lambda: (f := receiver.poll()) is not None and not got.append(f), self.timeout_s
         )
         assert arrived, f"{self.name}: no {kind.name} within {self.timeout_s} s"
+        self.last_epoch = int(got[0].header[Header.EPOCH])
         return got[0]
 
 

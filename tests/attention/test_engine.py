@@ -13,14 +13,16 @@ import psutil
 import pytest
 import pytest_asyncio
 import torch
-from fake_weight_node import LAYOUT, FakeWeightNode
+from fake_weight_node import LAYOUT, FakeSlot, FakeWeightNode, RunningStep
 from flume_attention.messages import (
+    Adopt,
     Ask,
     Attach,
     Attached,
     Detach,
     Detached,
     FromEngine,
+    Kept,
     LaneClosed,
     Refused,
     Report,
@@ -30,7 +32,7 @@ from flume_attention.messages import (
 from flume_common.engine_link import run_engine
 from flume_common.lanes import Port
 from flume_common.layout import KvLayout
-from flume_common.wire import LaneShape, Refusal
+from flume_common.wire import LaneShape, Op, Refusal, sequence_key
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 CAPACITY = 32
@@ -309,6 +311,35 @@ async def test_a_plan_of_an_older_epoch_is_refused_and_counted(node, port):
     assert report.epoch_rejected == before + 1 and report.used_tokens == 5
 
 
+async def test_an_owner_that_was_replaced_is_not_answered_and_stores_nothing(node, port):
+    w = await node.attach(FakeWeightNode(port, epoch=5))
+    w.step((0, 0, 5), ops=[w.open(0)])
+    before = (await node.report()).epoch_rejected
+    running = w.begin((0, 1, 1))
+    w.epoch = 4  # it does not know yet
+    w.query(running.number, 0, w.rand(1, LAYOUT.num_query_heads, LAYOUT.head_dim))
+    w.append(running.number, 0, w.new_kv(1))
+    w.epoch = 5
+    w.finish(running)
+    w.step((0, 1, 1))
+    report = await node.report()
+    assert (report.epoch_rejected, report.used_tokens) == (before + 2, 7)
+
+
+async def test_what_a_node_says_carries_its_own_epoch(node, port):
+    w = FakeWeightNode(port, epoch=5)
+    node.engine.send(w.attach_request(node_epoch=77))
+    w.connect(await node.expect(Attached))
+    w.want = 4
+    w.plan()
+    w.await_credit(lambda credit: credit.granted_blocks == 4)
+    assert w.last_epoch == 77
+    w.step((0, 0, 5), ops=[w.open(0)])
+    w.last_epoch = 0
+    w.step((0, 1, 1))
+    assert w.last_epoch == 77
+
+
 async def test_an_attach_of_an_older_epoch_is_refused_even_after_the_lane_is_gone(node, port):
     w = await node.attach(FakeWeightNode(port, epoch=5))
     node.engine.send(Detach(request=2, weight_node=w.name, epoch=5))
@@ -383,20 +414,58 @@ async def test_release_frees_everything(node, port):
     assert (report.used_blocks, report.used_tokens, report.lanes[0].sequences) == (0, 0, 0)
 
 
-async def test_a_weight_node_that_dies_leaves_nothing_behind(node, port):
+async def test_what_a_dead_weight_node_held_is_kept_for_another_one_to_take_over(node, port):
     other = await node.attach(FakeWeightNode(port), want=4)
     other.step((0, 0, 8), ops=[other.open(0)])
     async with weight_node_process(node) as process:
         assert (await node.report()).used_blocks == 7
+        assert (await kept(node, other)).in_use
         process.kill()
     closed = await node.expect(LaneClosed, timeout_s=5)
     assert closed.weight_node == "dying"
     report = await node.report()
-    assert (report.used_blocks, [lane.weight_node for lane in report.lanes]) == (2, [other.name])
-    other.want = CAPACITY - 2
+    assert (report.used_blocks, report.orphan_tokens) == (7, 20)
+    assert [lane.weight_node for lane in report.lanes] == [other.name]
+    ours = Op.ADOPT, 5, 14, sequence_key("dying/0")
+    number = other.plan([(0, 1, 0, 8)], ops=[ours])
+    refused = other.await_credit(lambda credit: credit.refused_step == number)
+    assert refused.refusal is Refusal.UNKNOWN_SLOT, "not claimed"
+
+    reply = await kept(node, other)
+    assert (reply.ranges, reply.in_use) == ([(0, 20)], False)
+    twin = FakeWeightNode(port, name="dying")  # makes the same numbers
+    twin.open(0)
+    other.slots[5] = FakeSlot(RunningStep(twin, 1, ((0, 0, 20),)).kv[0][:, :, :14], opened_at=14)
+    other.step((5, 1, 0), (0, 1, 1), ops=[ours])
+    other.step((5, 2, 2), ops=[(Op.OPEN, 5, 14, ours[3])])
+    report = await node.report()
+    (lane,) = report.lanes
+    assert (report.used_blocks, report.used_tokens, report.orphan_tokens) == (8, 25, 0)
+    assert (lane.granted_blocks, lane.held_blocks) == (8 + other.want, 8)
+    other.plan(ops=[other.release(5)])
+    other.want = CAPACITY - 3
     other.plan()
-    other.await_credit(lambda c: c.granted_blocks == CAPACITY)
-    other.step((0, 1, 1))
+    other.await_credit(lambda credit: credit.free_blocks == 0)
+
+
+async def kept(node, asking, sequence="dying/0"):
+    node.engine.send(Adopt(request=9, weight_node=asking.name, epoch=asking.epoch, sequence=sequence))
+    return await node.expect(Kept)
+
+
+async def test_a_detach_and_the_grace_time_free_what_a_dead_weight_node_left(port):
+    async with engine_with(args=("--orphan-grace-s", "1.5")) as node:
+        for freed_by in ("a detach", "time"):
+            async with weight_node_process(node) as process:
+                process.kill()
+            await node.expect(LaneClosed, timeout_s=5)
+            assert (await node.report()).used_blocks == 5
+            if freed_by == "a detach":
+                node.engine.send(Detach(request=1, weight_node="dying", epoch=1))
+                await node.expect(Detached)
+            else:
+                await node.expect(Report, where=lambda report: report.used_blocks == 0)
+            assert (await node.report()).used_blocks == 0
 
 
 async def test_draining_grants_nothing_and_serves_what_is_there(node, port):

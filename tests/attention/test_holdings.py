@@ -18,7 +18,9 @@ SHAPE = LaneShape(LAYOUT, max_step_tokens=32, max_step_sequences=4, kv_frame_byt
 
 
 def rows(*items):
-    return np.array(items, dtype=np.int64).reshape(-1, 4)
+    """Rows (slot, queries, append, held[, position]); without a position the slot holds all before it."""
+    whole = [item if len(item) == 5 else (*item, item[3]) for item in items]
+    return np.array(whole, dtype=np.int64).reshape(-1, 5)
 
 
 @pytest.fixture
@@ -61,17 +63,37 @@ def test_a_row_asks_about_what_was_held_when_its_step_began(lane):
 def test_a_closed_tail_can_come_back_to_the_same_slot(lane):
     lane.apply(Op.OPEN, 0, 0, 1)
     run(lane, 1, (0, 0, 5, 0))
-    lane.apply(Op.CLOSE, 0, 5, 1)
+    lane.apply(Op.CLOSE, 0, 0, 5)
     assert refused(lane.begin, 2, rows((0, 0, 1, 5))) is Refusal.NO_OPEN_RANGE
     lane.apply(Op.OPEN, 0, 9, 1)
-    run(lane, 3, (0, 1, 2, 5))
+    run(lane, 3, (0, 1, 2, 5, 9))
     assert lane.slots[0].held == 7 and lane.num_ranges == 2 and lane.held_blocks == 3
 
 
 def test_closing_a_range_that_got_nothing_leaves_none(lane):
     lane.apply(Op.OPEN, 0, 0, 1)
-    lane.apply(Op.CLOSE, 0, 0, 1)
+    lane.apply(Op.CLOSE, 0, 0, 0)
     assert lane.num_ranges == 0
+
+
+def test_a_lost_range_comes_back_in_its_place_while_its_successors_stay(lane):
+    lane.granted = 16
+    lane.apply(Op.OPEN, 0, 0, 1)
+    run(lane, 1, (0, 0, 5, 0))
+    lane.apply(Op.CLOSE, 0, 0, 5)
+    lane.apply(Op.OPEN, 0, 20, 1)  # the tail; [5, 20) was another node's
+    run(lane, 2, (0, 5, 6, 5, 20))
+    lane.apply(Op.OPEN, 0, 5, 1)
+    first = lane.begin(3, rows((0, 9, 9, 11, 5))).rows[0]
+    lane.commit()
+    second = lane.begin(4, rows((0, 6, 6, 20, 14))).rows[0]
+    lane.commit()
+    assert [sum(run.tokens for run in row.past) for row in (first, second)] == [5, 14]
+    lane.apply(Op.CLOSE, 0, 5, 15)
+    tail = lane.begin(5, rows((0, 1, 1, 26, 26))).rows[0]
+    lane.commit()
+    assert sum(run.tokens for run in tail.past) == 26
+    assert [(item.start, item.length) for item in lane.slots[0].ranges] == [(0, 5), (5, 15), (20, 7)]
 
 
 def test_refusals_name_what_is_wrong_and_change_nothing(lane):
@@ -84,9 +106,14 @@ def test_refusals_name_what_is_wrong_and_change_nothing(lane):
     assert refused(lane.begin, 2, rows((0, 33, 0, 3))) is Refusal.TOO_LARGE
     assert refused(lane.begin, 2, rows((0, 0, -1, 3))) is Refusal.TOO_LARGE
     assert refused(lane.begin, 2, rows((0, 1, 0, 3), (0, 0, 1, 3))) is Refusal.LENGTH_MISMATCH
-    assert refused(lane.apply, Op.CLOSE, 0, 4, 1) is Refusal.LENGTH_MISMATCH
+    assert refused(lane.begin, 2, rows((0, 1, 0, 3, 2))) is Refusal.LENGTH_MISMATCH
+    assert refused(lane.begin, 2, rows((0, 0, 1, 3, 4))) is Refusal.NO_OPEN_RANGE
+    assert refused(lane.apply, Op.CLOSE, 0, 1, 3) is Refusal.NO_OPEN_RANGE
+    assert refused(lane.apply, Op.CLOSE, 0, 0, 4) is Refusal.LENGTH_MISMATCH
     assert refused(lane.apply, Op.CLOSE, 5, 4, 1) is Refusal.UNKNOWN_SLOT
+    assert refused(lane.apply, Op.OPEN, 0, 0, 1) is Refusal.LENGTH_MISMATCH
     assert refused(lane.apply, Op.OPEN, 0, 3, 1) is Refusal.LENGTH_MISMATCH
+    assert refused(lane.apply, Op.OPEN, 0, 9, 2) is Refusal.LENGTH_MISMATCH
     assert refused(lane.apply, 9, 0, 3, 1) is Refusal.UNKNOWN_SLOT
     assert refused(lane.set_credit, 5, 8) is Refusal.OVER_CREDIT
     assert (lane.blocks.held, lane.unused) == before and lane.want == 0
@@ -179,7 +206,11 @@ class TwoLanes(RuleBasedStateMachine):
         lane = self.lanes[which]
         if lane.step is None or lane.step.committed:
             held = lane.slots[slot].held if slot in lane.slots else 0
-            self.attempt(lane, lane.apply, op, slot, held + off, slot)
+            argument, key = held + off, slot
+            if op is Op.CLOSE and held and off == 0:
+                last = lane.slots[slot].ranges[-1]
+                argument, key = last.start, last.length
+            self.attempt(lane, lane.apply, op, slot, argument, key)
 
     @rule(which=st.integers(0, 1), appends=st.lists(st.integers(0, 9), min_size=1, max_size=3))
     def begin(self, which, appends):

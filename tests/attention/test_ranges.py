@@ -77,8 +77,9 @@ def test_ranges_of_a_slot_that_meet_in_memory_make_one_run():
     pool.release(filler)
     slot = Slot(key=1, ranges=[first, second], held=8)
     expected = positions(first.runs()) + positions(second.runs())
-    assert positions(slot.runs()) == expected
-    assert slot.open_range is second and slot.num_blocks == 2
+    assert positions(slot.runs(8)) == expected
+    assert positions(slot.runs(4)) == positions(first.runs())
+    assert slot.open_at(8) is second and slot.open_at(4) is None and slot.num_blocks == 2
 
 
 @given(

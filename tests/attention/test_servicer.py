@@ -66,8 +66,19 @@ async def test_an_attach_reaches_the_engine_whole_and_comes_back_with_our_epoch(
     (asked,) = supervisor.asked
     assert asked == m.Attach(
         request=1, weight_node="w1", epoch=3, layout=LAYOUT, worker_address=b"theirs", lane=9,
-        max_step_tokens=10, max_step_sequences=2, kv_frame_bytes=1 << 20,
+        max_step_tokens=10, max_step_sequences=2, kv_frame_bytes=1 << 20, node_epoch=42,
     )  # fmt: skip
+
+
+async def test_what_is_kept_of_a_sequence_is_asked_for_under_the_askers_epoch(stub, supervisor):
+    supervisor.answer = m.Kept(request=1, ranges=[(0, 16), (40, 3)], in_use=False)
+    reply = await stub.Adopt(pb.AdoptRequest(weight_node="w2", epoch=8, sequence="s"), timeout=5)
+    assert [(item.start, item.tokens) for item in reply.ranges] == [(0, 16), (40, 3)]
+    assert supervisor.asked == [m.Adopt(request=1, weight_node="w2", epoch=8, sequence="s")]
+    supervisor.answer = AttachRefused("epoch", "older")
+    with pytest.raises(grpc.aio.AioRpcError) as error:
+        await stub.Adopt(pb.AdoptRequest(weight_node="w2", epoch=7, sequence="s"), timeout=5)
+    assert error.value.code() is grpc.StatusCode.FAILED_PRECONDITION
 
 
 def wrong_hash():

@@ -80,6 +80,20 @@ def test_a_tail_cannot_be_closed_before_it_starts():
         route.move_tail(9, "a2")
 
 
+@given(NODES, MOVES, st.integers(0, 400), st.integers(1, 400), NODES)
+def test_replacing_the_holder_of_closed_tokens_moves_those_and_no_others(first, moves, start, length, node):
+    route, holders = follow(first, moves)
+    end = start + length
+    if not any(item.start <= start and item.end is not None and end <= item.end for item in route.ranges):
+        with pytest.raises(ValueError, match="not part of one closed range"):
+            route.replace_holder(start, end, node)
+        return
+    replaced = route.replace_holder(start, end, node)
+    holders[start:end] = [node] * length
+    assert [holder_of(replaced, token) for token in range(len(holders))] == holders
+    assert replaced.tail == route.tail
+
+
 @pytest.mark.parametrize(
     "ranges",
     [

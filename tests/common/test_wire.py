@@ -29,12 +29,12 @@ def words(rows: int, limit: int):
     )
 
 
-@given(step=COUNT, epoch=COUNT, ops=words(4, 40), rows=words(4, 32), layers=st.integers(0, 30), credit=COUNT)
+@given(step=COUNT, epoch=COUNT, ops=words(4, 40), rows=words(5, 32), layers=st.integers(0, 30), credit=COUNT)
 def test_a_plan_survives_its_frame(step, epoch, ops, rows, layers, credit):
     plan = Plan(step, epoch, ops, rows, layers, want_blocks=credit, returned_blocks=credit // 2)
     header, body = np.zeros(HEADER_WORDS, np.int64), np.full(2000, -1, np.int64)
     num_bytes = plan.encode(header, body)
-    assert num_bytes == 8 * (8 + 4 * len(ops) + 4 * len(rows))
+    assert num_bytes == 8 * (8 + 4 * len(ops) + 5 * len(rows))
     got = Plan.decode(header, body[: num_bytes // 8])
     assert (got.step, got.epoch, got.layers_per_kv) == (step, epoch, layers)
     assert (got.want_blocks, got.returned_blocks) == (credit, credit // 2)
@@ -43,14 +43,14 @@ def test_a_plan_survives_its_frame(step, epoch, ops, rows, layers, credit):
 
 
 def test_a_decoded_plan_outlives_the_frame_it_came_in():
-    plan = Plan(1, 2, np.array([[Op.OPEN, 0, 0, 9]]), np.array([[0, 1, 1, 5]]), 4, 0, 0)
+    plan = Plan(1, 2, np.array([[Op.OPEN, 0, 0, 9]]), np.array([[0, 1, 1, 5, 7]]), 4, 0, 0)
     header, body = np.zeros(HEADER_WORDS, np.int64), np.zeros(100, np.int64)
     plan.encode(header, body)
     got = Plan.decode(header, body)
     header[:] = body[:] = -7
     assert got.step == 1
     assert got.ops.tolist() == [[Op.OPEN, 0, 0, 9]]
-    assert got.rows.tolist() == [[0, 1, 1, 5]]
+    assert got.rows.tolist() == [[0, 1, 1, 5, 7]]
 
 
 @given(st.builds(Credit, COUNT, COUNT, COUNT, st.booleans(), COUNT, COUNT, st.sampled_from(Refusal)))
@@ -62,7 +62,7 @@ def test_a_credit_survives_its_frame(credit):
 
 def test_the_largest_message_of_each_kind_fits_its_frame():
     ops = np.zeros((MAX_OPS, 4), np.int64)
-    rows = np.zeros((SHAPE.max_step_sequences, 4), np.int64)
+    rows = np.zeros((SHAPE.max_step_sequences, 5), np.int64)
     body = np.zeros(1 << 16, np.int64)
     largest = Plan(0, 0, ops, rows, 0, 0, 0).encode(np.zeros(HEADER_WORDS, np.int64), body)
     assert largest == SHAPE.body_bytes(Kind.PLAN)

@@ -46,6 +46,7 @@ class Rig:
 
     weight: Engine
     ready: m.Ready
+    name: str = "weight-1"
     nodes: dict[str, AttentionNode] = field(default_factory=dict)
     said: list = field(default_factory=list)
     news: asyncio.Event = field(default_factory=asyncio.Event)
@@ -82,7 +83,7 @@ class Rig:
         self.nodes[node.name] = node
         reply = await node.call(
             attention.Attach,
-            weight_node="weight-1",
+            weight_node=self.name,
             epoch=1,
             layout=layout_of(self.ready),
             worker_address=self.ready.worker_address,
@@ -94,9 +95,20 @@ class Rig:
         assert isinstance(reply, attention.Attached), reply
         self.weight.send(m.Attach(node.name, reply.worker_address, reply.lane, lane, reply.capacity_blocks))
 
-    def submit(self, name, prompt, max_tokens=16, said=(), **sampling) -> None:
+    def submit(self, name, prompt, max_tokens=16, said=(), kept=(), **sampling) -> None:
         params = SamplingParams(max_tokens=max_tokens, ignore_eos=True, **sampling)
-        self.weight.send(m.Submit(name, prompt, params, list(said)))
+        self.weight.send(m.Submit(name, prompt, params, list(said), list(kept)))
+
+    async def kept(self, sequence) -> list[m.KeptRange]:
+        """What the nodes keep of a sequence whose weight node is gone, claimed for this one."""
+        kept = []
+        for node in self.nodes.values():
+            in_use = True
+            while in_use:
+                reply = await node.call(attention.Adopt, weight_node=self.name, epoch=1, sequence=sequence)
+                in_use = reply.in_use
+            kept += [m.KeptRange(node.name, start, tokens) for start, tokens in reply.ranges]
+        return kept
 
     def tokens(self, name) -> list[int]:
         produced = [message for message in self.said if isinstance(message, m.Produced)]
@@ -147,36 +159,28 @@ async def attention_node(name: str, capacity_tokens: int):
 
 
 @asynccontextmanager
-async def rig(*capacities: int, args=()):
-    """One weight engine with an attention node for each capacity, in tokens."""
-    weight_args = [
-        "--node",
-        "weight-1",
-        "--model",
-        str(GGUF),
-        "--dtype",
-        "float32",
-        "--prefill-threads",
-        "1",
-        *args,
-    ]
-    async with AsyncExitStack() as stack:
-        weight = await stack.enter_async_context(
-            run_engine("flume_weight.engine_process", weight_args, inbox=m.Outbound)
-        )
-        nodes = [
-            await stack.enter_async_context(attention_node(f"attention-{number}", capacity))
-            for number, capacity in enumerate(capacities, 1)
-        ]
+async def weight_node(name: str, args=()):
+    """A weight engine without attention nodes."""
+    flags = ["--node", name, "--model", str(GGUF), "--dtype", "float32", "--prefill-threads", "1", *args]
+    async with run_engine("flume_weight.engine_process", flags, inbox=m.Outbound) as weight:
         while not isinstance(ready := await weight.receive(), m.Ready):
             pass
-        made = Rig(weight, ready)
+        made = Rig(weight, ready, name)
         weight.send(m.Epoch(1))
         listener = asyncio.create_task(made.listen())
-        for node in nodes:
-            await made.attach(node)
         yield made
         listener.cancel()
+
+
+@asynccontextmanager
+async def rig(*capacities: int, args=()):
+    """One weight engine with an attention node for each capacity, in tokens."""
+    async with AsyncExitStack() as stack:
+        made = await stack.enter_async_context(weight_node("weight-1", args))
+        for number, capacity in enumerate(capacities, 1):
+            node = await stack.enter_async_context(attention_node(f"attention-{number}", capacity))
+            await made.attach(node)
+        yield made
 
 
 def prompt(length: int, seed: int = 1) -> list[int]:
@@ -318,6 +322,10 @@ async def test_lost_ranges_are_computed_again_and_nothing_else_is():
         *expected, undisturbed = map(some.tokens, ["a1", "a2", "a3", "a4"])
         await spread(some, names, prompts, 90)
         await some.attach(fourth)
+        for probe in map("probe-{}".format, itertools.count()):  # until it is known how much room it has
+            await some.generate(probe, prompt(5), 1)
+            if (await some.route_of(probe, bool))[0].node == "attention-4":
+                break
         some.submit("bystander", prompt(30, 4), 90)
         await some.tokens_of("bystander", 4)
         assert [item.node for item in some.routes["bystander"]] == ["attention-4"]
@@ -343,6 +351,51 @@ async def test_lost_ranges_are_computed_again_and_nothing_else_is():
         assert any(token.sequence == "bystander" for x in meanwhile for token in x.tokens)
         assert recomputed(some) == m.Recomputed(node_lost=middle + lost)
         assert await some.is_free()
+
+
+async def test_another_weight_node_goes_on_where_a_killed_one_stopped():
+    args = ["--tail-margin-tokens", "32"]
+    cases = {"s": {}, "t": {"temperature": 1.0, "seed": 5}, "u": {}, "v": {}}
+    prompts = {name: prompt(length, length) for name, length in zip(cases, (200, 30, 90, 60), strict=True)}
+    async with rig(4096, 4096, args=args) as first, weight_node("weight-2", args) as second:
+        for name, sampling in cases.items():
+            first.submit(f"{name}-alone", prompts[name], 60, **sampling)
+        for name in cases:
+            await first.end_of(f"{name}-alone")
+        expected = {name: first.tokens(f"{name}-alone") for name in cases}
+        for node in first.nodes.values():
+            await second.attach(node)
+        for name, sampling in cases.items():
+            first.submit(name, prompts[name], 60, **sampling)
+        for name in cases:
+            await first.tokens_of(name, 20)
+        await first.route_of("s", lambda ranges: len({item.node for item in ranges}) == 2)
+        first.weight.process.kill()
+        await first.weight.process.wait()
+        said = {name: first.tokens(name) for name in cases}
+
+        said["u"] = said["u"][:-5]  # what the client got is older than what is stored
+        for name in ("s", "t", "u"):
+            kept = await second.kept(name)
+            second.submit(name, prompts[name], 60, said[name], kept, **cases[name])
+            await second.end_of(name)
+            assert said[name] + second.tokens(name) == expected[name]
+        assert recomputed(second).weight_node_lost <= 3, "one step: a token of each"
+        adopted = {x.sequence: x.tokens for x in second.said if isinstance(x, m.Adopted)}
+        assert adopted["s"] >= len(prompts["s"]) + len(said["s"]) - 2
+        assert adopted["u"] == len(prompts["u"]) + len(said["u"]) - 1
+
+        # An attention node dies, too: what the other one keeps is used all the same.
+        kept = await second.kept("v")
+        lost = next(iter({item.node for item in kept}))
+        await lose(second, lost)
+        again = recomputed(second).weight_node_lost
+        second.submit("v", prompts["v"], 60, said["v"], kept)
+        await second.end_of("v")
+        assert said["v"] + second.tokens("v") == expected["v"]
+        missing = sum(item.tokens for item in kept if item.node == lost)
+        assert missing - 1 <= recomputed(second).weight_node_lost - again <= missing + 1
+        assert await second.is_free()
 
 
 async def test_a_draining_node_gets_no_new_tokens_and_keeps_what_it_holds():

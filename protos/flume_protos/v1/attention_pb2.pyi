@@ -55,6 +55,32 @@ class DetachReply(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...
 
+class AdoptRequest(_message.Message):
+    __slots__ = ("weight_node", "epoch", "sequence")
+    WEIGHT_NODE_FIELD_NUMBER: _ClassVar[int]
+    EPOCH_FIELD_NUMBER: _ClassVar[int]
+    SEQUENCE_FIELD_NUMBER: _ClassVar[int]
+    weight_node: str
+    epoch: int
+    sequence: str
+    def __init__(self, weight_node: _Optional[str] = ..., epoch: _Optional[int] = ..., sequence: _Optional[str] = ...) -> None: ...
+
+class HeldRange(_message.Message):
+    __slots__ = ("start", "tokens")
+    START_FIELD_NUMBER: _ClassVar[int]
+    TOKENS_FIELD_NUMBER: _ClassVar[int]
+    start: int
+    tokens: int
+    def __init__(self, start: _Optional[int] = ..., tokens: _Optional[int] = ...) -> None: ...
+
+class AdoptReply(_message.Message):
+    __slots__ = ("ranges", "in_use")
+    RANGES_FIELD_NUMBER: _ClassVar[int]
+    IN_USE_FIELD_NUMBER: _ClassVar[int]
+    ranges: _containers.RepeatedCompositeFieldContainer[HeldRange]
+    in_use: bool
+    def __init__(self, ranges: _Optional[_Iterable[_Union[HeldRange, _Mapping]]] = ..., in_use: _Optional[bool] = ...) -> None: ...
+
 class StatsRequest(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...
@@ -78,7 +104,7 @@ class LaneStats(_message.Message):
     def __init__(self, weight_node: _Optional[str] = ..., epoch: _Optional[int] = ..., granted_blocks: _Optional[int] = ..., held_blocks: _Optional[int] = ..., sequences: _Optional[int] = ..., ranges: _Optional[int] = ..., steps: _Optional[int] = ...) -> None: ...
 
 class StatsReply(_message.Message):
-    __slots__ = ("node", "state", "capacity_tokens", "used_tokens", "capacity_blocks", "used_blocks", "kv_bytes", "epoch_rejected", "lanes", "safe_to_delete")
+    __slots__ = ("node", "state", "capacity_tokens", "used_tokens", "capacity_blocks", "used_blocks", "kv_bytes", "epoch_rejected", "lanes", "safe_to_delete", "orphan_tokens")
     NODE_FIELD_NUMBER: _ClassVar[int]
     STATE_FIELD_NUMBER: _ClassVar[int]
     CAPACITY_TOKENS_FIELD_NUMBER: _ClassVar[int]
@@ -89,6 +115,7 @@ class StatsReply(_message.Message):
     EPOCH_REJECTED_FIELD_NUMBER: _ClassVar[int]
     LANES_FIELD_NUMBER: _ClassVar[int]
     SAFE_TO_DELETE_FIELD_NUMBER: _ClassVar[int]
+    ORPHAN_TOKENS_FIELD_NUMBER: _ClassVar[int]
     node: str
     state: _common_pb2.NodeState
     capacity_tokens: int
@@ -99,7 +126,8 @@ class StatsReply(_message.Message):
     epoch_rejected: int
     lanes: _containers.RepeatedCompositeFieldContainer[LaneStats]
     safe_to_delete: bool
-    def __init__(self, node: _Optional[str] = ..., state: _Optional[_Union[_common_pb2.NodeState, str]] = ..., capacity_tokens: _Optional[int] = ..., used_tokens: _Optional[int] = ..., capacity_blocks: _Optional[int] = ..., used_blocks: _Optional[int] = ..., kv_bytes: _Optional[int] = ..., epoch_rejected: _Optional[int] = ..., lanes: _Optional[_Iterable[_Union[LaneStats, _Mapping]]] = ..., safe_to_delete: _Optional[bool] = ...) -> None: ...
+    orphan_tokens: int
+    def __init__(self, node: _Optional[str] = ..., state: _Optional[_Union[_common_pb2.NodeState, str]] = ..., capacity_tokens: _Optional[int] = ..., used_tokens: _Optional[int] = ..., capacity_blocks: _Optional[int] = ..., used_blocks: _Optional[int] = ..., kv_bytes: _Optional[int] = ..., epoch_rejected: _Optional[int] = ..., lanes: _Optional[_Iterable[_Union[LaneStats, _Mapping]]] = ..., safe_to_delete: _Optional[bool] = ..., orphan_tokens: _Optional[int] = ...) -> None: ...
 
 class DrainRequest(_message.Message):
     __slots__ = ()

@@ -45,6 +45,11 @@ class AttentionStub:
                 request_serializer=flume__protos_dot_v1_dot_attention__pb2.DetachRequest.SerializeToString,
                 response_deserializer=flume__protos_dot_v1_dot_attention__pb2.DetachReply.FromString,
                 _registered_method=True)
+        self.Adopt = channel.unary_unary(
+                '/flume.v1.Attention/Adopt',
+                request_serializer=flume__protos_dot_v1_dot_attention__pb2.AdoptRequest.SerializeToString,
+                response_deserializer=flume__protos_dot_v1_dot_attention__pb2.AdoptReply.FromString,
+                _registered_method=True)
         self.Stats = channel.unary_unary(
                 '/flume.v1.Attention/Stats',
                 request_serializer=flume__protos_dot_v1_dot_attention__pb2.StatsRequest.SerializeToString,
@@ -76,7 +81,16 @@ class AttentionServicer:
         raise NotImplementedError('Method not implemented!')
 
     def Detach(self, request, context):
-        """Ends a lane; every range held for that weight node's lane is freed.
+        """Ends a lane; every range held for that weight node is freed, orphans included.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Adopt(self, request, context):
+        """What is held of a sequence whose weight node died, kept from now on for the one that asks. It takes
+        it over with a lane message (Op.ADOPT) soon; what nobody takes is freed after a grace time.
+        FAILED_PRECONDITION: the asking weight node's epoch is older than one already seen.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -115,6 +129,11 @@ def add_AttentionServicer_to_server(servicer, server):
                     servicer.Detach,
                     request_deserializer=flume__protos_dot_v1_dot_attention__pb2.DetachRequest.FromString,
                     response_serializer=flume__protos_dot_v1_dot_attention__pb2.DetachReply.SerializeToString,
+            ),
+            'Adopt': grpc.unary_unary_rpc_method_handler(
+                    servicer.Adopt,
+                    request_deserializer=flume__protos_dot_v1_dot_attention__pb2.AdoptRequest.FromString,
+                    response_serializer=flume__protos_dot_v1_dot_attention__pb2.AdoptReply.SerializeToString,
             ),
             'Stats': grpc.unary_unary_rpc_method_handler(
                     servicer.Stats,
@@ -187,6 +206,33 @@ class Attention:
             '/flume.v1.Attention/Detach',
             flume__protos_dot_v1_dot_attention__pb2.DetachRequest.SerializeToString,
             flume__protos_dot_v1_dot_attention__pb2.DetachReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Adopt(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/flume.v1.Attention/Adopt',
+            flume__protos_dot_v1_dot_attention__pb2.AdoptRequest.SerializeToString,
+            flume__protos_dot_v1_dot_attention__pb2.AdoptReply.FromString,
             options,
             channel_credentials,
             insecure,

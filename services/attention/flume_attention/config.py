@@ -35,7 +35,9 @@ class Config:
     threads: int
     prefill_threads: int
     spin_us: float
+    orphan_grace_s: float
     lease_ttl_s: float
+    standby: str  # empty: join at once
     log_level: str
 
 
@@ -67,7 +69,19 @@ def flags() -> argparse.ArgumentParser:
         "--prefill-threads", type=int, default=cores, help="threads for steps of many queries; default: cores"
     )
     add("--spin-us", type=float, default=50.0, help="how long the engine looks for messages before it sleeps")
+    add(
+        "--orphan-grace-s",
+        type=float,
+        default=30.0,
+        help="how long to keep what a weight node left when it died, for another one to take over; 0: not",
+    )
     add("--lease-ttl-s", type=float, default=10.0, help="how long a silent node stays listed")
+    add(
+        "--standby",
+        default="",
+        metavar="SOCKET",
+        help="start, but join nothing before being told the node's id on this abstract Unix socket",
+    )
     add("--log-level", default="info", choices=["debug", "info", "warning", "error"])
     return parser
 
@@ -82,6 +96,8 @@ def parse(argv: Sequence[str] | None = None) -> Config:
             raise ConfigRefused(f"{_flag(name)} must be at least 1, got {getattr(config, name)}")
     if config.spin_us < 0:
         raise ConfigRefused(f"--spin-us must not be negative, got {config.spin_us}")
+    if config.orphan_grace_s < 0:
+        raise ConfigRefused(f"--orphan-grace-s must not be negative, got {config.orphan_grace_s}")
     if config.lease_ttl_s < 2:
         raise ConfigRefused(f"--lease-ttl-s must be at least 2, got {config.lease_ttl_s}")
     return config
@@ -93,6 +109,7 @@ def engine_args(config: Config, kv_bytes: int) -> list[str]:
     return [
         *("--kv-bytes", str(kv_bytes), *dtype, "--device", config.device, "--threads", str(config.threads)),
         *("--prefill-threads", str(config.prefill_threads), "--spin-us", str(config.spin_us)),
+        *("--orphan-grace-s", str(config.orphan_grace_s)),
     ]
 
 

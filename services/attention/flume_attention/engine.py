@@ -8,29 +8,28 @@ supervisor closes the link. The loop sleeps until a message or the supervisor wa
 
 from __future__ import annotations
 
+import argparse
+import os
+import signal
 import time
+from collections.abc import Sequence
 
-_started = time.monotonic()
+import torch
+from flume_common.engine_link import EngineLink, LinkClosed
+from flume_common.lanes import Lane, LaneDown, Port, Side
+from flume_common.layout import DTYPE_BYTES
+from flume_common.wire import LaneShape, sequence_key
 
-import argparse  # noqa: E402
-import os  # noqa: E402
-import signal  # noqa: E402
-from collections.abc import Sequence  # noqa: E402
-
-import torch  # noqa: E402
-from flume_common.engine_link import EngineLink, LinkClosed  # noqa: E402
-from flume_common.lanes import Lane, LaneDown, Port, Side  # noqa: E402
-from flume_common.layout import DTYPE_BYTES  # noqa: E402
-from flume_common.wire import LaneShape  # noqa: E402
-
-from flume_attention.errors import AttachRefused, ProtocolError, StepRefused  # noqa: E402
-from flume_attention.lane_session import LaneSession  # noqa: E402
-from flume_attention.messages import (  # noqa: E402
+from flume_attention.errors import AttachRefused, ProtocolError, StepRefused
+from flume_attention.lane_session import LaneSession
+from flume_attention.messages import (
+    Adopt,
     Ask,
     Attach,
     Attached,
     Detach,
     Detached,
+    Kept,
     LaneClosed,
     LaneReport,
     Refused,
@@ -40,7 +39,9 @@ from flume_attention.messages import (  # noqa: E402
     StepNotTaken,
     ToEngine,
 )
-from flume_attention.node import Node  # noqa: E402
+from flume_attention.node import Node
+from flume_attention.orphans import Orphans
+from flume_attention.startup import elapsed_ms
 
 # How soon others hear of changes that nobody waits for.
 REPORT_INTERVAL_S = 0.2
@@ -92,7 +93,9 @@ class Engine:
                     if session.changed:
                         session.changed = False
                         self._note_change()
-            except (LaneDown, ProtocolError) as error:
+            except LaneDown as error:
+                self._orphan(session, str(error))
+            except ProtocolError as error:
                 self._drop(session, str(error))
         return worked
 
@@ -113,6 +116,8 @@ class Engine:
         """Say what changed and nobody waits for, not too often. Returns how long to sleep at most."""
         now = time.monotonic()
         waits_s = [IDLE_LOOK_S]
+        if self._node.orphans.expire(now):
+            self._note_change()
         if self._changed:
             if now - self._reported_at >= REPORT_INTERVAL_S:
                 self._report(0)
@@ -133,6 +138,8 @@ class Engine:
                 self._attach(message)
             case Detach():
                 self._detach(message)
+            case Adopt():
+                self._adopt(message)
             case SetDraining():
                 self._node.draining = message.draining
                 self._spread_credit()
@@ -163,7 +170,9 @@ class Engine:
         name = request.weight_node
         shape = self._node.admit(request)
         if name in self._sessions:
-            self._drop(self._sessions[name], "replaced by a new attach")
+            self._replace(self._sessions[name], request)
+        # An engine that set up its lane again wants nothing of what it had before.
+        self._node.orphans.free(name, request.worker_address)
         holdings = self._node.add(name, shape)
         try:
             lane = self._connect(request, shape)
@@ -172,6 +181,7 @@ class Engine:
             raise
         return LaneSession(
             self._node, name, request.epoch, lane, holdings,
+            engine=request.worker_address, node_epoch=request.node_epoch,
             use_threads=self._threads.use,
             on_refused=lambda step, error: self._tell_refused(name, step, error),
         )  # fmt: skip
@@ -195,7 +205,28 @@ class Engine:
         session = self._sessions.get(request.weight_node)
         if session is not None:
             self._drop(session, "detached")
+        if self._node.orphans.free(request.weight_node):
+            self._note_change()
         self._link.send(Detached(request=request.request))
+
+    def _adopt(self, request: Adopt) -> None:
+        try:
+            self._node.require_epoch(request.weight_node, request.epoch)
+        except AttachRefused as error:
+            self._link.send(Refused(request=request.request, field=error.field, detail=error.detail))
+            return
+        key = sequence_key(request.sequence)
+        slot = self._node.orphans.claim(key, request.weight_node, time.monotonic())
+        ranges = [(item.start, item.length) for item in slot.ranges] if slot else []
+        in_use = not ranges and self._node.has(key)
+        self._link.send(Kept(request=request.request, ranges=ranges, in_use=in_use))
+
+    def _replace(self, session: LaneSession, request: Attach) -> None:
+        reason = "replaced by a new attach"
+        if session.engine == request.worker_address:
+            self._drop(session, reason)
+        else:
+            self._orphan(session, reason)
 
     def _tell_refused(self, weight_node: str, step: int, error: StepRefused) -> None:
         self._link.send(
@@ -204,8 +235,16 @@ class Engine:
 
     def _drop(self, session: LaneSession, reason: str) -> None:
         """End a lane and free what it held at once."""
-        del self._sessions[session.weight_node]
         self._node.remove(session.weight_node)
+        self._close(session, reason)
+
+    def _orphan(self, session: LaneSession, reason: str) -> None:
+        """End the lane of a weight node that is gone; what it held waits for another one."""
+        self._node.orphan(session.weight_node, session.engine, time.monotonic())
+        self._close(session, reason)
+
+    def _close(self, session: LaneSession, reason: str) -> None:
+        del self._sessions[session.weight_node]
         session.lane.close()
         self._note_change()
         self._link.send(LaneClosed(weight_node=session.weight_node, epoch=session.epoch, reason=reason))
@@ -221,10 +260,11 @@ class Engine:
                 request=request,
                 draining=node.draining,
                 capacity_tokens=node.capacity_blocks * block_tokens,
-                used_tokens=sum(holdings.held_tokens for holdings in node.holdings.values()),
+                used_tokens=node.used_tokens,
                 capacity_blocks=node.capacity_blocks,
                 used_blocks=node.used_blocks,
                 epoch_rejected=node.epoch_rejected,
+                orphan_tokens=node.orphans.held_tokens,
                 lanes=lanes,
             )
         )
@@ -269,6 +309,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--device", choices=["cpu"], default="cpu")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--prefill-threads", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--orphan-grace-s", type=float, default=30.0)
     parser.add_argument("--spin-us", type=float, default=50.0)
     return parser.parse_args(argv)
 
@@ -276,14 +317,14 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def main() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the supervisor, too, and it closes the link
     args = parse()
-    imported = time.monotonic()
+    import_ms, imported = elapsed_ms(), time.monotonic()
     link: EngineLink[ToEngine] = EngineLink(args.link_fd, ToEngine)
-    node = Node(args.kv_bytes, dtype=args.dtype)
+    node = Node(args.kv_bytes, dtype=args.dtype, orphans=Orphans(args.orphan_grace_s))
     threads = Threads(args.threads, args.prefill_threads)
     with torch.inference_mode(), Port(spin_s=args.spin_us * 1e-6) as port:
         opened = time.monotonic()
         try:
-            link.send(Started(import_ms=1e3 * (imported - _started), port_ms=1e3 * (opened - imported)))
+            link.send(Started(import_ms=import_ms, port_ms=1e3 * (opened - imported)))
             Engine(node, port, link, threads).run()
         except LinkClosed:
             pass

@@ -7,13 +7,14 @@ taken only when it is committed, and go back when it is abandoned.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from flume_common.wire import LaneShape, Op, Refusal, Words
 
 from flume_attention.blocks import BlockPool
 from flume_attention.credit import Demand
 from flume_attention.errors import StepRefused
+from flume_attention.orphans import Orphans
 from flume_attention.ranges import Range, Run, Slot
 
 
@@ -24,7 +25,8 @@ class Row:
     slot: Slot
     queries: int
     append: int
-    past: list[Run]  # the tokens it asks about: those held when the step began
+    grows: Range | None  # the range it appends to
+    past: list[Run]  # the tokens it asks about: those held when the step began and before its position
     target: list[Run]  # where its appended tokens go
 
 
@@ -60,6 +62,8 @@ class Holdings:
     want: int = 0
     held_blocks: int = 0  # by committed tokens
     held_tokens: int = 0
+    weight_node: str = ""
+    orphans: Orphans = field(default_factory=Orphans)  # of the node
     step: Step | None = None
     steps: int = 0  # committed or, without appends, begun
 
@@ -77,7 +81,7 @@ class Holdings:
         """Blocks the step under way has taken from the pool and not from the credit yet."""
         if self.step is None or self.step.committed:
             return 0
-        return sum(row.slot.ranges[-1].reserved_blocks for row in self.step.rows if row.append)
+        return sum(row.grows.reserved_blocks for row in self.step.rows if row.grows)
 
     @property
     def num_ranges(self) -> int:
@@ -98,9 +102,11 @@ class Holdings:
             case Op.OPEN:
                 self._open(slot, argument, key)
             case Op.CLOSE:
-                self._close(slot, argument)
+                self._close(slot, argument, key)
             case Op.RELEASE:
                 self._release(slot)
+            case Op.ADOPT:
+                self._adopt(slot, argument, key)
             case _:
                 raise StepRefused(Refusal.UNKNOWN_SLOT, f"op {op} on slot {slot} is none of this protocol")
 
@@ -108,20 +114,23 @@ class Holdings:
         slot = self.slots.get(number)
         if slot is None:
             slot = self.slots[number] = Slot(key)
-        elif slot.open_range is not None or slot.key != key:
+        elif slot.key != key:
+            raise StepRefused(Refusal.LENGTH_MISMATCH, f"slot {number} is another sequence's")
+        elif slot.range_at(start) is not None or slot.open_at(start) is not None:
             raise StepRefused(
-                Refusal.LENGTH_MISMATCH, f"slot {number} has an open range or is another sequence's"
+                Refusal.LENGTH_MISMATCH, f"slot {number} has a range that starts or is open at {start}"
             )
-        slot.ranges.append(Range(self.blocks, self.shape.layout.block_tokens, start))
+        slot.add(Range(self.blocks, self.shape.layout.block_tokens, start))
 
-    def _close(self, number: int, length: int) -> None:
+    def _close(self, number: int, start: int, length: int) -> None:
         slot = self._slot(number)
-        item = slot.open_range
-        if item is None:
-            raise StepRefused(Refusal.NO_OPEN_RANGE, f"slot {number} has no open range to close")
-        if slot.held != length:
+        item = slot.range_at(start)
+        if item is None or item.closed:
+            raise StepRefused(Refusal.NO_OPEN_RANGE, f"slot {number} has no open range at {start} to close")
+        if item.length != length:
             raise StepRefused(
-                Refusal.LENGTH_MISMATCH, f"slot {number} closed at {length}, it holds {slot.held} tokens"
+                Refusal.LENGTH_MISMATCH,
+                f"slot {number}: the range at {start} closed at {length}, it holds {item.length} tokens",
             )
         item.closed = True
         if item.length == 0:
@@ -134,8 +143,21 @@ class Holdings:
             return
         self.held_blocks -= slot.num_blocks
         self.held_tokens -= slot.held
-        for item in slot.ranges:
-            item.release()
+        slot.release()
+
+    def _adopt(self, number: int, position: int, key: int) -> None:
+        """Its blocks count as granted to this lane and taken by it, in one."""
+        if number in self.slots:
+            raise StepRefused(Refusal.LENGTH_MISMATCH, f"slot {number} is in use")
+        slot = self.orphans.take(key, self.weight_node)
+        if slot is None:
+            raise StepRefused(Refusal.UNKNOWN_SLOT, f"nothing is kept of sequence {key} for this weight node")
+        slot.cut(position)
+        self.slots[number] = slot
+        self.held_tokens += slot.held
+        self.held_blocks += slot.num_blocks
+        self.granted += slot.num_blocks
+        self.taken += slot.num_blocks
 
     def _slot(self, number: int) -> Slot:
         slot = self.slots.get(number)
@@ -144,16 +166,16 @@ class Holdings:
         return slot
 
     def begin(self, number: int, rows: Words) -> Step:
-        """Start a step over rows [n, 4] of wire.Plan and reserve what it appends. Raises StepRefused."""
+        """Start a step over rows [n, 5] of wire.Plan and reserve what it appends. Raises StepRefused."""
         assert self.step is None or self.step.committed or not self.step.append_tokens
         self._require_size(rows)
         checked = [self._checked(*row) for row in rows.tolist()]
-        if len({id(slot) for slot, _, _ in checked}) != len(checked):
+        if len({id(row.slot) for row in checked}) != len(checked):
             raise StepRefused(Refusal.LENGTH_MISMATCH, "two rows of one step are the same slot's")
-        needed = sum(slot.ranges[-1].new_blocks(append) for slot, _, append in checked if append)
+        needed = sum(row.grows.new_blocks(row.append) for row in checked if row.grows)
         if needed > self.unused:
             raise StepRefused(Refusal.OVER_CREDIT, f"{needed} blocks needed, credit is {self.unused}")
-        begun = [self._row(slot, queries, append) for slot, queries, append in checked]
+        begun = [_with_target(row) for row in checked]
         self.step = Step(
             number,
             begun,
@@ -181,31 +203,33 @@ class Holdings:
                 f"{shape.kv_frame_bytes} bytes",
             )
 
-    def _checked(self, number: int, queries: int, append: int, held: int) -> tuple[Slot, int, int]:
+    def _checked(self, number: int, queries: int, append: int, held: int, position: int) -> Row:
         slot = self._slot(number)
         if slot.held != held:
             raise StepRefused(Refusal.LENGTH_MISMATCH, f"slot {number} holds {slot.held} tokens, not {held}")
-        if append and slot.open_range is None:
-            raise StepRefused(Refusal.NO_OPEN_RANGE, f"slot {number} has no open range to append to")
-        return slot, queries, append
-
-    def _row(self, slot: Slot, queries: int, append: int) -> Row:
-        past = slot.runs() if queries else []
-        target = slot.ranges[-1].reserve(append) if append else []
-        return Row(slot, queries, append, past, target)
+        if any(item.start < position < item.end for item in slot.ranges):
+            raise StepRefused(
+                Refusal.LENGTH_MISMATCH,
+                f"slot {number} holds tokens on both sides of {position} in one range",
+            )
+        grows = slot.open_at(position) if append else None
+        if append and grows is None:
+            raise StepRefused(
+                Refusal.NO_OPEN_RANGE, f"slot {number} has no open range to append to at {position}"
+            )
+        return Row(slot, queries, append, grows, slot.runs(position) if queries else [], [])
 
     def commit(self) -> None:
         """KV of all layers is in: the step's tokens are held from now on."""
         assert self.step is not None and not self.step.committed
         for row in self.step.rows:
-            if row.append:
-                item = row.slot.ranges[-1]
-                blocks_before = item.num_blocks
-                item.commit(row.append)
+            if row.grows:
+                blocks_before = row.grows.num_blocks
+                row.grows.commit(row.append)
                 row.slot.held += row.append
                 self.held_tokens += row.append
-                self.taken += item.num_blocks - blocks_before
-                self.held_blocks += item.num_blocks - blocks_before
+                self.taken += row.grows.num_blocks - blocks_before
+                self.held_blocks += row.grows.num_blocks - blocks_before
         self.step.committed = True
         self.steps += 1
 
@@ -214,12 +238,24 @@ class Holdings:
         step, self.step = self.step, None
         if step is not None and not step.committed:
             for row in step.rows:
-                if row.append:
-                    row.slot.ranges[-1].drop_reserved()
+                if row.grows:
+                    row.grows.drop_reserved()
 
     def release_all(self) -> None:
         """The lane is gone: free every slot, and its credit with it."""
+        for slot in self.leave():
+            slot.release()
+
+    def leave(self) -> list[Slot]:
+        """The lane is gone, and its credit with it: what it held, for others to keep or to free."""
         self.abandon()
-        for number in list(self.slots):
-            self._release(number)
+        slots = list(self.slots.values())
+        self.slots.clear()
+        self.held_tokens = self.held_blocks = 0
         self.granted = self.returned = self.taken = self.want = 0
+        return slots
+
+
+def _with_target(row: Row) -> Row:
+    """The row with room reserved for what it appends."""
+    return replace(row, target=row.grows.reserve(row.append)) if row.grows else row

@@ -34,16 +34,20 @@ class LaneSession:
         lane: Lane,
         holdings: Holdings,
         *,
+        engine: bytes = b"",
+        node_epoch: int = 0,
         use_threads: Callable[[bool], None] = lambda many: None,
         on_refused: Callable[[int, StepRefused], None] = lambda step, error: None,
     ) -> None:
         self.weight_node = weight_node
-        self.epoch = epoch
+        self.epoch = epoch  # of the weight node; ours is on what we send
+        self.engine = engine  # UCX worker address of the weight node's engine
         self.lane = lane
         self.holdings = holdings
         self.credit_due = True  # the weight node should hear of its credit at once
         self.changed = True  # what is held or granted differs from what was last reported
         self._node = node
+        self._node_epoch = node_epoch
         self._plans = lane.receiver(Kind.PLAN)
         self._queries = _Head(lane.receiver(Kind.QUERY))
         self._appends = _Head(lane.receiver(Kind.KV))
@@ -133,7 +137,7 @@ class LaneSession:
         self._attend(step, q, o, lse)
         header = answer.header
         header[Header.STEP], header[Header.LAYER] = step.number, step.layers_answered
-        header[Header.EPOCH] = self.epoch
+        header[Header.EPOCH] = self._node_epoch
         self._partials.send(answer, self._tensors.partial_bytes(step.query_tokens))
         step.layers_answered += 1
         self._queries.drop()
@@ -202,6 +206,11 @@ class LaneSession:
         """The step under way if the frame is part of it; otherwise the frame is dropped or left for later."""
         number = int(frame.header[Header.STEP])
         step = self.holdings.step
+        if frame.header[Header.EPOCH] < self.epoch:
+            self._node.epoch_rejected += 1
+            self.changed = True
+            head.drop()
+            return None
         if step is not None and number == step.number:
             return step
         if number <= self._last_step:
@@ -216,7 +225,7 @@ class LaneSession:
         if frame is None:
             return False
         credit = self._credit()
-        frame.header[Header.STEP], frame.header[Header.EPOCH] = credit.committed_step, self.epoch
+        frame.header[Header.STEP], frame.header[Header.EPOCH] = credit.committed_step, self._node_epoch
         self._credits.send(frame, credit.encode(frame.words))
         self.credit_due = False
         self._refused = (0, Refusal.NONE)  # said once

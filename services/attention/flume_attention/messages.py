@@ -10,7 +10,10 @@ from flume_common.layout import KvLayout
 
 
 class Attach(msgspec.Struct, tag=True, frozen=True, kw_only=True):
-    """Set up a lane. Answered by Attached or Refused. Fields as in the AttachRequest of the API."""
+    """Set up a lane. Answered by Attached or Refused. Fields as in the AttachRequest of the API.
+
+    `node_epoch` is this node's own fencing number, which its messages on the lane carry.
+    """
 
     request: int
     weight_node: str
@@ -21,6 +24,7 @@ class Attach(msgspec.Struct, tag=True, frozen=True, kw_only=True):
     max_step_tokens: int
     max_step_sequences: int
     kv_frame_bytes: int
+    node_epoch: int = 0
 
 
 class Detach(msgspec.Struct, tag=True, frozen=True, kw_only=True):
@@ -29,6 +33,15 @@ class Detach(msgspec.Struct, tag=True, frozen=True, kw_only=True):
     request: int
     weight_node: str
     epoch: int
+
+
+class Adopt(msgspec.Struct, tag=True, frozen=True, kw_only=True):
+    """What is kept of this sequence, from now on for this weight node? Answered by Kept, or Refused."""
+
+    request: int
+    weight_node: str
+    epoch: int
+    sequence: str
 
 
 class SetDraining(msgspec.Struct, tag=True, frozen=True, kw_only=True):
@@ -62,6 +75,14 @@ class Detached(msgspec.Struct, tag=True, frozen=True, kw_only=True):
     request: int
 
 
+class Kept(msgspec.Struct, tag=True, frozen=True, kw_only=True):
+    """Start and number of tokens of each range, in order. `in_use`: by a lane that is up."""
+
+    request: int
+    ranges: list[tuple[int, int]]
+    in_use: bool
+
+
 class Refused(msgspec.Struct, tag=True, frozen=True, kw_only=True):
     """`field` is what of the request is to blame."""
 
@@ -92,6 +113,7 @@ class Report(msgspec.Struct, tag=True, frozen=True, kw_only=True):
     capacity_blocks: int = 0
     used_blocks: int = 0
     epoch_rejected: int = 0
+    orphan_tokens: int = 0
     lanes: list[LaneReport] = []
 
 
@@ -112,5 +134,5 @@ class StepNotTaken(msgspec.Struct, tag=True, frozen=True, kw_only=True):
     detail: str
 
 
-ToEngine = Attach | Detach | SetDraining | Ask
-FromEngine = Started | Attached | Detached | Refused | Report | LaneClosed | StepNotTaken
+ToEngine = Attach | Detach | Adopt | SetDraining | Ask
+FromEngine = Started | Attached | Detached | Kept | Refused | Report | LaneClosed | StepNotTaken

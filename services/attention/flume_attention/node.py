@@ -17,6 +17,7 @@ from flume_attention.errors import AttachRefused
 from flume_attention.holdings import Holdings
 from flume_attention.kv_pool import KvPool
 from flume_attention.messages import Attach
+from flume_attention.orphans import Orphans
 
 MAX_FRAME_BYTES = 1 << 30
 
@@ -32,6 +33,7 @@ class Node:
     pool: KvPool | None = None
     blocks: BlockPool = field(default_factory=lambda: BlockPool(0))
     holdings: dict[str, Holdings] = field(default_factory=dict)  # by weight node
+    orphans: Orphans = field(default_factory=Orphans)
     epochs: dict[str, int] = field(default_factory=dict)  # the newest seen of each weight node
 
     @property
@@ -89,16 +91,32 @@ class Node:
         """
         assert weight_node not in self.holdings
         if self.pool is None or self.pool.layout != shape.layout:
-            self._adopt(shape.layout)
-        holdings = self.holdings[weight_node] = Holdings(self.blocks, shape)
+            self._take_layout(shape.layout)
+        holdings = Holdings(self.blocks, shape, weight_node=weight_node, orphans=self.orphans)
+        self.holdings[weight_node] = holdings
         return holdings
 
     def remove(self, weight_node: str) -> None:
         """Free everything this weight node's lane holds."""
         self.holdings.pop(weight_node).release_all()
 
-    def _adopt(self, layout: KvLayout) -> None:
+    def orphan(self, weight_node: str, engine: bytes, now_s: float) -> None:
+        """Keep what this weight node's lane holds for others to take over, and free its credit."""
+        self.orphans.add(weight_node, engine, self.holdings.pop(weight_node).leave(), now_s)
+
+    @property
+    def used_tokens(self) -> int:
+        """Of committed ranges, orphans included."""
+        return self.orphans.held_tokens + sum(lane.held_tokens for lane in self.holdings.values())
+
+    def has(self, key: int) -> bool:
+        """Whether a lane that is up holds something of this sequence."""
+        lanes = self.holdings.values()
+        return any(slot.key == key for lane in lanes for slot in lane.slots.values())
+
+    def _take_layout(self, layout: KvLayout) -> None:
         assert not self.holdings
+        self.orphans.clear()
         self.pool, self.blocks = None, BlockPool(0)  # before the next one is allocated
         num_blocks = self.kv_bytes // layout.block_bytes
         try:

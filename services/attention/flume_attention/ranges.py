@@ -7,6 +7,7 @@ here knows tensors: a `Run` counts in tokens of the node's KV memory.
 
 from __future__ import annotations
 
+from bisect import insort
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -32,6 +33,11 @@ class Range:
         self._blocks: list[Block] = []
         self._spans: list[list[int]] = []  # [first block, number of blocks], as _blocks lie in memory
         self._references = 1
+
+    @property
+    def end(self) -> int:
+        """The sequence position after the last committed token."""
+        return self.start + self.length
 
     @property
     def num_blocks(self) -> int:
@@ -69,6 +75,13 @@ class Range:
     def runs(self) -> list[Run]:
         """Where the committed tokens lie, in order."""
         return self._runs(0, self.length)
+
+    def cut(self, length: int) -> None:
+        """Keep the first `length` tokens at most and close. Not for a range that is shared."""
+        assert self._references == 1
+        self.length = min(self.length, max(0, length))
+        self.closed = True
+        self.drop_reserved()
 
     def retain(self) -> None:
         """One more slot holds this range. Only a closed range may be shared."""
@@ -112,25 +125,44 @@ class Slot:
     """One sequence on one lane. `held` is the number of its committed tokens."""
 
     key: int  # wire.sequence_key of the sequence
-    ranges: list[Range] = field(default_factory=list)
+    ranges: list[Range] = field(default_factory=list)  # in order of start
     held: int = 0
-
-    @property
-    def open_range(self) -> Range | None:
-        """The range that tokens are appended to: the last one, unless it is closed."""
-        if self.ranges and not self.ranges[-1].closed:
-            return self.ranges[-1]
-        return None
 
     @property
     def num_blocks(self) -> int:
         return sum(item.num_blocks for item in self.ranges)
 
-    def runs(self) -> list[Run]:
-        """Where all held tokens lie; ranges that happen to meet in memory make one run."""
+    def add(self, item: Range) -> None:
+        insort(self.ranges, item, key=lambda range_: range_.start)
+
+    def range_at(self, start: int) -> Range | None:
+        """The range that starts there."""
+        return next((item for item in self.ranges if item.start == start), None)
+
+    def open_at(self, position: int) -> Range | None:
+        """The open range whose next token is the one at `position`."""
+        return next((item for item in self.ranges if not item.closed and item.end == position), None)
+
+    def cut(self, position: int) -> None:
+        """Keep tokens before `position` only, and close every range."""
+        for item in self.ranges:
+            item.cut(position - item.start)
+        self.ranges = [item for item in self.ranges if item.length]
+        self.held = sum(item.length for item in self.ranges)
+
+    def release(self) -> None:
+        """Let go of every range."""
+        for item in self.ranges:
+            item.release()
+
+    def runs(self, position: int) -> list[Run]:
+        """Where the tokens of ranges that start before `position` lie.
+
+        Ranges that happen to meet in memory make one run.
+        """
         joined: list[Run] = []
         for item in self.ranges:
-            for run in item.runs():
+            for run in item.runs() if item.start < position else ():
                 if joined and joined[-1].first + joined[-1].tokens == run.first:
                     joined[-1] = Run(joined[-1].first, joined[-1].tokens + run.tokens)
                 else:

@@ -37,7 +37,7 @@ class AttentionServicer(rpc.AttentionServicer):
     """`epoch` gives the node's own fencing number, which a lost lease changes."""
 
     def __init__(self, node: str, kv_bytes: int, supervisor: Supervisor, epoch: Callable[[], int]) -> None:
-        self._node = node
+        self.node = node  # a standby learns it late; nobody calls it before
         self._kv_bytes = kv_bytes
         self._supervisor = supervisor
         self._epoch = epoch
@@ -46,12 +46,14 @@ class AttentionServicer(rpc.AttentionServicer):
         self, request: pb.AttachRequest, context: grpc.aio.ServicerContext[pb.AttachRequest, pb.AttachReply]
     ) -> pb.AttachReply:
         async with status_errors(context, STATUS_OF):
-            layout = _layout(request)
-            attached = await self._supervisor.ask(lambda number: _attach(number, request, layout), m.Attached)
+            layout, epoch = _layout(request), self._epoch()
+            attached = await self._supervisor.ask(
+                lambda number: _attach(number, request, layout, epoch), m.Attached
+            )
         log.info("lane_attached", weight_node=request.weight_node, epoch=request.epoch, layout=layout.hash)
         return pb.AttachReply(
-            node=self._node,
-            epoch=self._epoch(),
+            node=self.node,
+            epoch=epoch,
             worker_address=attached.worker_address,
             lane=attached.lane,
             capacity_blocks=attached.capacity_blocks,
@@ -67,12 +69,26 @@ class AttentionServicer(rpc.AttentionServicer):
             )
         return pb.DetachReply()
 
+    async def Adopt(
+        self, request: pb.AdoptRequest, context: grpc.aio.ServicerContext[pb.AdoptRequest, pb.AdoptReply]
+    ) -> pb.AdoptReply:
+        async with status_errors(context, STATUS_OF):
+            kept = await self._supervisor.ask(
+                lambda number: m.Adopt(
+                    request=number,
+                    weight_node=request.weight_node,
+                    epoch=request.epoch,
+                    sequence=request.sequence,
+                ),
+                m.Kept,
+            )
+        ranges = [pb.HeldRange(start=start, tokens=tokens) for start, tokens in kept.ranges]
+        return pb.AdoptReply(ranges=ranges, in_use=kept.in_use)
+
     async def Stats(
         self, request: pb.StatsRequest, context: grpc.aio.ServicerContext[pb.StatsRequest, pb.StatsReply]
     ) -> pb.StatsReply:
-        return stats(
-            self._node, self._kv_bytes, self._supervisor.state, await self._supervisor.fresh_report()
-        )
+        return stats(self.node, self._kv_bytes, self._supervisor.state, await self._supervisor.fresh_report())
 
     async def Drain(
         self, request: pb.DrainRequest, context: grpc.aio.ServicerContext[pb.DrainRequest, pb.DrainReply]
@@ -103,7 +119,7 @@ def _layout(request: pb.AttachRequest) -> KvLayout:
     return KvLayout.from_proto(request.layout)
 
 
-def _attach(number: int, request: pb.AttachRequest, layout: KvLayout) -> m.Attach:
+def _attach(number: int, request: pb.AttachRequest, layout: KvLayout, node_epoch: int) -> m.Attach:
     return m.Attach(
         request=number,
         weight_node=request.weight_node,
@@ -114,6 +130,7 @@ def _attach(number: int, request: pb.AttachRequest, layout: KvLayout) -> m.Attac
         max_step_tokens=request.max_step_tokens,
         max_step_sequences=request.max_step_sequences,
         kv_frame_bytes=request.kv_frame_bytes,
+        node_epoch=node_epoch,
     )
 
 
@@ -134,6 +151,7 @@ def stats(node: str, kv_bytes: int, state: State, report: m.Report) -> pb.StatsR
         epoch_rejected=report.epoch_rejected,
         lanes=lanes,
         safe_to_delete=safe_to_delete(state, report),
+        orphan_tokens=report.orphan_tokens,
     )
 
 

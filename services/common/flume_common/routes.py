@@ -75,6 +75,22 @@ class Route:
         closed = replace(tail, end=length)
         return replace(self, ranges=(*self.ranges[:-1], closed, TokenRange(length, None, node)))
 
+    def replace_holder(self, start: int, end: int, node: str) -> Route:
+        """Tokens `[start, end)` of one closed range are on `node` now; the rest of it stays where it was.
+
+        Raises ValueError when they are not part of one closed range.
+        """
+        for index, item in enumerate(self.ranges):
+            if item.end is not None and item.start <= start < end <= item.end:
+                pieces = (
+                    TokenRange(item.start, start, item.node),
+                    TokenRange(start, end, node),
+                    TokenRange(end, item.end, item.node),
+                )
+                kept = tuple(piece for piece in pieces if piece.start != piece.end)
+                return replace(self, ranges=(*self.ranges[:index], *kept, *self.ranges[index + 1 :]))
+        raise ValueError(f"route of {self.sequence}: [{start}, {end}) is not part of one closed range")
+
     def to_proto(self) -> pb.Route:
         return pb.Route(
             sequence=self.sequence,

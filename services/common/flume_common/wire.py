@@ -11,9 +11,11 @@ eight int64 words, then a body. Per step:
     A -> W  CREDIT   what W may still append, and how A is doing; whenever that changes
 
 A *slot* is a small integer W chooses for one sequence on one lane. It holds that sequence's ranges on
-this node, in order; one of them may be open. A row asks about all tokens of its slot at once, so a
-sequence has at most one row per lane and step however often its tail came by. Keys arrive after RoPE
-and every held token lies in the past of every query, so A never masks and knows no position.
+this node, in order of start. A row names the sequence position of its first token: it asks about all
+ranges of its slot that start before it, at once, and appends to the open range that ends there. So a
+sequence has at most one row per lane and step however often its tail came by, and a lost range is
+computed again in its place while its successors stay where they are. Keys arrive after RoPE and every
+token asked about lies in the past of every query, so A never masks.
 
 A PLAN with rows starts a step; QUERY messages follow if any row has queries and KV messages if any
 row appends. A step is committed when KV of all its layers is in. Messages of one kind arrive in order, of
@@ -33,7 +35,7 @@ from numpy.typing import NDArray
 
 from flume_common.layout import KvLayout
 
-PROTOCOL_VERSION = 1
+PROTOCOL_VERSION = 2
 
 Words = NDArray[np.int64]
 
@@ -52,8 +54,11 @@ class Op(IntEnum):
     """What a PLAN does to a slot before its rows run: [op, slot, argument, key]."""
 
     OPEN = 1  # argument: start, the sequence position of the new range's first token; key: sequence_key
-    CLOSE = 2  # argument: length of the whole slot; the open range becomes immutable
+    CLOSE = 2  # argument: start of an open range, which becomes immutable; key: its length in tokens
     RELEASE = 3  # drops the slot and its ranges
+    ADOPT = (
+        4  # a new slot of what another weight node left; argument: position to cut it at; key: sequence_key
+    )
 
 
 class Header(IntEnum):
@@ -71,7 +76,7 @@ HEADER_BYTES = 8 * HEADER_WORDS
 PLAN_HEAD_WORDS = 8
 CREDIT_WORDS = 8
 OP_WORDS = 4
-ROW_WORDS = 4
+ROW_WORDS = 5
 MAX_OPS = 256  # in one PLAN; W sends several when it has more
 
 
@@ -80,7 +85,7 @@ class Refusal(IntEnum):
 
     NONE = 0
     UNKNOWN_SLOT = 1
-    LENGTH_MISMATCH = 2  # the slot holds another number of tokens than W believes
+    LENGTH_MISMATCH = 2  # the slot holds other tokens than W believes
     OVER_CREDIT = 3
     STALE_EPOCH = 4
     NO_OPEN_RANGE = 5
@@ -134,10 +139,12 @@ class LaneShape:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """A PLAN message. `ops` [n, 4]: op, slot, argument, key. `rows` [n, 4]: slot, queries, append, held.
+    """A PLAN message. `ops` [n, 4]: op, slot, argument, key. `rows` [n, 5]: slot, queries, append, held,
+    position.
 
     `held` is the number of committed tokens W believes the slot has before the step; A refuses
-    another number. Queries of the rows follow one another in QUERY in row order, appended tokens in KV.
+    another number. `position` is that of the row's first token in its sequence. Queries of the rows
+    follow one another in QUERY in row order, appended tokens in KV.
     """
 
     step: int

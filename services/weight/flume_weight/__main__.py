@@ -12,6 +12,8 @@ from typing import NoReturn
 
 import grpc
 import structlog
+from flume_common.config_schema import Scope
+from flume_common.config_watch import watch_config
 from flume_common.keys import Keys
 from flume_common.membership import Member, Role, State, register, watch_members
 from flume_common.model_source import ModelSource, ModelSourceError, resolve_model
@@ -23,6 +25,7 @@ from flume_common.telemetry import configure_logging, version
 from flume_common.wire import PROTOCOL_VERSION
 from flume_protos.v1 import weight_pb2_grpc as rpc
 
+from flume_weight import settings
 from flume_weight.config import check, supervisor_flags
 from flume_weight.errors import ConfigRefused
 from flume_weight.servicer import WeightServicer
@@ -50,12 +53,14 @@ async def run(args: argparse.Namespace, source: ModelSource) -> None:
     async with (
         connect(StoreConfig(endpoints=tuple(args.etcd.split(",")))) as store,
         watch_members(store, keys) as members,
+        watch_config(store, keys, Scope.WEIGHT, settings.base(args)) as config,
     ):
-        supervisor = Supervisor(args, source, members)
+        supervisor = Supervisor(args, source, members, config)
         async with (
             serve(args.listen, lambda server: _add(server, supervisor), [SERVICE]) as server,
             register(store, keys, _member(args, supervisor, server), ttl_s=args.lease_ttl_s) as registration,
             RouteWriter(store, keys, registration) as routes,
+            supervisor.detaching(registration),
             background(engine=supervisor.run(registration, routes), readiness=_report(supervisor, server)),
         ):
             await until_signalled()

@@ -11,6 +11,7 @@ import asyncio
 import itertools
 import time
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 
 import grpc
@@ -27,6 +28,10 @@ log = structlog.get_logger()
 
 _UNLISTED_GRACE_S = 5.0
 _ATTACH_TIMEOUT_S = 5.0
+_ADOPT_TIMEOUT_S = 1.0
+_KEPT_TIMEOUT_S = 2.0
+_KEPT_RETRY_S = 0.05
+_DETACH_TIMEOUT_S = 1.0
 _RETRY_S = (0.1, 0.2, 0.5, 1.0, 2.0)
 
 
@@ -73,6 +78,41 @@ class Attachments:
         for member in listed.values():
             self._tell_draining(member)
 
+    async def kept(self, sequence: str, listed: Callable[[], Iterable[Member]]) -> list[m.KeptRange]:
+        """Ask every node what it keeps of a sequence that another weight node left.
+
+        Nodes whose lane is not up yet, or that have not noticed yet that the other one is gone, are
+        waited for a little. What they do not answer is computed again.
+        """
+        deadline_s = time.monotonic() + _KEPT_TIMEOUT_S
+        while True:
+            members = [member for member in listed() if member.state is not State.PREPARING]
+            replies = await asyncio.gather(*(self._ask_kept(member, sequence) for member in members))
+            if not any(reply is None or reply.in_use for reply in replies) or time.monotonic() >= deadline_s:
+                break
+            await asyncio.sleep(_KEPT_RETRY_S)
+        return [
+            m.KeptRange(member.id, item.start, item.tokens)
+            for member, reply in zip(members, replies, strict=True)
+            for item in (reply.ranges if reply else ())
+        ]
+
+    async def _ask_kept(self, member: Member, sequence: str) -> pb.AdoptReply | None:
+        """None while we could not take it over: the node has no lane to us, or does not answer."""
+        attachment = self._nodes.get(member.id)
+        if attachment is None or not attachment.up:
+            return None
+        request = pb.AdoptRequest(weight_node=self._node, epoch=self._epoch(), sequence=sequence)
+        try:
+            async with grpc.aio.insecure_channel(member.address) as channel:
+                stub = rpc.AttentionStub(channel)  # type: ignore[no-untyped-call]
+                reply: pb.AdoptReply = await stub.Adopt(request, timeout=_ADOPT_TIMEOUT_S)
+        except grpc.aio.AioRpcError as error:
+            log.warning("adopt_failed", attention_node=member.id, code=error.code().name,
+                        reason=error.details())  # fmt: skip
+            return None
+        return reply
+
     def _forget_unlisted(self, listed: dict[str, Member]) -> None:
         now = time.monotonic()
         for node, attachment in list(self._nodes.items()):
@@ -111,6 +151,7 @@ class Attachments:
                 send_lane=reply.lane,
                 receive_lane=lane,
                 capacity_blocks=reply.capacity_blocks,
+                epoch=reply.epoch,
             )
         )
 
@@ -138,6 +179,19 @@ class Attachments:
         if attachment.up and attachment.draining != draining:
             attachment.draining = draining
             self._send(m.NodeDraining(member.id, draining))
+
+
+async def detach(members: Iterable[Member], node: str, epoch: int) -> None:
+    """Tell every attention node to free what it holds for us; one that does not answer finds out itself."""
+    request = pb.DetachRequest(weight_node=node, epoch=epoch)
+
+    async def tell(member: Member) -> None:
+        with suppress(grpc.aio.AioRpcError):
+            async with grpc.aio.insecure_channel(member.address) as channel:
+                stub = rpc.AttentionStub(channel)  # type: ignore[no-untyped-call]
+                await stub.Detach(request, timeout=_DETACH_TIMEOUT_S)
+
+    await asyncio.gather(*(tell(member) for member in members))
 
 
 def layout_of(ready: m.Ready) -> KvLayout:

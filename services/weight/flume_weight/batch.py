@@ -12,26 +12,29 @@ from torch import Tensor
 from flume_weight.peer import Peer
 from flume_weight.range_attention import Exchange, Index
 from flume_weight.sequence import Sequence as Seq
-from flume_weight.sequence import Slot
+from flume_weight.storage import Part, Slot
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """`tokens` pending tokens of one sequence, at positions `[at, at + tokens)` of the batch."""
+    """`tokens` pending tokens of one sequence, at `[at, at + tokens)` of the batch, stored in `part`."""
 
     sequence: Seq
     at: int
     tokens: int
+    node: str
+    slot: Slot
+    part: Part
 
     @property
     def samples(self) -> bool:
         """Whether the row reaches the sequence's newest token, so that a new one follows."""
-        return self.tokens == self.sequence.pending_tokens
+        return not self.sequence.holes and self.tokens == self.sequence.pending_tokens
 
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """The rows of one step, grouped by tail node so that what a node appends is one slice."""
+    """The rows of one step, grouped by the node that stores them so that what it appends is one slice."""
 
     rows: Sequence[Row]
     token_ids: Tensor  # int64 [T]
@@ -42,18 +45,17 @@ class Batch:
 
 
 def build(shares: Sequence[tuple[Seq, int]], peers: Mapping[str, Peer]) -> Batch:
-    """Lay out a step. Opens ranges (as ops on the peers) where a tail has not reached its node yet."""
-    ordered = sorted(shares, key=lambda share: share[0].tail_node)
+    """Lay out a step. Opens ranges (as ops on the peers) where a node has none for the tokens yet."""
+    ordered = sorted(shares, key=lambda share: share[0].node or "")
     rows: list[Row] = []
     at = 0
     for sequence, tokens in ordered:
-        open_tail(sequence, peers[sequence.tail_node])
-        rows.append(Row(sequence, at, tokens))
+        rows.append(_row(sequence, at, tokens, peers))
         at += tokens
     ids: list[int] = []
     positions: list[int] = []
     for row in rows:
-        start = row.sequence.committed_tokens
+        start = row.sequence.position
         ids += row.sequence.tokens[start : start + row.tokens]
         positions += range(start, start + row.tokens)
     return Batch(
@@ -66,20 +68,24 @@ def build(shares: Sequence[tuple[Seq, int]], peers: Mapping[str, Peer]) -> Batch
     )
 
 
-def open_tail(sequence: Seq, peer: Peer) -> None:
-    """Make sure the tail's node has an open range for this sequence."""
+def _row(sequence: Seq, at: int, tokens: int, peers: Mapping[str, Peer]) -> Row:
+    """Makes sure that the node has an open range for the tokens."""
+    peer = peers[sequence.node or ""]
     slot = sequence.slots.get(peer.node)
     if slot is None:
         slot = sequence.slots[peer.node] = Slot(peer.take_slot())
-    if not slot.is_open:
-        slot.is_open, slot.open_tokens = True, 0
-        peer.open(slot.number, sequence.committed_tokens, sequence_key(sequence.name))
+    part = slot.open_at(sequence.position)
+    if part is None:
+        part = Part(sequence.position)
+        slot.parts.append(part)
+        peer.open(slot.number, part.start, sequence_key(sequence.name))
+    return Row(sequence, at, tokens, peer.node, slot, part)
 
 
 def _exchanges(rows: Sequence[Row], peers: Mapping[str, Peer]) -> list[Exchange]:
     """One per node that holds or receives tokens of this batch, in order of name."""
     involved = sorted({node for row in rows for node in row.sequence.slots})
-    return [_exchange(rows, peers[node]) for node in involved]
+    return [exchange for node in involved if (exchange := _exchange(rows, peers[node])).rows]
 
 
 def _exchange(rows: Sequence[Row], peer: Peer) -> Exchange:
@@ -90,14 +96,15 @@ def _exchange(rows: Sequence[Row], peer: Peer) -> Exchange:
         slot = row.sequence.slots.get(peer.node)
         if slot is None:
             continue
-        is_tail = row.sequence.tail_node == peer.node
-        queries = row.tokens if slot.held_tokens else 0
-        if not (queries or is_tail):
+        position, grows = row.sequence.position, row.node == peer.node
+        queries = row.tokens if slot.holds_before(position) else 0
+        if not (queries or grows):
             continue
-        exchange.rows.append((slot.number, queries, row.tokens if is_tail else 0, slot.held_tokens))
+        appends = row.tokens if grows else 0
+        exchange.rows.append((slot.number, queries, appends, slot.held_tokens, position))
         if queries:
             asked.append(row)
-        if is_tail:
+        if grows:
             appended.append(row)
     exchange.queries, exchange.num_queries = _index(asked)
     if appended:
@@ -117,15 +124,17 @@ def _index(rows: Sequence[Row]) -> tuple[Index, int]:
     return torch.cat([torch.arange(row.at, row.at + row.tokens) for row in rows]), count
 
 
-def commit(batch: Batch, peers: Mapping[str, Peer], block_tokens: int) -> None:
-    """The step's KV is on its way: move lengths and take the credit its blocks cost."""
+def commit(batch: Batch, peers: Mapping[str, Peer], block_tokens: int) -> dict[str, int]:
+    """The step's KV is on its way: move lengths and take the credit its blocks cost.
+
+    Returns how many tokens of each sequence had been computed before.
+    """
+    again: dict[str, int] = {}
     for row in batch.rows:
-        sequence = row.sequence
-        sequence.committed_tokens += row.tokens
-        slot = sequence.slots[sequence.tail_node]
-        before = -(-slot.open_tokens // block_tokens)
-        slot.held_tokens += row.tokens
-        slot.open_tokens += row.tokens
-        peer = peers.get(sequence.tail_node)
+        before = row.part.blocks(block_tokens)
+        row.slot.append(row.part, row.tokens)
+        again[row.sequence.name] = row.sequence.advance(row.tokens)
+        peer = peers.get(row.node)
         if peer is not None:
-            peer.ledger.take(-(-slot.open_tokens // block_tokens) - before)
+            peer.ledger.take(row.part.blocks(block_tokens) - before)
+    return again

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 
 import torch
 from flume_common.engine_link import EngineLink, LinkClosed
@@ -26,7 +27,8 @@ from flume_weight.placement import Balance, never_fits
 from flume_weight.range_attention import Exchange, RangeAttention
 from flume_weight.sampling import FinishReason, Sampler, sample_rows
 from flume_weight.scheduler import StepLimits, admits, schedule
-from flume_weight.sequence import Sequence
+from flume_weight.sequence import Cause, Recovery, Sequence
+from flume_weight.storage import Part
 from flume_weight.threads import Threads
 
 _IDLE_WAIT_S = 5.0
@@ -60,6 +62,10 @@ class WeightEngine:
         self._waiting: deque[Sequence] = deque()
         self._step = 0
         self._told_capacity: tuple[int, int, int] | None = None
+        self._recomputed = m.Recomputed()
+        self._recomputed_told = True
+        self._epoch_rejected = 0  # on lanes that are gone
+        self._epoch_rejected_told = 0
         self._handlers: dict[type, Callable[..., None]] = {
             m.Submit: self._submit,
             m.Cancel: self._cancel,
@@ -68,6 +74,7 @@ class WeightEngine:
             m.NodeDraining: self._node_draining,
             m.Epoch: self._set_epoch,
             m.AskSequences: self._tell_sequences,
+            m.Configure: self._configure,
         }
 
     def run(self) -> None:
@@ -89,10 +96,12 @@ class WeightEngine:
         for error in lost:
             self._lose(error)
         self._admit()
-        for sequence in self._fleet.move_tails(self._running):
+        for sequence in (*self._fleet.house(self._running), *self._fleet.move_tails(self._running)):
             self._tell_route(sequence)
         self._fleet.set_wants(self._running)
         self._tell_capacity()
+        self._tell_recomputed()
+        self._tell_epoch_rejected()
         stepped = self._try_step()
         try:
             self._fleet.flush(lambda peer: self._attention.send_plan(Exchange(peer)))
@@ -132,7 +141,8 @@ class WeightEngine:
             self._lose(error)
             return True
         lost = self._attention.finish()
-        commit(batch, self._fleet.peers, self._shape.layout.block_tokens)
+        again = commit(batch, self._fleet.peers, self._shape.layout.block_tokens)
+        self._note_recovery(batch, again)
         self._sample(batch, logits)
         for loss in lost:
             self._lose(loss)
@@ -146,8 +156,7 @@ class WeightEngine:
     # -- tokens ----------------------------------------------------------------------------------
 
     def _sample(self, batch: Batch, logits: torch.Tensor) -> None:
-        # A row that samples fed its sequence's newest token; committing it left nothing pending.
-        sequences = [row.sequence for row in batch.rows if not row.sequence.pending_tokens]
+        sequences = [row.sequence for row in batch.rows if row.sequence.samples]
         if not sequences:
             return
         tokens: list[m.Token] = []
@@ -166,6 +175,32 @@ class WeightEngine:
         for sequence, message in ended:
             self._end(sequence, message)
 
+    # -- recovery --------------------------------------------------------------------------------
+
+    def _note_recovery(self, batch: Batch, again: Mapping[str, int]) -> None:
+        """Holes that this step filled are closed; what was computed again is counted."""
+        for row in batch.rows:
+            sequence = row.sequence
+            if self._fleet.close_filled_hole(sequence):
+                self._tell_route(sequence)
+            if again[sequence.name]:
+                self._count_recomputed(sequence, again[sequence.name])
+            if sequence.recovery is not None and not sequence.recovering:
+                self._end_recovery(sequence, sequence.recovery)
+
+    def _count_recomputed(self, sequence: Sequence, tokens: int) -> None:
+        assert sequence.recovery is not None
+        sequence.recovery.tokens += tokens
+        name = sequence.recovery.cause.value
+        setattr(self._recomputed, name, getattr(self._recomputed, name) + tokens)
+        self._recomputed_told = False
+
+    def _end_recovery(self, sequence: Sequence, recovery: Recovery) -> None:
+        elapsed_s = time.monotonic() - recovery.since_s
+        self._tell_recomputed()
+        self._link.send(m.Recovered(sequence.name, recovery.cause, recovery.tokens, elapsed_s))
+        sequence.recovery = None
+
     # -- sequences -------------------------------------------------------------------------------
 
     def _submit(self, message: m.Submit) -> None:
@@ -175,20 +210,38 @@ class WeightEngine:
             self._link.send(m.Failed(message.sequence, refused.code, str(refused)))
             return
         self._waiting.append(sequence)
+        if sequence.completion_tokens >= sequence.max_tokens:
+            self._end(sequence, _finished(sequence, "length"))
+        elif message.kept:
+            self._adopt(sequence, message.kept)
         self._refuse_impossible()
+
+    def _adopt(self, sequence: Sequence, kept: list[m.KeptRange]) -> None:
+        """Go on from what is there. It needs little memory beyond what it brings: it runs at once."""
+        parts: dict[str, list[Part]] = {}
+        for item in kept:
+            parts.setdefault(item.node, []).append(Part(item.start, item.tokens))
+        if self._fleet.adopt(sequence, parts):
+            sequence.computed_tokens = max(sequence.computed_tokens, sequence.committed_tokens)
+            self._recover(sequence, Cause.WEIGHT_NODE_LOST)
+            tokens = sum(slot.held_tokens for slot in sequence.slots.values())
+            self._link.send(m.Adopted(sequence.name, tokens))
+            self._waiting.remove(sequence)
+            self._start(sequence)
 
     def _new_sequence(self, message: m.Submit) -> Sequence:
         config = self._model.config
-        prompt = message.prompt_token_ids
+        prompt, said = message.prompt_token_ids, message.output_token_ids
         if not prompt:
             raise RequestRefused("INVALID_ARGUMENT", "prompt_token_ids is empty")
-        if any(not 0 <= token < config.vocab_size for token in prompt):
-            raise RequestRefused(
-                "INVALID_ARGUMENT", f"prompt_token_ids has an id outside 0..{config.vocab_size - 1}"
-            )
+        for field, ids in ("prompt_token_ids", prompt), ("output_token_ids", said):
+            if any(not 0 <= token < config.vocab_size for token in ids):
+                raise RequestRefused(
+                    "INVALID_ARGUMENT", f"{field} has an id outside 0..{config.vocab_size - 1}"
+                )
         room = config.context_tokens - len(prompt)
         wanted = message.sampling.max_tokens
-        if room < max(wanted, 1):
+        if room < max(wanted, len(said), 1):
             raise RequestRefused(
                 "INVALID_ARGUMENT",
                 f"the context holds {config.context_tokens} tokens; the prompt has {len(prompt)} and"
@@ -200,14 +253,18 @@ class WeightEngine:
             message.sampling.validate(config.vocab_size)
         except ValueError as error:
             raise RequestRefused("INVALID_ARGUMENT", str(error)) from error
-        return Sequence(
+        sequence = Sequence(
             name=message.sequence,
-            tokens=list(prompt),
+            tokens=[*prompt, *said],
             prompt_tokens=len(prompt),
             max_tokens=wanted or room,
-            sampler=Sampler(message.sampling, prompt, config.vocab_size, config.eos_token_ids),
+            sampler=Sampler(message.sampling, prompt, config.vocab_size, config.eos_token_ids, said),
             arrived_s=time.monotonic(),
+            # Whoever said the newest token had computed all before it.
+            computed_tokens=len(prompt) + len(said) - 1 if said else 0,
         )
+        self._recover(sequence, Cause.WEIGHT_NODE_LOST)
+        return sequence
 
     def _cancel(self, message: m.Cancel) -> None:
         for sequence in (*self._running, *self._waiting):
@@ -227,7 +284,12 @@ class WeightEngine:
             self._tell_route(sequence)
 
     def _admit(self) -> None:
-        """Start waiting sequences, oldest first, while their tokens fit beside the running ones'."""
+        """Start waiting sequences, oldest first, while their tokens fit beside the running ones'.
+
+        Those that wait for room to be recovered in come before all of them.
+        """
+        if any(sequence.node not in self._fleet.peers for sequence in self._running):
+            return
         while self._waiting and len(self._running) < self._limits.max_sequences:
             sequence = self._waiting[0]
             views = [view for view in self._fleet.views(self._running) if not view.draining]
@@ -237,22 +299,29 @@ class WeightEngine:
                 return
             if not self._fleet.start(sequence, self._running):
                 return
-            self._running.append(self._waiting.popleft())
-            self._running.sort(key=lambda sequence: sequence.arrived_s)
-            self._tell_route(sequence)
+            self._start(self._waiting.popleft())
+
+    def _start(self, sequence: Sequence) -> None:
+        self._running.append(sequence)
+        self._running.sort(key=lambda sequence: sequence.arrived_s)
+        sequence.ran_here = True
+        self._tell_route(sequence)
 
     def _refuse_impossible(self) -> None:
-        """Waiting sequences that all attached nodes together could never hold."""
+        """Waiting sequences that all attached nodes together could never hold.
+
+        One that ran before, here or elsewhere, did fit when all nodes were there: it waits for them.
+        """
         capacities = [peer.ledger.capacity_blocks for peer in self._fleet.peers.values() if not peer.draining]
         if not capacities:
             return
         block_tokens = self._shape.layout.block_tokens
         # Every node but one may end in a block that its range does not fill.
         held = (sum(capacities) - (len(capacities) - 1)) * block_tokens
-        for sequence in list(self._waiting):
+        for sequence in [sequence for sequence in self._waiting if not sequence.ran_here]:
             asked = sequence.sampler.params.max_tokens
             total = sequence.prompt_tokens + max(asked, 1)
-            if never_fits(total, [held // block_tokens], block_tokens):
+            if never_fits(total, [held // block_tokens], block_tokens) and not sequence.computed_tokens:
                 what = f"{sequence.prompt_tokens} prompt tokens and max_tokens {max(asked, 1)}"
                 message = (
                     f"{what} need {total} tokens of KV; {len(capacities)} attention nodes hold {held}."
@@ -280,13 +349,14 @@ class WeightEngine:
             self._end(youngest, m.Failed(youngest.name, "RESOURCE_EXHAUSTED", message))
             return True
         youngest.preempted_at_tokens = len(youngest.tokens)
-        self._send_back(youngest)
+        self._send_back(youngest, Cause.PREEMPTED)
         return True
 
-    def _send_back(self, sequence: Sequence) -> None:
+    def _send_back(self, sequence: Sequence, cause: Cause) -> None:
         """From running to the head of the waiting line, holding nothing."""
         self._running.remove(sequence)
         self._fleet.release(sequence)
+        self._recover(sequence, cause)
         self._waiting.appendleft(sequence)
 
     # -- attention nodes -------------------------------------------------------------------------
@@ -302,7 +372,7 @@ class WeightEngine:
             send_lane=message.send_lane,
             receive_lane=message.receive_lane,
         )
-        self._fleet.peers[message.node] = Peer(message.node, lane, message.capacity_blocks)
+        self._fleet.peers[message.node] = Peer(message.node, lane, message.capacity_blocks, message.epoch)
         self._link.send(m.LaneUp(message.node))
         self._refuse_impossible()
 
@@ -316,21 +386,42 @@ class WeightEngine:
             peer.leaving = message.draining
 
     def _lose(self, error: PeerLost) -> None:
-        """A lane is gone: sequences that had a part there are computed again, the others do not notice."""
+        """A lane is gone: tokens that were stored there are computed again, nothing else is.
+
+        Sequences that had none there do not notice. One of which nothing is left starts over.
+        """
         peer, affected = self._fleet.drop(error.node, self._running)
         if peer is None:
             return
         peer.lane.close()
         self._attention.forget(peer)
-        for sequence in reversed(affected):
-            self._send_back(sequence)
-        self._link.send(m.LaneLost(error.node, error.reason, len(affected)))
-        self._refuse_impossible()
+        self._epoch_rejected += peer.epoch_rejected
+        for sequence in [sequence for sequence in self._running[::-1] if sequence.name in affected]:
+            if any(slot.held_tokens for slot in sequence.slots.values()):
+                self._recover(sequence, Cause.NODE_LOST)
+            else:
+                self._send_back(sequence, Cause.NODE_LOST)
+        self._link.send(m.LaneLost(error.node, error.reason, len(affected), sum(affected.values())))
+
+    def _recover(self, sequence: Sequence, cause: Cause) -> None:
+        """From now on the sequence catches up with where it was, if it lost anything.
+
+        More may be lost meanwhile: the tokens that follow count under the newest cause.
+        """
+        if sequence.recovery is not None:
+            sequence.recovery.cause = cause
+        elif sequence.recovering:
+            sequence.recovery = Recovery(cause, time.monotonic())
 
     # -- what the supervisor hears ---------------------------------------------------------------
 
     def _set_epoch(self, message: m.Epoch) -> None:
         self._fleet.epoch = self._attention.epoch = message.epoch
+
+    def _configure(self, message: m.Configure) -> None:
+        self._limits = replace(self._limits, mixed_prefill_tokens=message.mixed_prefill_tokens)
+        self._fleet.balance = replace(self._fleet.balance, margin_tokens=message.tail_margin_tokens)
+        self._attention.timeout_s = message.step_timeout_s
 
     def _tell_route(self, sequence: Sequence) -> None:
         self._link.send(m.RouteChanged(sequence.name, _ranges(sequence)))
@@ -344,6 +435,17 @@ class WeightEngine:
         if capacity != self._told_capacity:
             self._told_capacity = capacity
             self._link.send(m.Capacity(*capacity))
+
+    def _tell_recomputed(self) -> None:
+        if not self._recomputed_told:
+            self._recomputed_told = True
+            self._link.send(self._recomputed)
+
+    def _tell_epoch_rejected(self) -> None:
+        total = self._epoch_rejected + sum(peer.epoch_rejected for peer in self._fleet.peers.values())
+        if total != self._epoch_rejected_told:
+            self._epoch_rejected_told = total
+            self._link.send(m.EpochRejected(total))
 
     def _tell_sequences(self, message: m.AskSequences) -> None:
         now = time.monotonic()

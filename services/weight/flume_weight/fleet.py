@@ -7,16 +7,19 @@ appends there.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from flume_common.layout import KvLayout
 from flume_common.routes import Route
+from flume_common.wire import sequence_key
 
+from flume_weight.adoption import choose, lay_out
 from flume_weight.errors import PeerLost
 from flume_weight.peer import Peer
 from flume_weight.placement import Balance, NodeView, TailView, place, relieve
 from flume_weight.scheduler import Candidate, needed_blocks
 from flume_weight.sequence import Sequence as Seq
+from flume_weight.storage import Hole, Part, Slot
 
 _TAIL_RESERVE_BLOCKS = 2  # credit kept ahead of every open tail, so that no step waits for a grant
 
@@ -28,7 +31,7 @@ class Fleet:
         self.peers: dict[str, Peer] = {}
         self.epoch = 0
         self._block_tokens = layout.block_tokens
-        self._balance = balance
+        self.balance = balance
         self._node = node  # the weight node, which owns the routes
 
     @property
@@ -46,16 +49,16 @@ class Fleet:
         return heard, lost
 
     def candidates(self, running: Iterable[Seq]) -> list[Candidate]:
-        """The running sequences whose tail's node is attached."""
+        """The running sequences whose next tokens have an attached node to go to."""
         return [
             Candidate(
                 sequence=sequence.name,
-                node=sequence.tail_node,
+                node=sequence.node,
                 pending_tokens=sequence.pending_tokens,
-                slack_tokens=slot.slack_tokens(self._block_tokens) if (slot := sequence.tail_slot) else 0,
+                slack_tokens=self._slack_tokens(sequence),
             )
             for sequence in running
-            if sequence.tail_node in self.peers
+            if sequence.node is not None and sequence.node in self.peers
         ]
 
     def unused_blocks(self) -> dict[str, int]:
@@ -66,7 +69,7 @@ class Fleet:
         need = needed_blocks(self.candidates(running), self._block_tokens)
         tails: dict[str, int] = {}
         for sequence in running:
-            tails[sequence.tail_node] = tails.get(sequence.tail_node, 0) + 1
+            tails[sequence.node or ""] = tails.get(sequence.node or "", 0) + 1
         return [
             NodeView(
                 node=name,
@@ -82,7 +85,7 @@ class Fleet:
         """What each lane should hold in unused credit: pending tokens and a reserve for every tail."""
         need = needed_blocks(self.candidates(running), self._block_tokens)
         for name, peer in self.peers.items():
-            tails = sum(sequence.tail_node == name for sequence in running)
+            tails = sum(sequence.node == name for sequence in running)
             peer.want_blocks = 0 if peer.draining else need.get(name, 0) + tails * _TAIL_RESERVE_BLOCKS
             if not tails:
                 peer.ledger.give_back_beyond(0)
@@ -95,16 +98,54 @@ class Fleet:
         sequence.route = Route.start(sequence.name, self._node, self.epoch, node)
         return True
 
+    def adopt(self, sequence: Seq, kept: Mapping[str, Sequence[Part]]) -> bool:
+        """Take over what is kept of the sequence, but for its newest token. Whether there was anything."""
+        position = len(sequence.tokens) - 1
+        chosen = choose({node: parts for node, parts in kept.items() if node in self.peers}, position)
+        if not chosen:
+            return False
+        for node, parts in chosen.items():
+            peer = self.peers[node]
+            slot = Slot(peer.take_slot(), parts, sum(part.tokens for part in parts))
+            sequence.slots[node] = slot
+            peer.adopt(slot.number, position, sequence_key(sequence.name))
+            peer.ledger.take(sum(part.blocks(self._block_tokens) for part in parts))
+        last = max(chosen, key=lambda node: max(part.end for part in chosen[node]))
+        stays = not self.peers[last].draining
+        tail_node = last if stays else place(self.views([])) or last
+        ranges, sequence.holes = lay_out(chosen, tail_node)
+        sequence.route = Route(sequence.name, self._node, self.epoch, ranges)
+        sequence.committed_tokens = ranges[-1].start
+        return True
+
+    def house(self, running: Sequence[Seq]) -> list[Seq]:
+        """Find a node for the next tokens of sequences that have none. Returns those whose route changed.
+
+        None has one whose first hole is new, or whose tail was lost with its node; a hole that cannot
+        be filled on where it is goes on elsewhere.
+        """
+        moved = []
+        for sequence in running:
+            if not sequence.holes:
+                if sequence.tail_node not in self.peers and self._move_tail_anywhere(sequence, running):
+                    moved.append(sequence)
+            elif self._must_move(sequence.node, sequence):
+                elsewhere = place(view for view in self.views(running) if view.node != sequence.node)
+                if elsewhere is not None:
+                    self._move_hole(sequence, elsewhere)
+                    moved.append(sequence)
+        return moved
+
     def move_tails(self, running: Sequence[Seq]) -> list[Seq]:
         """Tails that leave full, draining or much fuller nodes at this token boundary."""
-        if len(self.peers) < 2:
+        whole = [s for s in running if not s.holes and s.tail_node in self.peers]
+        if len(self.peers) < 2 or not whole:
             return []
         views = self.views(running)
-        by_name = {sequence.name: sequence for sequence in running}
-        moves = relieve([_tail_view(s) for s in running], views, self._block_tokens, self._balance)
-        for sequence in running:
-            peer = self.peers.get(sequence.tail_node)
-            if sequence.name not in moves and peer and self._is_stuck(sequence, peer):
+        by_name = {sequence.name: sequence for sequence in whole}
+        moves = relieve([_tail_view(s) for s in whole], views, self._block_tokens, self.balance)
+        for sequence in whole:
+            if sequence.name not in moves and self._is_stuck(sequence, self.peers[sequence.tail_node]):
                 elsewhere = place(view for view in views if view.node != sequence.tail_node)
                 if elsewhere is not None:
                     moves[sequence.name] = elsewhere
@@ -115,11 +156,47 @@ class Fleet:
     def move_tail(self, sequence: Seq, node: str) -> None:
         """Close the tail at the committed length and continue on `node`. Moves no KV."""
         assert sequence.route is not None
-        slot = sequence.tail_slot
-        if slot is not None and slot.is_open:
-            slot.is_open = False
-            self.peers[sequence.tail_node].close(slot.number, slot.held_tokens)
+        self._close_growing(sequence)
         sequence.route = sequence.route.move_tail(sequence.committed_tokens, node)
+
+    def close_filled_hole(self, sequence: Seq) -> bool:
+        """The first hole, once it is filled, is a closed range like any other. Whether one was."""
+        if not sequence.holes or sequence.pending_tokens:
+            return False
+        self._keep_filled(sequence)
+        del sequence.holes[0]
+        return True
+
+    def _move_tail_anywhere(self, sequence: Seq, running: Sequence[Seq]) -> bool:
+        node = place(self.views(running))
+        if node is not None:
+            self.move_tail(sequence, node)
+        return node is not None
+
+    def _move_hole(self, sequence: Seq, node: str) -> None:
+        self._keep_filled(sequence)
+        hole = sequence.holes[0]
+        sequence.holes[0] = Hole(hole.at, hole.end, hole.at, node)
+
+    def _keep_filled(self, sequence: Seq) -> None:
+        """What is back of the first hole becomes a closed range of the route."""
+        hole = sequence.holes[0]
+        self._close_growing(sequence)
+        if hole.at > hole.start:
+            assert sequence.route is not None and hole.node is not None
+            sequence.route = sequence.route.replace_holder(hole.start, hole.at, hole.node)
+
+    def _close_growing(self, sequence: Seq) -> None:
+        part = sequence.growing
+        if part is not None:
+            node = sequence.node or ""
+            slot = sequence.slots[node]
+            slot.close(part)
+            self.peers[node].close(slot.number, part.start, part.tokens)
+
+    def _must_move(self, node: str | None, sequence: Seq) -> bool:
+        peer = self.peers.get(node or "")
+        return peer is None or peer.draining or self._is_stuck(sequence, peer)
 
     def release(self, sequence: Seq) -> None:
         """Free everything the sequence holds, on the nodes that are still there."""
@@ -129,11 +206,16 @@ class Fleet:
                 peer.release(slot.number)
         sequence.forget_storage()
 
-    def drop(self, node: str, running: Iterable[Seq]) -> tuple[Peer | None, list[Seq]]:
-        """Forget a node; the sequences that held something there (or had their tail there)."""
+    def drop(self, node: str, running: Iterable[Seq]) -> tuple[Peer | None, dict[str, int]]:
+        """Forget a node: the peer it was, and how many tokens each affected sequence has lost.
+
+        One that only had its empty tail there has lost 0.
+        """
         peer = self.peers.pop(node, None)
-        affected = [s for s in running if s.route is not None and (node in s.slots or s.tail_node == node)]
-        return peer, affected
+        if peer is None:
+            return None, {}
+        affected = [s for s in running if s.route is not None and (node in s.slots or s.node == node)]
+        return peer, {sequence.name: sequence.lose(node) for sequence in affected}
 
     def flush(self, send: Callable[[Peer], None]) -> None:
         """Tell nodes what they should hear although no step went to them."""
@@ -142,13 +224,14 @@ class Fleet:
                 send(peer)
 
     def _is_stuck(self, sequence: Seq, peer: Peer) -> bool:
-        slot = sequence.tail_slot
-        slack = slot.slack_tokens(self._block_tokens) if slot else 0
-        return slack == 0 and peer.ledger.exhausted
+        return self._slack_tokens(sequence) == 0 and peer.ledger.exhausted
+
+    def _slack_tokens(self, sequence: Seq) -> int:
+        part = sequence.growing
+        return part.slack_tokens(self._block_tokens) if part is not None else 0
 
 
 def _tail_view(sequence: Seq) -> TailView:
-    slot = sequence.tail_slot
-    open_tokens = slot.open_tokens if slot is not None and slot.is_open else 0
-    assert sequence.route is not None
+    part = sequence.growing
+    open_tokens = part.tokens if part is not None else 0
     return TailView(sequence.name, sequence.tail_node, open_tokens, sequence.committed_tokens)

@@ -7,12 +7,25 @@ import msgspec
 from flume_weight.sampling import SamplingParams
 
 
+class KeptRange(msgspec.Struct, array_like=True):
+    """A range that an attention node keeps for us since its weight node died."""
+
+    node: str
+    start: int
+    tokens: int
+
+
 class Submit(msgspec.Struct, tag=True):
-    """Generate for one sequence."""
+    """Generate for one sequence.
+
+    `output_token_ids` is what of its answer was said already, elsewhere; `kept` is where KV of it is left.
+    """
 
     sequence: str
     prompt_token_ids: list[int]
     sampling: SamplingParams
+    output_token_ids: list[int] = []
+    kept: list[KeptRange] = []
 
 
 class Cancel(msgspec.Struct, tag=True):
@@ -29,6 +42,7 @@ class Attach(msgspec.Struct, tag=True):
     send_lane: int
     receive_lane: int
     capacity_blocks: int
+    epoch: int = 0  # the node's; older messages are ignored
 
 
 class Detach(msgspec.Struct, tag=True):
@@ -57,7 +71,15 @@ class AskSequences(msgspec.Struct, tag=True):
     number: int
 
 
-Inbound = Submit | Cancel | Attach | Detach | NodeDraining | Epoch | AskSequences
+class Configure(msgspec.Struct, tag=True):
+    """Settings that hold from the next step on."""
+
+    tail_margin_tokens: int
+    mixed_prefill_tokens: int
+    step_timeout_s: float
+
+
+Inbound = Submit | Cancel | Attach | Detach | NodeDraining | Epoch | AskSequences | Configure
 
 
 class Loading(msgspec.Struct, tag=True):
@@ -99,11 +121,42 @@ class LaneUp(msgspec.Struct, tag=True):
 
 
 class LaneLost(msgspec.Struct, tag=True):
-    """The lane is down; its sequences are being recovered."""
+    """The lane is down; `sequences` that had a part there are being recovered."""
 
     node: str
     reason: str
     sequences: int
+    lost_tokens: int
+
+
+class Recovered(msgspec.Struct, tag=True):
+    """A sequence is where it was before it lost something. `cause` as in Recomputed."""
+
+    sequence: str
+    cause: str
+    recomputed_tokens: int
+    elapsed_s: float
+
+
+class Adopted(msgspec.Struct, tag=True):
+    """A sequence goes on from what its former weight node had stored: `tokens` taken over."""
+
+    sequence: str
+    tokens: int
+
+
+class Recomputed(msgspec.Struct, tag=True):
+    """Tokens computed again since the engine started, by cause; sent when that changes."""
+
+    node_lost: int = 0
+    preempted: int = 0
+    weight_node_lost: int = 0
+
+
+class EpochRejected(msgspec.Struct, tag=True):
+    """Messages of attention nodes ignored for an older epoch, since the engine started; when that changes."""
+
+    messages: int
 
 
 class TopToken(msgspec.Struct, array_like=True):
@@ -193,6 +246,10 @@ Outbound = (
     | Refused
     | LaneUp
     | LaneLost
+    | Recovered
+    | Adopted
+    | Recomputed
+    | EpochRejected
     | Produced
     | Finished
     | Failed

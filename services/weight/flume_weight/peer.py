@@ -6,7 +6,7 @@ from collections.abc import Sequence as Seq
 
 import numpy as np
 from flume_common.lanes import Frame, Lane, LaneDown
-from flume_common.wire import MAX_OPS, OP_WORDS, ROW_WORDS, Credit, Kind, Op, Plan, Refusal, Words
+from flume_common.wire import MAX_OPS, OP_WORDS, ROW_WORDS, Credit, Header, Kind, Op, Plan, Refusal, Words
 
 from flume_weight.credit import CreditLedger
 from flume_weight.errors import PeerLost, StepRefused
@@ -17,8 +17,10 @@ _NO_ROWS = np.zeros((0, ROW_WORDS), dtype=np.int64)
 class Peer:
     """Ops gather here and leave with the next PLAN, in order, so the node sees one history."""
 
-    def __init__(self, node: str, lane: Lane, capacity_blocks: int) -> None:
+    def __init__(self, node: str, lane: Lane, capacity_blocks: int, epoch: int = 0) -> None:
         self.node = node
+        self.epoch = epoch  # of the node when the lane was set up
+        self.epoch_rejected = 0  # messages of an older one, which were ignored
         self.lane = lane
         self.ledger = CreditLedger(capacity_blocks)
         self.leaving = False  # the node is draining, by its own word or the control plane's
@@ -45,8 +47,11 @@ class Peer:
     def open(self, slot: int, start: int, key: int) -> None:
         self._ops.append((Op.OPEN, slot, start, key))
 
-    def close(self, slot: int, held_tokens: int) -> None:
-        self._ops.append((Op.CLOSE, slot, held_tokens, 0))
+    def close(self, slot: int, start: int, tokens: int) -> None:
+        self._ops.append((Op.CLOSE, slot, start, tokens))
+
+    def adopt(self, slot: int, position: int, key: int) -> None:
+        self._ops.append((Op.ADOPT, slot, position, key))
 
     def release(self, slot: int) -> None:
         self._ops.append((Op.RELEASE, slot, 0, 0))
@@ -57,6 +62,9 @@ class Peer:
         heard = False
         try:
             while (frame := self._credits.poll()) is not None:
+                if not self.accepts(frame):
+                    self._credits.give_back(frame)
+                    continue
                 credit = Credit.decode(frame.words)
                 self._credits.give_back(frame)
                 self.ledger.hear(credit)
@@ -66,6 +74,12 @@ class Peer:
         except LaneDown as error:
             raise PeerLost(self.node, str(error)) from error
         return heard
+
+    def accepts(self, frame: Frame) -> bool:
+        """Whether the frame is from the node as we know it; one of an older epoch is counted."""
+        fresh = int(frame.header[Header.EPOCH]) >= self.epoch
+        self.epoch_rejected += not fresh
+        return fresh
 
     @property
     def has_news(self) -> bool:

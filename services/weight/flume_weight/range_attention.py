@@ -32,7 +32,7 @@ class Exchange:
     """One attention node's part in one step. Token positions count within the step's batch."""
 
     peer: Peer
-    rows: list[tuple[int, int, int, int]] = field(default_factory=list)  # of the PLAN
+    rows: list[tuple[int, int, int, int, int]] = field(default_factory=list)  # of the PLAN
     queries: Index = field(default_factory=lambda: slice(0, 0))
     num_queries: int = 0
     append: slice = field(default_factory=lambda: slice(0, 0))
@@ -75,7 +75,7 @@ class RangeAttention:
         self._port = port
         self._layout = layout
         self._scale = scale
-        self._timeout_s = timeout_s  # a node that has not answered by then is lost
+        self.timeout_s = timeout_s  # a node that has not answered by then is lost
         self._views: dict[Peer, _Views] = {}
         self._kv_frames: dict[Peer, Frame] = {}
         self._exchanges: Sequence[Exchange] = ()
@@ -164,7 +164,8 @@ class RangeAttention:
 
         def arrived() -> bool:
             while (frame := receiver.poll()) is not None:
-                if frame.header[Header.STEP] == self._step and frame.header[Header.LAYER] == layer:
+                ours = frame.header[Header.STEP] == self._step and frame.header[Header.LAYER] == layer
+                if peer.accepts(frame) and ours:
                     found.append(frame)
                     return True
                 receiver.give_back(frame)  # of a step that was abandoned
@@ -232,11 +233,11 @@ class RangeAttention:
 
     def _wait(self, peer: Peer, ready: Callable[[], bool]) -> None:
         try:
-            if ready() or self._port.wait(ready, self._timeout_s):
+            if ready() or self._port.wait(ready, self.timeout_s):
                 return
         except LaneDown as error:
             raise PeerLost(peer.node, str(error)) from error
-        raise PeerLost(peer.node, f"no answer within {self._timeout_s:g} s")
+        raise PeerLost(peer.node, f"no answer within {self.timeout_s:g} s")
 
     def _views_of(self, peer: Peer) -> _Views:
         views = self._views.get(peer)

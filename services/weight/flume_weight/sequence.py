@@ -3,32 +3,38 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from enum import StrEnum
 
 from flume_common.routes import Route
 
 from flume_weight.sampling import Sampler
+from flume_weight.storage import Hole, Part, Slot
+
+
+class Cause(StrEnum):
+    """Why tokens are computed again."""
+
+    NODE_LOST = "node_lost"  # an attention node that held them
+    PREEMPTED = "preempted"  # gave way for want of memory
+    WEIGHT_NODE_LOST = "weight_node_lost"  # the one that served the request before
 
 
 @dataclass(slots=True)
-class Slot:
-    """The part of a sequence that one attention node holds (see `flume_common.wire`)."""
+class Recovery:
+    """Tokens that were computed before are being computed again."""
 
-    number: int
-    held_tokens: int = 0  # committed tokens over all ranges of the slot
-    open_tokens: int = 0  # committed tokens in the open range
-    is_open: bool = False
-
-    def slack_tokens(self, block_tokens: int) -> int:
-        """Tokens that still fit the open range's last block."""
-        return -self.open_tokens % block_tokens if self.is_open else 0
+    cause: Cause
+    since_s: float
+    tokens: int = 0  # computed again so far
 
 
 @dataclass(slots=True)
 class Sequence:
     """Prompt and answer of one request.
 
-    `committed_tokens` of `tokens` have their KV stored; the rest are pending. A decoding sequence
-    has exactly one pending token, its newest; a preempted one has all of them pending again.
+    `committed_tokens` of `tokens` have their KV stored, but for the holes; the rest are pending. Holes
+    are filled first, in order, since what follows depends on them. A decoding sequence has exactly one
+    pending token, its newest; a preempted one has all of them pending again.
     """
 
     name: str
@@ -38,14 +44,29 @@ class Sequence:
     sampler: Sampler
     arrived_s: float
     committed_tokens: int = 0
+    computed_tokens: int = 0  # the most that ever were committed, here or elsewhere
     route: Route | None = None
     slots: dict[str, Slot] = field(default_factory=dict)  # by attention node
+    holes: list[Hole] = field(default_factory=list)  # in order
+    recovery: Recovery | None = None
+    ran_here: bool = False
     stalled: bool = False
     preempted_at_tokens: int = -1  # its length when it last gave way
 
     @property
+    def position(self) -> int:
+        """Position of the next token to compute."""
+        return self.holes[0].at if self.holes else self.committed_tokens
+
+    @property
     def pending_tokens(self) -> int:
-        return len(self.tokens) - self.committed_tokens
+        """Tokens to compute before the next change: of the first hole, or to the newest token."""
+        return (self.holes[0].end if self.holes else len(self.tokens)) - self.position
+
+    @property
+    def unstored_tokens(self) -> int:
+        """All tokens whose KV is stored nowhere."""
+        return len(self.tokens) - self.committed_tokens + sum(hole.end - hole.at for hole in self.holes)
 
     @property
     def completion_tokens(self) -> int:
@@ -59,21 +80,72 @@ class Sequence:
         return self.route.tail.node
 
     @property
-    def tail_slot(self) -> Slot | None:
-        """The slot on the tail's node, if that node has heard of the sequence."""
-        return self.slots.get(self.tail_node)
+    def node(self) -> str | None:
+        """Where the next tokens are stored; None while no node has room for them."""
+        return self.holes[0].node if self.holes else self.tail_node
+
+    @property
+    def growing(self) -> Part | None:
+        """The part the next tokens are appended to, if its node has heard of it."""
+        slot = self.slots.get(self.node or "")
+        return slot.open_at(self.position) if slot is not None else None
+
+    @property
+    def samples(self) -> bool:
+        """Whether everything is stored, so that a new token follows."""
+        return not self.holes and not self.pending_tokens
+
+    @property
+    def recovering(self) -> bool:
+        return bool(self.holes) or self.committed_tokens < self.computed_tokens
 
     @property
     def state(self) -> str:
         if self.route is None:
             return "WAITING"
-        if self.stalled:
+        if self.stalled or self.recovering:
             return "PAUSED"
         return "DECODING" if self.pending_tokens == 1 and self.completion_tokens > 0 else "PREFILLING"
 
+    def advance(self, tokens: int) -> int:
+        """`tokens` more from `position` are stored. How many of them had been computed before."""
+        if self.holes:
+            self.holes[0].at += tokens
+            return tokens  # a hole is made of tokens that were lost
+        again = min(tokens, max(0, self.computed_tokens - self.committed_tokens))
+        self.committed_tokens += tokens
+        self.computed_tokens = max(self.computed_tokens, self.committed_tokens)
+        return again
+
+    def lose(self, node: str) -> int:
+        """What this node held is gone: it becomes holes, or pending again where it was the tail.
+
+        Returns the number of tokens lost.
+        """
+        assert self.route is not None
+        self.slots.pop(node, None)
+        lost = 0
+        for hole in self.holes:
+            if hole.node == node:
+                lost += hole.at - hole.start
+                hole.at, hole.node = hole.start, None
+        known = {hole.start for hole in self.holes}
+        *closed, tail = self.route.ranges
+        for item in closed:
+            if item.node == node and item.start not in known:
+                assert item.end is not None
+                lost += item.end - item.start
+                self.holes.append(Hole(item.start, item.end, item.start))
+        self.holes.sort(key=lambda hole: hole.start)
+        if tail.node == node:
+            lost += self.committed_tokens - tail.start
+            self.committed_tokens = tail.start
+        return lost
+
     def forget_storage(self) -> None:
-        """Everything must be computed again: preempted, or a node that held a part is lost."""
+        """Everything must be computed again."""
         self.committed_tokens = 0
         self.route = None
         self.slots.clear()
+        self.holes.clear()
         self.stalled = False

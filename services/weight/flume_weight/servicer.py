@@ -38,6 +38,8 @@ class WeightServicer(rpc.WeightServicer):
         try:
             submit = _decode(request)
             with self._supervisor.streams.listen(name) as events:
+                if request.adopt_from:
+                    submit.kept = await self._supervisor.kept(name)
                 self._supervisor.submit(submit)
                 try:
                     while not ended:
@@ -111,7 +113,11 @@ def _decode(request: pb.GenerateRequest) -> m.Submit:
     if not request.request_id:
         raise ValueError("request_id is empty; it must be unique among live requests")
     sampling = SamplingParams.from_proto(request.sampling).validate()
-    return m.Submit(request.request_id, list(request.prompt_token_ids), sampling)
+    if request.output_token_ids and sampling.temperature and sampling.seed is None:
+        raise ValueError("output_token_ids need sampling.seed, or the rest would be another answer's")
+    return m.Submit(
+        request.request_id, list(request.prompt_token_ids), sampling, list(request.output_token_ids)
+    )
 
 
 async def _next_events(events: asyncio.Queue[Event]) -> list[Event]:

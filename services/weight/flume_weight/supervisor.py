@@ -10,10 +10,13 @@ import argparse
 import asyncio
 import itertools
 import time
-from contextlib import suppress
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, suppress
 from typing import Any, NoReturn
 
+import msgspec
 import structlog
+from flume_common.config_watch import LiveConfig
 from flume_common.engine_link import Engine, LinkClosed, run_engine
 from flume_common.membership import Members, Registration, Role, State
 from flume_common.model_source import ModelSource
@@ -22,9 +25,10 @@ from flume_common.routes import Route, TokenRange
 from flume_common.tasks import background
 
 from flume_weight import messages as m
-from flume_weight.attachments import Attachments
+from flume_weight.attachments import Attachments, detach
 from flume_weight.config import engine_args
 from flume_weight.errors import ConfigRefused, RequestRefused
+from flume_weight.settings import configure
 from flume_weight.streams import Streams
 
 log = structlog.get_logger()
@@ -39,16 +43,21 @@ _ENGINE_ENV = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "0"}
 class Supervisor:
     """Owns one engine at a time; `run` keeps it alive until cancelled."""
 
-    def __init__(self, args: argparse.Namespace, source: ModelSource, members: Members) -> None:
+    def __init__(
+        self, args: argparse.Namespace, source: ModelSource, members: Members, config: LiveConfig
+    ) -> None:
         self.node: str = args.node
         self.model_name: str = args.model_name or source.name
         self.streams = Streams()
         self.ready: m.Ready | None = None
         self.capacity_tokens = 0
+        self.recomputed = m.Recomputed()  # of this engine
+        self.epoch_rejected = 0  # of this engine
         self.started = asyncio.Event()  # the first engine is ready
         self._args = args
         self._model_path = str(source.path)
         self._members = members
+        self._config = config
         self._registration: Registration
         self._routes: RouteWriter
         self._engine: Engine[Any] | None = None
@@ -83,6 +92,18 @@ class Supervisor:
     def submit(self, message: m.Submit) -> None:
         """Raises RequestRefused when there is no engine to take it."""
         self._send_to_engine(message)
+
+    async def kept(self, sequence: str) -> list[m.KeptRange]:
+        """What the attention nodes keep of a sequence whose weight node died, for us to take now."""
+        if self._attachments is None:
+            return []
+        return await self._attachments.kept(sequence, lambda: self._members.of(Role.ATTENTION))
+
+    @asynccontextmanager
+    async def detaching(self, registration: Registration) -> AsyncIterator[None]:
+        """At the end, nobody takes over what this node held: the attention nodes free it at once."""
+        yield
+        await detach(self._members.of(Role.ATTENTION), self._args.node, registration.epoch)
 
     def cancel(self, sequence: str) -> None:
         with suppress(RequestRefused):
@@ -127,7 +148,9 @@ class Supervisor:
             )
             await self._registration.update(state=State.READY, context_tokens=self.ready.context_tokens)
             self.started.set()
-            async with background(keep_lanes=self._keep_lanes()):
+            async with background(
+                keep_lanes=self._keep_lanes(), settings=self._follow_settings(engine, self.ready)
+            ):
                 while True:
                     await self._hear(await engine.receive())
 
@@ -144,6 +167,7 @@ class Supervisor:
     async def _engine_gone(self) -> None:
         self._engine = self.ready = self._attachments = None
         self.capacity_tokens = 0
+        self.recomputed, self.epoch_rejected = m.Recomputed(), 0
         self.streams.fail_all("UNAVAILABLE", f"the engine of weight node {self._args.node} ended")
         await self._registration.update(state=State.PREPARING, sequences=0, kv_capacity_tokens=0)
 
@@ -160,6 +184,13 @@ class Supervisor:
                 with suppress(TimeoutError):
                     async with asyncio.timeout(_RECONCILE_EVERY_S):
                         await self._poked.wait()
+
+    async def _follow_settings(self, engine: Engine[Any], ready: m.Ready) -> NoReturn:
+        version = -1
+        while True:
+            version = await self._config.wait_newer(version)
+            with suppress(LinkClosed):  # whoever receives hears of it, too
+                engine.send(configure(self._config.current, ready))
 
     async def _poke_on_change(self) -> NoReturn:
         while True:
@@ -186,11 +217,30 @@ class Supervisor:
                 await self._registration.update(kv_capacity_tokens=capacity, sequences=running + waiting)
             case m.LaneUp(node=node):
                 log.info("lane_up", attention_node=node)
-            case m.LaneLost(node=node, reason=reason, sequences=affected):
-                log.warning("lane_lost", attention_node=node, reason=reason, recomputed_sequences=affected)
+            case m.EpochRejected(messages=messages):
+                self.epoch_rejected = messages
+                log.warning("stale_messages_ignored", messages=messages)
+            case m.Recomputed():
+                self.recomputed = message
+            case m.Adopted(sequence=sequence, tokens=tokens):
+                log.info("sequence_adopted", sequence=sequence, adopted_tokens=tokens)
+            case m.Recovered():
+                log.info(
+                    "recovery_done", sequence=message.sequence, cause=message.cause,
+                    recomputed_tokens=message.recomputed_tokens, elapsed_s=round(message.elapsed_s, 3),
+                )  # fmt: skip
+            case m.LaneLost(node=node, reason=reason, sequences=affected, lost_tokens=lost):
+                log.warning(
+                    "lane_lost", attention_node=node, reason=reason, sequences=affected, lost_tokens=lost,
+                    **self._recomputed_fields(),
+                )  # fmt: skip
                 if self._attachments is not None:
                     self._attachments.lost(node)
                 self._poked.set()
+
+    def _recomputed_fields(self) -> dict[str, int]:
+        totals = msgspec.structs.asdict(self.recomputed)
+        return {f"recomputed_{cause}_tokens": tokens for cause, tokens in totals.items()}
 
     def _write_route(self, sequence: str, ranges: list[m.RangeInfo]) -> None:
         if not ranges:

@@ -1,0 +1,95 @@
+"""What the weight supervisor says to attention nodes, over gRPC to nodes that are played."""
+
+from __future__ import annotations
+
+import time
+from contextlib import asynccontextmanager
+
+import pytest_asyncio
+from flume_common.membership import Member, Role, State
+from flume_common.serving import serve
+from flume_protos.v1 import attention_pb2 as pb
+from flume_protos.v1 import attention_pb2_grpc as rpc
+from flume_weight import attachments
+from flume_weight import messages as m
+from flume_weight.attachments import Attachments, detach
+
+READY = m.Ready(b"ours", "llama", 100, 64, 2, 4, 2, 16, "float32", 16, 8, 4, 4096, 0.0)
+
+
+class Node(rpc.AttentionServicer):
+    """Answers Adopt with these replies, the last one from then on."""
+
+    def __init__(self, *kept: pb.AdoptReply) -> None:
+        self.kept = list(kept)
+        self.asked = []
+        self.detached = []
+
+    async def Attach(self, request, context):
+        return pb.AttachReply(node="a", epoch=9, worker_address=b"theirs", lane=3, capacity_blocks=10)
+
+    async def Adopt(self, request, context):
+        self.asked.append((request.weight_node, request.epoch, request.sequence))
+        return self.kept.pop(0) if len(self.kept) > 1 else self.kept[0]
+
+    async def Detach(self, request, context):
+        self.detached.append((request.weight_node, request.epoch))
+        return pb.DetachReply()
+
+
+@asynccontextmanager
+async def listed(name, node):
+    """The member of a node that serves."""
+    add = lambda server: rpc.add_AttentionServicer_to_server(node, server)  # noqa: E731
+    async with serve("127.0.0.1:0", add, ["flume.v1.Attention"], grace_s=0) as server:
+        yield member(name, server.address)
+
+
+def member(name, address):
+    return Member(
+        id=name, role=Role.ATTENTION, state=State.READY, address=address, host="h", pid=1, version="0",
+        protocol_version=1, started_at_s=0.0,
+    )  # fmt: skip
+
+
+@pytest_asyncio.fixture
+async def ours(monkeypatch):
+    monkeypatch.setattr(attachments, "_KEPT_TIMEOUT_S", 0.6)
+    said = []
+    made = Attachments("w2", READY, said.append, lambda: 8)
+    made.said = said
+    return made
+
+
+async def test_a_lane_is_told_the_nodes_epoch(ours):
+    async with listed("a", Node(pb.AdoptReply())) as one:
+        await ours.reconcile([one])
+    (attach,) = ours.said
+    assert (attach.node, attach.epoch) == ("a", 9)
+
+
+async def test_every_node_is_asked_until_it_has_noticed_that_the_other_weight_node_is_gone(ours):
+    kept = pb.AdoptReply(ranges=[pb.HeldRange(start=0, tokens=5), pb.HeldRange(start=9, tokens=2)])
+    slow = Node(pb.AdoptReply(in_use=True), pb.AdoptReply(in_use=True), kept)
+    async with listed("a", slow) as one, listed("b", Node(pb.AdoptReply())) as other:
+        await ours.reconcile([one, other])
+        found = await ours.kept("s", lambda: [one, other])
+    assert found == [m.KeptRange("a", 0, 5), m.KeptRange("a", 9, 2)]
+    assert slow.asked == [("w2", 8, "s")] * 3
+
+
+async def test_a_node_that_does_not_answer_costs_a_moment_and_not_what_others_keep(ours):
+    kept = pb.AdoptReply(ranges=[pb.HeldRange(start=0, tokens=5)])
+    async with listed("a", Node(kept)) as one:
+        await ours.reconcile([one])
+        started = time.monotonic()
+        found = await ours.kept("s", lambda: [one, member("dead", "127.0.0.1:1")])
+    assert found == [m.KeptRange("a", 0, 5)]
+    assert 0.5 < time.monotonic() - started < 3
+
+
+async def test_leaving_tells_every_node_that_answers(ours):
+    node = Node(pb.AdoptReply())
+    async with listed("a", node) as one:
+        await detach([member("dead", "127.0.0.1:1"), one], "w2", 8)
+    assert node.detached == [("w2", 8)]
