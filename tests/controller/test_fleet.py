@@ -1,5 +1,6 @@
 """One pass at a time over real etcd, with a fake provider, fake node calls and a clock of the test's."""
 
+import asyncio
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -263,6 +264,27 @@ async def test_a_leader_that_could_not_renew_starts_and_stops_nothing(world):
     await world.want(2, generation=3)
     with pytest.raises(Deposed):
         await world.turn()
+    assert list(world.provider.known) == ["attention-1"]
+
+
+async def test_a_start_that_was_begun_is_recorded_though_the_pass_is_cancelled(world):
+    begun, go_on = asyncio.Event(), asyncio.Event()
+    start = world.provider.start
+
+    async def slow_start(node):
+        begun.set()
+        await go_on.wait()
+        await start(node)
+
+    world.provider.start = slow_start
+    turn = asyncio.create_task(world.turn())
+    await begun.wait()
+    turn.cancel()
+    await asyncio.sleep(0.01)
+    assert not turn.done()
+    go_on.set()
+    with pytest.raises(asyncio.CancelledError):
+        await turn
     assert list(world.provider.known) == ["attention-1"]
 
 

@@ -7,9 +7,11 @@ what etcd can't refuse is not begun then.
 
 from __future__ import annotations
 
+import asyncio
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 import grpc
 import msgspec
@@ -202,7 +204,7 @@ class AttentionFleet:
             return
         taken |= {instance.id for instance in await self._provider.instances()}
         for node in free_ids(count, taken):
-            await self._provider.start(node)
+            await _to_the_end(self._provider.start(node))
 
     async def _stop(self, node: str, members: Members) -> None:
         if node not in members and await self._store.get(self._keys.member(Role.ATTENTION, node)):
@@ -242,6 +244,16 @@ class AttentionFleet:
         if (wait_s := self._memory.backoff.wait_s(self._clock())) > 0:
             waits_s.append(wait_s)
         return min(waits_s, default=None)
+
+
+async def _to_the_end(work: Coroutine[Any, Any, None]) -> None:
+    """Cancelled half way, a start would leave a process of which nobody knows."""
+    task = asyncio.ensure_future(work)
+    try:
+        await asyncio.shield(task)
+    except asyncio.CancelledError:
+        await asyncio.wait([task])
+        raise
 
 
 def _member_or_none(kv: KeyValue) -> Member | None:
