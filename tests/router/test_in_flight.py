@@ -53,3 +53,13 @@ async def test_draining_takes_no_new_requests():
     with pytest.raises(ShuttingDown):
         async with in_flight.request():
             pass
+
+
+async def test_a_new_deadline_counts_for_requests_to_come_and_not_for_open_ones():
+    in_flight, log = InFlight(0.4), []
+    async with asyncio.TaskGroup() as tasks:
+        tasks.create_task(hold(in_flight, 0.2, log))
+        await asyncio.sleep(0.02)
+        in_flight.deadline_s = 0.05
+        tasks.create_task(hold(in_flight, 5, log))
+    assert log == ["DeadlineExceeded", "done"]

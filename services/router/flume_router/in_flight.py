@@ -13,7 +13,7 @@ _LAST_WORDS_S = 2.0  # for telling clients, once their time is over
 
 class InFlight:
     def __init__(self, deadline_s: float) -> None:
-        self._deadline_s = deadline_s
+        self.deadline_s = deadline_s  # of requests to come
         self._open: set[asyncio.Timeout] = set()
         self._idle = asyncio.Event()
         self._idle.set()
@@ -27,18 +27,19 @@ class InFlight:
         """Yields the loop time at which it must be over. Raises DeadlineExceeded or ShuttingDown."""
         if self.draining:
             raise ShuttingDown
-        timeout = asyncio.timeout(self._deadline_s)
+        deadline_s = self.deadline_s
+        timeout = asyncio.timeout(deadline_s)
         try:
             async with timeout:
                 self._enter(timeout)
                 try:
-                    yield asyncio.get_running_loop().time() + self._deadline_s
+                    yield asyncio.get_running_loop().time() + deadline_s
                 finally:
                     self._leave(timeout)
         except TimeoutError:
             if not timeout.expired():
                 raise
-            raise (ShuttingDown() if self.draining else DeadlineExceeded(self._deadline_s)) from None
+            raise (ShuttingDown() if self.draining else DeadlineExceeded(deadline_s)) from None
 
     async def drain(self, grace_s: float) -> None:
         """Refuse new requests, let open ones finish for `grace_s`, then end them with ShuttingDown."""

@@ -9,6 +9,8 @@ import time
 from typing import NoReturn
 
 import structlog
+from flume_common.config_schema import Scope, Values
+from flume_common.config_watch import LiveConfig, watch_config
 from flume_common.keys import Keys
 from flume_common.membership import Member, Role, State, register, watch_members
 from flume_common.model_source import ModelSource
@@ -54,6 +56,7 @@ async def serve(
     async with (
         connect(config.store) as store,
         watch_members(store, keys) as members,
+        watch_config(store, keys, Scope.ROUTER, _base(config)) as settings,
         open_pool(
             members,
             channel,
@@ -92,7 +95,9 @@ async def serve(
                 ttl_s=config.lease_ttl_s,
             ) as registration,
         ):
-            async with background(readiness=_report_readiness(pool, grpc)):
+            async with background(
+                readiness=_report_readiness(pool, grpc), settings=_follow(settings, in_flight)
+            ):
                 log.info(
                     "router_serving", http=registration.member.http_address, grpc=grpc.address, model=model
                 )
@@ -107,6 +112,18 @@ async def serve(
 
 def _advertised(address: str, config: RouterConfig) -> str:
     return f"{config.advertise_host}:{address.rpartition(':')[2]}" if config.advertise_host else address
+
+
+def _base(config: RouterConfig) -> Values:
+    """What holds where nothing is set: our flags."""
+    return Values(log_level=config.log_level, request_deadline_s=config.request_deadline_s)  # type: ignore[arg-type]
+
+
+async def _follow(settings: LiveConfig, in_flight: InFlight) -> NoReturn:
+    version = -1
+    while True:
+        version = await settings.wait_newer(version)
+        in_flight.deadline_s = settings.current.request_deadline_s
 
 
 async def _report_readiness(pool: WeightPool, grpc: Server) -> NoReturn:
