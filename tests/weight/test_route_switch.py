@@ -13,11 +13,12 @@ from types import SimpleNamespace
 import pytest
 from flume_common.layout import KvLayout
 from flume_common.routes import Route
-from flume_weight.batch import open_tail
+from flume_weight.batch import open_range
 from flume_weight.fleet import Fleet
 from flume_weight.peer import Peer
 from flume_weight.placement import Balance
-from flume_weight.sequence import Sequence, Slot
+from flume_weight.sequence import Sequence
+from flume_weight.storage import Part, Slot
 
 LAYOUT = KvLayout(num_layers=30, num_query_heads=9, num_kv_heads=3, head_dim=64, dtype="bfloat16")
 SWITCHES = 10_000
@@ -41,14 +42,14 @@ def sequences(made: Fleet, count: int, tokens: int) -> list[Sequence]:
         sequence = Sequence(name, shared, 1, tokens, None, 0.0, committed_tokens=tokens)
         sequence.route = Route.start(name, "weight-1", 1, "attention-1")
         slot = made.peers["attention-1"].take_slot()
-        sequence.slots["attention-1"] = Slot(slot, held_tokens=tokens, open_tokens=tokens, is_open=True)
+        sequence.slots["attention-1"] = Slot(slot, [Part(0, tokens)], tokens)
         prepared.append(sequence)
     return prepared
 
 
 def switch(made: Fleet, sequence: Sequence) -> None:
     made.move_tail(sequence, "attention-2")
-    open_tail(sequence, made.peers["attention-2"])
+    open_range(sequence, made.peers["attention-2"])
 
 
 def measure(tokens: int) -> list[float]:
@@ -97,5 +98,6 @@ def test_what_is_measured_is_a_switch():
         (0, 16, "attention-1"),
         (16, None, "attention-2"),
     ]
-    assert not sequence.slots["attention-1"].is_open and sequence.slots["attention-2"].is_open
+    parts = [sequence.slots[node].parts for node in ("attention-1", "attention-2")]
+    assert parts == [[Part(0, 16, is_open=False)], [Part(16, 0)]]
     assert all(peer.has_news for peer in made.peers.values())

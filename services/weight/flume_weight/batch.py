@@ -50,7 +50,9 @@ def build(shares: Sequence[tuple[Seq, int]], peers: Mapping[str, Peer]) -> Batch
     rows: list[Row] = []
     at = 0
     for sequence, tokens in ordered:
-        rows.append(_row(sequence, at, tokens, peers))
+        peer = peers[sequence.node or ""]
+        slot, part = open_range(sequence, peer)
+        rows.append(Row(sequence, at, tokens, peer.node, slot, part))
         at += tokens
     ids: list[int] = []
     positions: list[int] = []
@@ -68,9 +70,8 @@ def build(shares: Sequence[tuple[Seq, int]], peers: Mapping[str, Peer]) -> Batch
     )
 
 
-def _row(sequence: Seq, at: int, tokens: int, peers: Mapping[str, Peer]) -> Row:
-    """Makes sure that the node has an open range for the tokens."""
-    peer = peers[sequence.node or ""]
+def open_range(sequence: Seq, peer: Peer) -> tuple[Slot, Part]:
+    """Make sure that the node has an open range for the sequence's next tokens."""
     slot = sequence.slots.get(peer.node)
     if slot is None:
         slot = sequence.slots[peer.node] = Slot(peer.take_slot())
@@ -79,7 +80,7 @@ def _row(sequence: Seq, at: int, tokens: int, peers: Mapping[str, Peer]) -> Row:
         part = Part(sequence.position)
         slot.parts.append(part)
         peer.open(slot.number, part.start, sequence_key(sequence.name))
-    return Row(sequence, at, tokens, peer.node, slot, part)
+    return slot, part
 
 
 def _exchanges(rows: Sequence[Row], peers: Mapping[str, Peer]) -> list[Exchange]:
