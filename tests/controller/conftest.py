@@ -118,17 +118,23 @@ QUICK_ELECTION = (
 
 
 @pytest.fixture
-def two_controllers(etcd_endpoint, keys, tmp_path):
-    """The leader and its standby, on the same machine and data directory."""
-    made = [
-        ControllerProcess(etcd_endpoint, keys.cluster, tmp_path, node, QUICK_ELECTION)
-        for node in ("controller-1", "controller-2")
-    ]
-    try:
-        for controller in made:
-            controller.start()
-            made[0].until_states(a1="READY")
-        yield made
-    finally:
-        for controller in made:
-            controller.close()
+def start_controller(keys, tmp_path):
+    """Starts controllers with quick elections, all on the same machine and data directory."""
+    made = []
+
+    def start(endpoint, node="controller-1"):
+        controller = ControllerProcess(endpoint, keys.cluster, tmp_path, node, QUICK_ELECTION)
+        made.append(controller)
+        controller.start()
+        controller.until(lambda: "READY" in controller.states().values())
+        return controller
+
+    yield start
+    for controller in made:
+        controller.close()
+
+
+@pytest.fixture
+def two_controllers(etcd_endpoint, start_controller):
+    """The leader and its standby."""
+    return [start_controller(etcd_endpoint, node) for node in ("controller-1", "controller-2")]

@@ -1,13 +1,15 @@
 """Two controllers side by side on real etcd: one leads, and a stopped leader does no harm when it wakes."""
 
 import asyncio
+import os
 import signal
 import subprocess
 import sys
 from contextlib import asynccontextmanager
 from pathlib import Path
 
-from flume_common.store import Removed
+from flume_common.etcd_binary import embedded_etcd
+from flume_common.store import Removed, StoreConfig, connect
 from flume_controller import event_store
 from flume_controller.spec import decode_spec, decode_status
 
@@ -95,6 +97,28 @@ async def test_a_leader_that_is_asked_to_end_hands_over_at_once(two_controllers,
             await asyncio.sleep(0.02)
     assert second.nodes()["attention-1"].pid == pid, "the nodes do not notice"
     await scale(second, 2, through=second)
+
+
+async def test_a_leader_that_loses_etcd_steps_down_and_leads_again_when_it_is_back(
+    start_controller, keys, tmp_path
+):
+    async with (
+        embedded_etcd(tmp_path / "own-etcd", args=["--unsafe-no-fsync"], stop_s=0) as etcd,
+        connect(StoreConfig((etcd.endpoint,))) as store,
+    ):
+        controller = start_controller(etcd.endpoint)
+        pid = controller.nodes()["attention-1"].pid
+        before = decode_status((await store.get(keys.status_attention)).value)
+        os.kill(etcd.pid, signal.SIGSTOP)
+        controller.until(lambda: "leader_stepped_down" in controller.log(), timeout_s=4)
+        assert controller.nodes()["attention-1"].pid == pid, "what was known is still served"
+        os.kill(etcd.pid, signal.SIGCONT)
+        await asyncio.to_thread(controller.until, lambda: controller.log().count("leader_elected") == 2)
+        await scale(controller, 2, through=controller)
+        assert controller.nodes()["attention-1"].pid == pid
+        after = decode_status((await store.get(keys.status_attention)).value)
+        assert after.epoch > before.epoch and before.epoch > 0
+    assert controller._process.poll() is None, "losing etcd ends nothing"
 
 
 def test_election_timings_that_could_overlap_are_refused_at_the_start(etcd_endpoint, keys, tmp_path):
