@@ -10,6 +10,8 @@ import time
 
 import grpc
 import structlog
+from flume_common.config_schema import Scope
+from flume_common.config_watch import follow_log_level
 from flume_common.keys import Keys
 from flume_common.membership import Member, Registration, Role, State, register
 from flume_common.serving import CannotListen, Server, serve, until_signalled
@@ -58,7 +60,10 @@ async def run(config: Config, budget_bytes: int) -> None:
         connect(etcd) as store,
         serve(config.listen, lambda server: _add(server, servicer), [SERVICE]) as server,
         register(store, keys, _member(config, server), ttl_s=config.lease_ttl_s) as registration,
-        background(publish=supervisor.publish(registration, server)),
+        background(
+            publish=supervisor.publish(registration, server),
+            log_level=follow_log_level(store, keys, Scope.ATTENTION, config.log_level),
+        ),
     ):
         registered.append(registration)
         log.info("registered", elapsed_ms=elapsed_ms(), address=server.address, epoch=registration.epoch)
