@@ -251,7 +251,7 @@ def start_weight(store, keys):
     """A FakeWeight that is a member of the test's cluster."""
 
     @asynccontextmanager
-    async def start(node: str, script: Script, **attributes):
+    async def start(node: str, script: Script, *, ttl_s: float = 5.0, **attributes):
         fake = FakeWeight(node, script)
         for name, value in attributes.items():
             setattr(fake, name, value)
@@ -271,7 +271,7 @@ def start_weight(store, keys):
                 model=MODEL,
                 context_tokens=CONTEXT_TOKENS,
             )
-            async with register(store, keys, member, ttl_s=5.0) as registration:
+            async with register(store, keys, member, ttl_s=ttl_s) as registration:
                 fake.registration = registration
                 fake.server = server
                 yield fake

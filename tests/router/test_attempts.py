@@ -2,11 +2,19 @@
 
 from contextlib import contextmanager
 
+import grpc
 import hypothesis.strategies as st
 import pytest
 from flume_protos.v1 import weight_pb2 as pb
 from flume_router import attempts
-from flume_router.errors import CapacityExceeded, NotContinued, NotYet, WeightNodeLost, WeightNodeSilent
+from flume_router.errors import (
+    CapacityExceeded,
+    NotContinued,
+    NotYet,
+    WeightNodeFailed,
+    WeightNodeLost,
+    WeightNodeSilent,
+)
 from flume_router.generation import Generation
 from flume_router.progress import ResumeLimits
 from flume_router.sequence_request import SequenceRequest
@@ -134,6 +142,13 @@ async def test_one_that_never_fitted_is_refused_at_once(text_model):
     assert len(pool.requests) == 1
 
 
+async def test_one_that_outgrew_the_kv_is_refused_at_once(text_model):
+    pool = Pool([100] * 4, [(1, 1, "lost"), (2, 1, "capacity")])
+    with pytest.raises(CapacityExceeded):
+        await run(text_model.tokenizer, pool)
+    assert len(pool.requests) == 2
+
+
 async def test_a_request_that_kills_its_nodes_kills_so_many_and_no_more(text_model):
     pool = Pool([100] * 4, [(1, 1, "lost"), *[(0, 1, "lost")] * 50])
     generation = Generation(pool, text_model.tokenizer, ResumeLimits(fruitless=4))
@@ -150,3 +165,19 @@ async def test_without_patience_the_first_loss_is_the_last(text_model):
     with pytest.raises(NotContinued):
         await run(text_model.tokenizer, pool, resume_s=0)
     assert len(pool.requests) == 1
+
+
+@pytest.mark.parametrize(
+    "code, detail, kind",
+    [
+        (grpc.StatusCode.UNAVAILABLE, "Socket closed", WeightNodeLost),
+        (grpc.StatusCode.CANCELLED, "", WeightNodeLost),
+        (grpc.StatusCode.UNKNOWN, "Stream removed (Socket closed)", WeightNodeLost),
+        (grpc.StatusCode.UNKNOWN, "Unexpected <class 'KeyError'>", WeightNodeFailed),
+        (grpc.StatusCode.ALREADY_EXISTS, "live", NotYet),
+        (grpc.StatusCode.INTERNAL, "", WeightNodeFailed),
+    ],
+)
+def test_what_a_failed_call_means(code, detail, kind):
+    error = grpc.aio.AioRpcError(code, grpc.aio.Metadata(), grpc.aio.Metadata(), details=detail)
+    assert type(attempts.error_of("n", error)) is kind

@@ -74,8 +74,8 @@ class Attempts:
                 except NotYet as error:
                     self._not_yet(node, error)
                 except CapacityExceeded as error:
-                    # It fitted before: attention nodes are on their way back to this weight node.
-                    if not self._progress.token_ids:
+                    # It fitted before it was interrupted: attention nodes are still being attached there.
+                    if self._progress.lost_at_s is None:
                         raise
                     self._not_yet(node, error)
             await asyncio.sleep(pauses.next_s())
@@ -171,6 +171,10 @@ def error_of(node: str, error: grpc.aio.AioRpcError) -> RouterError:
         case grpc.StatusCode.ALREADY_EXISTS:
             return NotYet(node, detail)
         case grpc.StatusCode.UNAVAILABLE | grpc.StatusCode.CANCELLED:  # ours would be a CancelledError
+            return WeightNodeLost(node, detail)
+        case grpc.StatusCode.UNKNOWN if detail.startswith(
+            "Stream removed"
+        ):  # a lost connection, now and then
             return WeightNodeLost(node, detail)
         case _:
             return WeightNodeFailed(node, f"{error.code().name}: {detail}")
