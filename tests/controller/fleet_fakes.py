@@ -61,12 +61,37 @@ class FakeNodes:
         self.calls.append(("undrain", member.id))
 
 
+class Died(Exception):
+    """The process was killed."""
+
+
+class Fuse:
+    """Kills whoever does the step that it was set to, before or after the step."""
+
+    def __init__(self):
+        self.left = None
+        self.after = False
+
+    async def step(self, work):
+        if self.left is None:
+            return await work
+        self.left -= 1
+        if self.left >= 0:
+            return await work
+        if self.after:
+            await work
+        else:
+            work.close()
+        raise Died
+
+
 class FakeStore:
     """The part of etcd's rules that a pass relies on: revisions and transactions. Nothing in it waits."""
 
     def __init__(self):
         self.revision = 1
         self.items = {}
+        self.fuse = Fuse()
 
     async def get(self, key):
         return self.items.get(key)
@@ -81,6 +106,9 @@ class FakeStore:
         await self.txn([], [Delete(key)])
 
     async def txn(self, compares, success, failure=()):
+        return await self.fuse.step(self._txn(compares, success, failure))
+
+    async def _txn(self, compares, success, failure):
         holds = all(self._holds(compare) for compare in compares)
         ops = success if holds else failure
         self.revision += any(not isinstance(op, Get) for op in ops)

@@ -6,6 +6,7 @@ renewed registrations, restarts of the controller, and passes that come late, tw
 
 import asyncio
 import sys
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,7 +22,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
 
 sys.path.insert(0, str(Path(__file__).parent))
-from fleet_fakes import FakeNodes, FakeProvider, FakeStore
+from fleet_fakes import Died, FakeNodes, FakeProvider, FakeStore
 from history import Entry, violations
 from office import Office
 
@@ -42,6 +43,20 @@ def close_the_loop():
 def now(coroutine):
     """The result of a coroutine that waits for nothing outside of itself."""
     return LOOP.run_until_complete(coroutine)
+
+
+class Provider(FakeProvider):
+    """Whoever starts or stops a process may be killed there."""
+
+    def __init__(self, world):
+        super().__init__(lambda: world.now_s)
+        self.fuse = world.store.fuse
+
+    async def start(self, node):
+        await self.fuse.step(super().start(node))
+
+    async def stop(self, node):
+        await self.fuse.step(super().stop(node))
 
 
 class Nodes(FakeNodes):
@@ -66,7 +81,7 @@ class FleetLife(RuleBasedStateMachine):
     def begin(self, wanted):
         self.now_s = 1000.0
         self.store = FakeStore()
-        self.provider = FakeProvider(lambda: self.now_s)
+        self.provider = Provider(self)
         self.nodes = Nodes(self)
         self.empty = set()  # nodes that hold nothing and say so
         self.initial = AttentionSpec(desired=wanted)
@@ -169,13 +184,27 @@ class FleetLife(RuleBasedStateMachine):
 
     # What the controller does.
 
+    @rule(steps=st.integers(0, 6), after=st.booleans())
+    def the_controller_is_killed_in_a_pass(self, steps, after):
+        """Before or after any of its writes, starts, stops and drains."""
+        self.store.fuse.left, self.store.fuse.after = steps, after
+        with suppress(Died):
+            self.a_pass()
+        self.store.fuse.left = None
+        self.restart()
+
     @rule()
     def a_pass(self):
         wanted = self.spec().desired
         ready, staying = self.ready(), self.staying()
         unregistered = staying - self.members().keys()
-        now(self.fleet.reconcile())
-        self.record()
+        try:
+            now(self.fleet.reconcile())
+        finally:
+            self.record()
+            self.check(wanted, ready, staying, unregistered)
+
+    def check(self, wanted, ready, staying, unregistered):
         assert len(self.ready()) >= min(wanted, len(ready)), "a pass never takes a ready node that is wanted"
         # The surge: nodes that run without a registration, one of which may be as good as lost.
         assert len(self.staying()) <= max(wanted, min(wanted, len(ready)) + len(unregistered))
@@ -210,5 +239,5 @@ class FleetLife(RuleBasedStateMachine):
         assert violations(sorted(self.history, key=lambda entry: entry.revision)) == []
 
 
-FleetLife.TestCase.settings = settings(max_examples=150, stateful_step_count=40, deadline=None)
+FleetLife.TestCase.settings = settings(max_examples=100, stateful_step_count=40, deadline=None)
 TestFleetLife = FleetLife.TestCase
