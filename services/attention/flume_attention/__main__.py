@@ -7,6 +7,9 @@ import os
 import socket
 import sys
 import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import replace
 
 import grpc
 import structlog
@@ -15,11 +18,14 @@ from flume_common.config_watch import follow_log_level
 from flume_common.keys import Keys
 from flume_common.membership import Member, Registration, Role, State, register
 from flume_common.serving import CannotListen, Server, serve, until_signalled
+from flume_common.standby import until_called
 from flume_common.store import StoreConfig, connect
 from flume_common.tasks import background
 from flume_common.telemetry import configure_logging, version
 from flume_common.wire import PROTOCOL_VERSION
+from flume_common.zygote import ENGINE_ZYGOTE
 from flume_protos.v1 import attention_pb2_grpc as rpc
+from setproctitle import getproctitle, setproctitle
 
 from flume_attention.config import Config, engine_args, parse
 from flume_attention.errors import ConfigRefused
@@ -49,7 +55,7 @@ async def run(config: Config, budget_bytes: int) -> None:
     keys, etcd = Keys(config.cluster), StoreConfig.parse(config.etcd)
     keys.member(Role.ATTENTION, config.node)
     log.info("imported", elapsed_ms=elapsed_ms(), kv_bytes=budget_bytes)
-    supervisor = Supervisor(engine_args(config, budget_bytes))
+    supervisor = Supervisor(engine_args(config, budget_bytes), zygote=os.environ.get(ENGINE_ZYGOTE))
     registered: list[Registration] = []
     servicer = AttentionServicer(
         config.node, budget_bytes, supervisor, lambda: registered[0].epoch if registered else 0
@@ -59,17 +65,38 @@ async def run(config: Config, budget_bytes: int) -> None:
         background(engine=supervisor.keep_engine()),
         connect(etcd) as store,
         serve(config.listen, lambda server: _add(server, servicer), [SERVICE]) as server,
+        _joining(config, supervisor) as config,
         register(store, keys, _member(config, server), ttl_s=config.lease_ttl_s) as registration,
         background(
             publish=supervisor.publish(registration, server),
             log_level=follow_log_level(store, keys, Scope.ATTENTION, config.log_level),
         ),
     ):
+        servicer.node = config.node
         registered.append(registration)
         log.info("registered", elapsed_ms=elapsed_ms(), address=server.address, epoch=registration.epoch)
         await until_signalled()
         log.info("stopping", used_tokens=supervisor.report.used_tokens)
         server.set_ready(False)
+
+
+@asynccontextmanager
+async def _joining(config: Config, supervisor: Supervisor) -> AsyncIterator[Config]:
+    """Where we are a standby: wait here, all started, until we are told which node to be."""
+    if not config.standby:
+        yield config
+        return
+    async with background(tell_ready=_tell_ready(supervisor)):
+        node = await until_called(config.standby, os.getpid())
+    configure_logging("attention", node, config.log_level)
+    log.info("called", standby=config.node)
+    setproctitle(f"{getproctitle()} (now {node})")
+    yield replace(config, node=node)
+
+
+async def _tell_ready(supervisor: Supervisor) -> None:
+    await supervisor.wait_up()
+    log.info("standby_ready", elapsed_ms=elapsed_ms())
 
 
 def _add(server: grpc.aio.Server, servicer: AttentionServicer) -> None:

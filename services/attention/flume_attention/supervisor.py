@@ -37,15 +37,17 @@ ANSWER_S = 10.0
 class Supervisor:
     """`keep_engine` and `publish` run for as long as the node does."""
 
-    def __init__(self, args: Sequence[str]) -> None:
+    def __init__(self, args: Sequence[str], *, zygote: str | None = None) -> None:
         self.draining = False
         self.report = m.Report()  # the newest of this engine
         self._args = args
+        self._zygote = zygote
         self._engine: Engine[m.FromEngine] | None = None
         self._answers: dict[int, asyncio.Future[Any]] = {}
         self._requests = itertools.count(1)
         self._changed = asyncio.Event()
         self._urgent = asyncio.Event()  # changed in a way that others should see at once
+        self._up = asyncio.Event()
 
     @property
     def state(self) -> State:
@@ -57,12 +59,18 @@ class Supervisor:
     def engine_pid(self) -> int | None:
         return self._engine.pid if self._engine else None
 
+    async def wait_up(self) -> None:
+        """Until an engine runs."""
+        await self._up.wait()
+
     async def keep_engine(self) -> NoReturn:
         """Run an engine; when it dies, run another."""
         backoff = Backoff(cap_s=5.0)
         while True:
             started_at = time.monotonic()
-            async with run_engine(ENGINE_MODULE, self._args, inbox=m.FromEngine, env=ENGINE_ENV) as engine:
+            async with run_engine(
+                ENGINE_MODULE, self._args, inbox=m.FromEngine, env=ENGINE_ENV, zygote=self._zygote
+            ) as engine:
                 try:
                     await self._run(engine)
                 except (LinkClosed, TimeoutError) as error:
@@ -84,6 +92,7 @@ class Supervisor:
             import_ms=round(started.import_ms), port_ms=round(started.port_ms),
         )  # fmt: skip
         self._engine = engine
+        self._up.set()
         if self.draining:
             engine.send(m.SetDraining(request=0, draining=True))
         self._urgent.set()
@@ -93,6 +102,7 @@ class Supervisor:
 
     def _lose_engine(self) -> None:
         self._engine = None
+        self._up.clear()
         self.report = m.Report()
         for answer in self._answers.values():
             if not answer.done():

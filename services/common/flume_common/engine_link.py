@@ -14,11 +14,15 @@ import struct
 import sys
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 import msgspec
+import structlog
+
+from flume_common.zygote import Fork, ZygoteUnavailable, fork
 
 M = TypeVar("M")
+log = structlog.get_logger()
 _LENGTH = struct.Struct("<I")
 _MAX_MESSAGE_BYTES = 64 << 20
 
@@ -83,12 +87,28 @@ class EngineLink(Generic[M]):
             self._socket.setblocking(False)
 
 
+class EngineProcess(Protocol):
+    """What a supervisor needs of its engine's process."""
+
+    @property
+    def pid(self) -> int: ...
+
+    @property
+    def returncode(self) -> int | None:
+        """None while it runs; negative for a signal."""
+
+    async def wait(self) -> int:
+        """Until it has ended and been reaped."""
+
+    def kill(self) -> None: ...
+
+
 class Engine(Generic[M]):
     """The supervisor's end, with the process behind it."""
 
     def __init__(
         self,
-        process: asyncio.subprocess.Process,
+        process: EngineProcess,
         reader: asyncio.StreamReader,
         writer: asyncio.StreamWriter,
         inbox: Any,
@@ -124,20 +144,24 @@ class Engine(Generic[M]):
 
 @asynccontextmanager
 async def run_engine(
-    module: str, args: Sequence[str], *, inbox: Any, env: dict[str, str] | None = None, stop_s: float = 5.0
+    module: str,
+    args: Sequence[str],
+    *,
+    inbox: Any,
+    env: dict[str, str] | None = None,
+    stop_s: float = 5.0,
+    zygote: str | None = None,
 ) -> AsyncIterator[Engine[Any]]:
     """Run `python -m module --link-fd N args…` for as long as the body lasts.
 
-    Leaving the body closes the link, which asks the engine to stop; after `stop_s` it is killed.
+    `zygote` names one (see `flume_common.zygote`) that has the module imported; without it, or where it
+    does not answer, a new interpreter does the same later. Leaving the body closes the link, which asks
+    the engine to stop; after `stop_s` it is killed.
     """
     ours, theirs = socket.socketpair()
     ours.setblocking(False)
     try:
-        process = await asyncio.create_subprocess_exec(
-            sys.executable, "-m", module, "--link-fd", str(theirs.fileno()), *args,
-            pass_fds=(theirs.fileno(),),
-            env={**os.environ, **(env or {})},
-        )  # fmt: skip
+        process = await _start(module, args, theirs.fileno(), {**os.environ, **(env or {})}, zygote)
     except BaseException:
         ours.close()
         raise
@@ -154,3 +178,20 @@ async def run_engine(
         except TimeoutError:
             process.kill()
             await process.wait()
+
+
+async def _start(
+    module: str, args: Sequence[str], link_fd: int, env: dict[str, str], zygote: str | None
+) -> EngineProcess:
+    if zygote:
+        # In our process group, so that whoever ends us by it ends the engine, too.
+        request = Fork(
+            module=module, args=list(args), env=env, fd_flags=["--link-fd"], group=os.getpgrp(), tied=True
+        )
+        try:
+            return await fork(zygote, request, (1, 2, link_fd))
+        except ZygoteUnavailable as error:
+            log.warning("zygote_unavailable", module=module, reason=str(error))
+    return await asyncio.create_subprocess_exec(
+        sys.executable, "-m", module, "--link-fd", str(link_fd), *args, pass_fds=(link_fd,), env=env
+    )

@@ -33,6 +33,14 @@ from flume_controller.serve import run
     "--attention-args", default="", help="More options for every attention node, e.g. '--kv-memory 512MiB'."
 )
 @click.option(
+    "--standby", type=click.IntRange(min=0), default=0, show_default=True,
+    help="Attention nodes kept started ahead of need, which scaling out then only has to call.",
+)  # fmt: skip
+@click.option(
+    "--zygote/--no-zygote", default=True, show_default=True,
+    help="Fork attention nodes from a process that has all imported, rather than import anew each time.",
+)  # fmt: skip
+@click.option(
     "--attention", "initial_attention", type=click.IntRange(min=0), default=1, show_default=True,
     help="Desired number of attention nodes where none has been set yet.",
 )  # fmt: skip

@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 import msgspec
 from flume_common.election import Timing
 
+STANDARD_COMMAND = (sys.executable, "-m", "flume_attention")
 Positive = Annotated[float, msgspec.Meta(gt=0)]
 
 
@@ -19,10 +20,14 @@ class ControllerConfig(msgspec.Struct, frozen=True, kw_only=True):
     listen: str = "127.0.0.1:9400"
 
     provider: Literal["local"] = "local"
-    attention_command: tuple[str, ...] = (sys.executable, "-m", "flume_attention")
+    attention_command: tuple[str, ...] = STANDARD_COMMAND
     """What runs an attention node; something like `numactl` may come before it."""
     attention_args: tuple[str, ...] = ()
     """Added to the command line of every attention node."""
+    zygote: bool = True
+    """Fork attention nodes from a process that has all imported; only for the standard command."""
+    standby: Annotated[int, msgspec.Meta(ge=0)] = 0
+    """Attention nodes kept started ahead of need. Each costs its processes' memory, none for KV."""
     data_dir: Path
     """Records of the processes it starts and their output: a restarted controller finds them here."""
     initial_attention: Annotated[int, msgspec.Meta(ge=0)] = 1

@@ -18,7 +18,7 @@ from flume_common.tasks import background
 
 from flume_controller import happenings
 from flume_controller.autoscaler import Autoscaler
-from flume_controller.config import ControllerConfig
+from flume_controller.config import STANDARD_COMMAND, ControllerConfig
 from flume_controller.desired import InvalidSpec
 from flume_controller.event_writer import EventWriter, event_writer
 from flume_controller.events import Correlator
@@ -93,6 +93,8 @@ class Leader:
                 lambda node: attention_command(config, node),
                 config.data_dir,
                 grace_s=config.stop_grace_s,
+                zygote=config.zygote and config.attention_command == STANDARD_COMMAND,
+                num_standbys=config.standby,
             ) as provider,
             event_writer(store, fenced, keys, self._correlator) as events,
         ):
@@ -104,6 +106,7 @@ class Leader:
                 with self.provider.held(provider):
                     async with background(
                         reconcile=self.reconciler.run(),
+                        ready_to_start=provider.keep_ready(),
                         autoscale=self._autoscaler(fenced, fleet, events).run(),
                         wake_on_members=_forward(self._around.members.changed, poke),
                         wake_on_spec=_forward(self._around.wish.changed, poke),

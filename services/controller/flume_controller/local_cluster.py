@@ -71,6 +71,8 @@ class ClusterConfig(msgspec.Struct, frozen=True, kw_only=True):
     model_name: str = ""  # empty: the model's own
     weights: Annotated[int, msgspec.Meta(ge=1)] = 1
     attention: Annotated[int, msgspec.Meta(ge=0)] = 1
+    standby: Annotated[int, msgspec.Meta(ge=0)] = 0
+    zygote: bool = True
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     device: Literal["cpu", "cuda"] = "cpu"
     kv_memory: str = ""  # empty: the attention node's default
@@ -311,6 +313,7 @@ class _Start:
                 "flume_controller",
                 *("--node", CONTROLLER, "--listen", config.admin_address),
                 *("--data-dir", str(self._files.directory), "--attention", str(config.attention)),
+                *("--standby", str(config.standby), "--zygote" if config.zygote else "--no-zygote"),
                 *("--provider", "local", "--attention-args", shlex.join(self._attention_args())),
             ),
         )

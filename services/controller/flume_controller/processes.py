@@ -42,7 +42,9 @@ class ProcessRecord(msgspec.Struct, frozen=True, kw_only=True):
     """Negative for a signal, None when unknown or still running."""
 
 
-def spawn(argv: Sequence[str], log: Path, *, env: Mapping[str, str] | None = None) -> subprocess.Popen[bytes]:
+def spawn(
+    argv: Sequence[str], log: Path, *, env: Mapping[str, str] | None = None, pass_fds: Sequence[int] = ()
+) -> subprocess.Popen[bytes]:
     """Start a process in a session of its own, output appended to `log`. Raises OSError."""
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("ab") as output:
@@ -52,6 +54,7 @@ def spawn(argv: Sequence[str], log: Path, *, env: Mapping[str, str] | None = Non
             stdout=output,
             stderr=subprocess.STDOUT,
             start_new_session=True,
+            pass_fds=pass_fds,
             env=None if env is None else dict(env),
         )
 

@@ -16,8 +16,9 @@ from flume_controller.cluster_files import ClusterFiles
 from flume_controller.logfiles import last_lines
 from flume_controller.processes import RecordDir
 
-STOP_ORDER = ("router", "weight", "controller", "attention", "etcd")
-"""Clients' door first; the controller before the nodes it would otherwise start again; etcd last."""
+STOP_ORDER = ("router", "weight", "controller", "attention", "standby", "zygote", "etcd")
+"""Clients' door first; the controller before the nodes it would otherwise start again, the zygote after
+those it reaps; etcd last."""
 
 FIRST_PAUSE_S = 0.5
 LONGEST_PAUSE_S = 15.0

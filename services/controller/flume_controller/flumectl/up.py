@@ -38,6 +38,14 @@ PORT = click.IntRange(1, 65535)
     "--attention", type=click.IntRange(min=0), default=1, show_default=True, help="Attention nodes."
 )
 @click.option(
+    "--standby", type=click.IntRange(min=0), default=0, show_default=True,
+    help="Attention nodes kept started ahead of need; `scale` then takes one in well under a second.",
+)  # fmt: skip
+@click.option(
+    "--zygote/--no-zygote", default=True, show_default=True,
+    help="Fork attention nodes from a process that has all imported, rather than import anew each time.",
+)  # fmt: skip
+@click.option(
     "--dtype", type=click.Choice(["float32", "bfloat16"]), default="bfloat16", show_default=True,
     help="Of weights and KV. float32 gives the exact same tokens however the KV is split.",
 )  # fmt: skip

@@ -1,25 +1,30 @@
 """Attention nodes as processes of this machine.
 
-They run in sessions of their own and are recorded in files: a controller that ends leaves them alone,
-and the next one adopts them.
+They run in process groups of their own and are recorded in files: a controller that ends leaves them
+alone, and the next one adopts them. A node is a standby that was waiting, or a fork of the zygote, or a
+new interpreter, whichever is there, in that order.
 """
 
 from __future__ import annotations
 
 import asyncio
-import subprocess
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import msgspec
 import structlog
+from flume_common.tasks import background
 
 from flume_controller import processes
 from flume_controller.processes import ProcessRecord, RecordDir
+from flume_controller.providers import standby
 from flume_controller.providers.base import Instance
+from flume_controller.providers.launch import Child, Launcher
+from flume_controller.providers.standby import Standbys
+from flume_controller.providers.zygote import Zygote
 
 log = structlog.get_logger()
 
@@ -33,7 +38,16 @@ class LocalProvider:
     """See `providers.base.Provider`."""
 
     def __init__(
-        self, command: Command, records: RecordDir, logs: Path, tasks: asyncio.TaskGroup, *, grace_s: float
+        self,
+        command: Command,
+        records: RecordDir,
+        logs: Path,
+        tasks: asyncio.TaskGroup,
+        *,
+        grace_s: float,
+        zygote: Zygote | None,
+        num_standbys: int,
+        standby_command: standby.Command,
     ) -> None:
         self._command = command
         self._dir = records
@@ -41,18 +55,31 @@ class LocalProvider:
         self._tasks = tasks
         self._grace_s = grace_s
         self._records: dict[str, ProcessRecord] = {}
-        self._children: dict[str, subprocess.Popen[bytes]] = {}
+        self._children: dict[str, Child] = {}
+        self._zygote = zygote
+        self._launcher = Launcher(zygote)
+        self._standbys = Standbys(num_standbys, standby_command, self._launcher, records, logs, self._spawn)
         self._changed = asyncio.Event()
         self._running: set[asyncio.Task[None]] = set()
 
     def adopt(self) -> None:
         """Take over what an earlier controller left, running or ended meanwhile."""
         for record in self._dir.all():
+            if record.role == standby.ROLE:
+                self._standbys.adopt(record)
             if record.role == ROLE:
                 log.info("node_adopted", node=record.id, pid=record.pid, running=processes.is_alive(record))
                 self._follow(record)
                 if record.stopping_at_s is not None:
                     self._spawn(self._end(record), f"stop {record.id}")
+
+    async def keep_ready(self) -> NoReturn:
+        """Keep what makes starts fast, zygote and standbys; only for whoever may start nodes at all."""
+        async with background(standbys=self._standbys.keep()):
+            if self._zygote is not None:
+                await self._zygote.keep()
+            await asyncio.get_running_loop().create_future()
+        raise AssertionError("the future above never completes")
 
     def let_go(self) -> None:
         """Stop looking after the nodes; they run on."""
@@ -66,10 +93,17 @@ class LocalProvider:
         if node in self._records:
             return
         logfile = self._logs / f"{node}.log"
-        child = processes.spawn(self._command(node), logfile)
-        self._children[node] = child
-        self._follow(processes.record_of(child.pid, id=node, role=ROLE, log=logfile))
-        log.info("node_started", node=node, pid=child.pid)
+        began_s = time.monotonic()
+        taken = await self._standbys.take(node, logfile)
+        if taken is not None:
+            self._take_on(node, taken.pid, taken.child, logfile)
+            self._dir.remove(taken.id)
+        else:
+            child = await self._launcher.launch(self._command(node), logfile, node)
+            self._take_on(node, child.pid, child, logfile)
+        elapsed_ms = round(1e3 * (time.monotonic() - began_s))
+        pid = self._records[node].pid
+        log.info("node_started", node=node, pid=pid, standby=taken is not None, elapsed_ms=elapsed_ms)
 
     async def stop(self, node: str) -> None:
         record = self._records.get(node)
@@ -88,6 +122,11 @@ class LocalProvider:
     async def changed(self) -> None:
         await self._changed.wait()
         self._changed.clear()
+
+    def _take_on(self, node: str, pid: int, child: Child | None, logfile: Path) -> None:
+        if child is not None:
+            self._children[node] = child
+        self._follow(processes.record_of(pid, id=node, role=ROLE, log=logfile))
 
     def _follow(self, record: ProcessRecord) -> None:
         self._save(record)
@@ -112,7 +151,7 @@ class LocalProvider:
         # Before it is reaped its pid is surely still its own, and so is the process group.
         processes.kill_session(record)
         child = self._children.pop(record.id, None)
-        exit_code = child.wait() if child is not None else None
+        exit_code = await child.wait() if child is not None else None
         record = self._save(
             msgspec.structs.replace(self._records[record.id], ended=True, exit_code=exit_code)
         )
@@ -134,12 +173,30 @@ def _instance(record: ProcessRecord) -> Instance:
 
 @asynccontextmanager
 async def local_provider(
-    command: Command, directory: Path, *, grace_s: float = 10.0
+    command: Command,
+    directory: Path,
+    *,
+    grace_s: float = 10.0,
+    zygote: bool = False,
+    num_standbys: int = 0,
+    standby_command: standby.Command | None = None,
 ) -> AsyncIterator[LocalProvider]:
-    """Records go to `directory`/run, output to `directory`/logs. Nodes go on running when the body ends."""
+    """Records go to `directory`/run, output to `directory`/logs. Nodes go on running when the body ends.
+
+    With `zygote` nodes are forked where that is possible. `standby_command` by default runs what
+    `command` does, with --standby.
+    """
+    records, logs = RecordDir(directory / "run"), directory / "logs"
     async with asyncio.TaskGroup() as tasks:
         provider = LocalProvider(
-            command, RecordDir(directory / "run"), directory / "logs", tasks, grace_s=grace_s
+            command,
+            records,
+            logs,
+            tasks,
+            grace_s=grace_s,
+            zygote=Zygote(records, logs) if zygote else None,
+            num_standbys=num_standbys,
+            standby_command=standby_command or (lambda id, socket: (*command(id), "--standby", socket)),
         )
         provider.adopt()
         try:

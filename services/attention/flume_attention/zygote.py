@@ -1,0 +1,45 @@
+"""The attention nodes' zygote (see `flume_common.zygote`): `python -m flume_attention.zygote`.
+
+Two stages, so two processes: the first has imported what a supervisor needs and forks supervisors; the
+second has torch and UCX besides and forks engines. A supervisor never has torch in memory, and the first
+nodes of a machine start while torch is still being imported.
+"""
+
+from __future__ import annotations
+
+import os
+
+# numpy's BLAS starts threads when loaded, and what has threads cannot be forked. Nodes multiply with torch.
+os.environ["OPENBLAS_NUM_THREADS"] = "1"
+
+import argparse
+import socket
+from collections.abc import Sequence
+from typing import NoReturn
+
+from flume_common.telemetry import configure_logging
+from flume_common.zygote.server import Stage, run
+
+from flume_attention.supervisor import ENGINE_ENV, ENGINE_MODULE
+
+SUPERVISOR_MODULE = "flume_attention.__main__"
+
+
+def main(argv: Sequence[str] | None = None) -> NoReturn:
+    parser = argparse.ArgumentParser(prog="flume_attention.zygote", description=__doc__)
+    parser.add_argument("--supervisors-fd", type=int, required=True, help="listening socket")
+    parser.add_argument("--engines-fd", type=int, required=True, help="listening socket")
+    args = parser.parse_args(argv)
+    configure_logging("zygote", "zygote")
+    # OpenMP reads them when torch is loaded.
+    os.environ.update(ENGINE_ENV)
+    run(
+        [
+            Stage(socket.socket(fileno=args.supervisors_fd), SUPERVISOR_MODULE),
+            Stage(socket.socket(fileno=args.engines_fd), ENGINE_MODULE),
+        ]
+    )
+
+
+if __name__ == "__main__":
+    main()
