@@ -61,7 +61,7 @@ async def _never_a_defect(http, path, body):
     answer = await http.post(path, json=body)
     assert answer.status_code in (200, 400, 404), (body, answer.text)
     if answer.status_code != 200:
-        assert set(answer.json()["error"]) == {"message", "type", "param", "code"}
+        assert set(answer.json()["error"]) == {"message", "type", "param", "code", "request_id"}
 
 
 OVER_HTTP = settings(
