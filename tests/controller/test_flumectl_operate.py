@@ -5,6 +5,7 @@
 import json
 import re
 import signal
+import subprocess
 import sys
 from pathlib import Path
 
@@ -12,8 +13,11 @@ import grpc
 import pytest
 import yaml
 from click.testing import CliRunner
+from flume_common.etcd_binary import free_port
+from flume_controller.cluster_files import ClusterFiles
 from flume_controller.flumectl import main
 from flume_controller.flumectl.top import node_rates, request_rates
+from flume_controller.processes import record_of
 from flume_protos.v1 import admin_pb2 as pb
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -309,3 +313,28 @@ def test_rates_are_differences_over_time_and_unknown_for_what_is_new():
         {"r": pb.Request(id="r", prompt_tokens=5, completion_tokens=30)}, 4.0,
     )  # fmt: skip
     assert [(row["tokens"], row["tokens_per_s"]) for row in requests] == [(35, 5.0)]
+
+
+def test_down_says_what_it_would_stop_and_stops_nothing(flumectl, tmp_path):
+    assert flumectl("down", "--dry-run").stdout == "cluster 'default' is not running (dry run)\n"
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as child:
+        records = ClusterFiles(tmp_path, "default").records
+        records.save(record_of(child.pid, id="weight-1", role="weight"))
+        result = flumectl("down", "--dry-run")
+        assert result.stdout == "cluster 'default' would be stopped: weight-1 (dry run)\n"
+        assert child.poll() is None and records.load("weight-1")
+        child.kill()
+
+
+def test_up_says_what_it_would_run_after_all_checks_and_runs_nothing(flumectl, tmp_path):
+    ports = {flag: str(free_port()) for flag in ("--http-port", "--admin-port", "--etcd-port")}
+    words = ["up", "--dry-run", "--weight", "2", *(word for item in ports.items() for word in item)]
+    result = flumectl(*words)
+    assert (result.exit_code, result.stdout) == (
+        0,
+        f"cluster 'default' would serve smollm2-135m with an etcd on 127.0.0.1:{ports['--etcd-port']}, "
+        f"a controller on 127.0.0.1:{ports['--admin-port']}, 2 weight and 1 attention nodes, "
+        f"a router on http://127.0.0.1:{ports['--http-port']} (dry run)\n",
+    )
+    assert not (tmp_path / "default").exists()
+    assert flumectl(*words, "--model", "/nowhere").exit_code == 1

@@ -26,17 +26,22 @@ from flume_controller.supervise import sweep
     show_default=True,
     help="After this, what still runs is killed.",
 )
+@click.option("--dry-run", is_flag=True, help="Say what would be stopped; stop nothing.")
 @name_option
 @data_dir_option
-def down(timeout_s: float, name: str, data_dir: Path) -> None:
+def down(timeout_s: float, dry_run: bool, name: str, data_dir: Path) -> None:
     """Stop everything that `flumectl up` started, in order. Does nothing where nothing runs.
 
     \b
     Examples:
       flumectl down
       flumectl down --name two
+      flumectl down --dry-run
     """
     files = ClusterFiles(data_dir, name)
+    if dry_run:
+        click.echo(_would_stop(files))
+        return
     record = files.read()
     was_running = record is not None and record.running
     if record is not None and was_running:
@@ -56,6 +61,17 @@ async def _ask(record: ClusterRecord, timeout_s: float) -> None:
             return
     processes.send(record.supervisor, signal.SIGKILL)
     await processes.wait_ended(record.supervisor)
+
+
+def _would_stop(files: ClusterFiles) -> str:
+    """What runs now: the `up` itself and the processes it looks after."""
+    record = files.read()
+    running = [item.id for item in files.records.all() if processes.is_alive(item)]
+    if record is not None and record.running:
+        running.insert(0, f"flumectl up (pid {record.supervisor.pid})")
+    if not running:
+        return f"cluster {files.name!r} is not running (dry run)"
+    return f"cluster {files.name!r} would be stopped: {', '.join(running)} (dry run)"
 
 
 def _said(name: str, was_running: bool, left: list[str]) -> str:

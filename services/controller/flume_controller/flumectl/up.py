@@ -64,9 +64,10 @@ PORT = click.IntRange(1, 65535)
 @click.option(
     "--timeout", "timeout_s", type=DURATION, default="2m", show_default=True, help="Until it must be ready."
 )
+@click.option("--dry-run", is_flag=True, help="Check all of it and say what would run; start nothing.")
 @name_option
 @data_dir_option
-def up(detach: bool, **settings: Any) -> None:
+def up(detach: bool, dry_run: bool, **settings: Any) -> None:
     """Run a whole cluster on this machine: etcd, controller, weight and attention nodes, router.
 
     It stops, all of it, on Ctrl-C or `flumectl down`. A process that dies meanwhile is started again.
@@ -80,13 +81,25 @@ def up(detach: bool, **settings: Any) -> None:
     """
     config = ClusterConfig(**settings)
     try:
-        check(config)
-        if detach:
+        model = check(config)
+        if dry_run:
+            click.echo(_would_run(config, config.model_name or model.name))
+        elif detach:
             _detach(config)
         else:
             asyncio.run(foreground.run(config))
     except foreground.REFUSALS as error:
         raise CommandError(str(error)) from error
+
+
+def _would_run(config: ClusterConfig, model: str) -> str:
+    parts = [
+        f"{'the etcd at' if config.etcd else 'an etcd on'} {config.endpoints}",
+        f"a controller on {config.admin_address}",
+        f"{config.weights} weight and {config.attention} attention nodes",
+        f"a router on {config.http_url}",
+    ]
+    return f"cluster {config.name!r} would serve {model} with {', '.join(parts)} (dry run)"
 
 
 def _detach(config: ClusterConfig) -> None:
