@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from contextlib import asynccontextmanager
 
@@ -78,14 +79,33 @@ async def test_every_node_is_asked_until_it_has_noticed_that_the_other_weight_no
     assert slow.asked == [("w2", 8, "s")] * 3
 
 
-async def test_a_node_that_does_not_answer_costs_a_moment_and_not_what_others_keep(ours):
+async def test_a_node_that_cannot_be_reached_is_not_waited_for(ours):
     kept = pb.AdoptReply(ranges=[pb.HeldRange(start=0, tokens=5)])
     async with listed("a", Node(kept)) as one:
-        await ours.reconcile([one])
+        members = [one, member("dead", "127.0.0.1:1")]
+        await ours.reconcile(members)
         started = time.monotonic()
-        found = await ours.kept("s", lambda: [one, member("dead", "127.0.0.1:1")])
+        found = await ours.kept("s", lambda: members)
+        assert time.monotonic() - started < 0.5
     assert found == [m.KeptRange("a", 0, 5)]
-    assert 0.5 < time.monotonic() - started < 3
+    async with asyncio.timeout(3):
+        assert await ours.kept("s", lambda: members) == [], "it has ended since"
+
+
+async def test_a_node_that_is_being_attached_is_waited_for(ours):
+    kept = pb.AdoptReply(ranges=[pb.HeldRange(start=0, tokens=5)])
+    async with listed("a", Node(kept)) as one:
+        asked = asyncio.create_task(ours.kept("s", lambda: [one]))
+        await asyncio.sleep(0.1)
+        await ours.reconcile([one])
+        assert await asked == [m.KeptRange("a", 0, 5)]
+
+
+async def test_a_sequence_in_use_elsewhere_is_not_waited_for_without_end(ours):
+    async with listed("a", Node(pb.AdoptReply(in_use=True))) as one:
+        await ours.reconcile([one])
+        async with asyncio.timeout(3):
+            assert await ours.kept("s", lambda: [one]) == []
 
 
 async def test_leaving_tells_every_node_that_answers(ours):

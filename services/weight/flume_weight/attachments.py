@@ -81,8 +81,8 @@ class Attachments:
     async def kept(self, sequence: str, listed: Callable[[], Iterable[Member]]) -> list[m.KeptRange]:
         """Ask every node what it keeps of a sequence that another weight node left.
 
-        Nodes whose lane is not up yet, or that have not noticed yet that the other one is gone, are
-        waited for a little. What they do not answer is computed again.
+        Nodes that are being attached just now, or have not noticed yet that the other one is gone, are
+        waited for a little. What is not answered is computed again.
         """
         deadline_s = time.monotonic() + _KEPT_TIMEOUT_S
         while True:
@@ -98,10 +98,10 @@ class Attachments:
         ]
 
     async def _ask_kept(self, member: Member, sequence: str) -> pb.AdoptReply | None:
-        """None while we could not take it over: the node has no lane to us, or does not answer."""
+        """None while the first attempt at a lane lasts, without which nothing can be taken over."""
         attachment = self._nodes.get(member.id)
         if attachment is None or not attachment.up:
-            return None
+            return None if attachment is None or not attachment.failures else pb.AdoptReply()
         request = pb.AdoptRequest(weight_node=self._node, epoch=self._epoch(), sequence=sequence)
         try:
             async with grpc.aio.insecure_channel(member.address) as channel:
@@ -110,7 +110,7 @@ class Attachments:
         except grpc.aio.AioRpcError as error:
             log.warning("adopt_failed", attention_node=member.id, code=error.code().name,
                         reason=error.details())  # fmt: skip
-            return None
+            return pb.AdoptReply()
         return reply
 
     def _forget_unlisted(self, listed: dict[str, Member]) -> None:
