@@ -174,6 +174,39 @@ async def test_changes_made_at_once_all_count_and_none_is_lost_from_the_history(
     assert [record.previous for record in records[1:]] == [record.value for record in records[:-1]]
 
 
+class Interrupted:
+    """A store in which somebody else is quicker, once."""
+
+    def __init__(self, store, quicker):
+        self._store, self._quicker = store, quicker
+
+    def __getattr__(self, name):
+        return getattr(self._store, name)
+
+    async def txn(self, *args):
+        if (quicker := self._quicker) is not None:
+            self._quicker = None
+            await quicker()
+        return await self._store.txn(*args)
+
+
+async def test_two_changes_that_contradict_each_other_never_both_succeed(store, keys):
+    async def quicker():
+        await set_text(store, keys, max_replicas="4")
+
+    with pytest.raises(Contradiction):
+        await set_text(Interrupted(store, quicker), keys, min_replicas="5")
+
+
+async def test_a_value_written_by_hand_meanwhile_is_what_the_record_calls_previous(store, keys):
+    async def quicker():
+        await store.put(keys.setting("weight", "step_timeout_s"), b"7")
+
+    await set_text(Interrupted(store, quicker), keys, step_timeout_s="3")
+    (record,) = await history(store, keys, path_of("step_timeout_s"))
+    assert (record.previous, record.value) == ("7", "3")
+
+
 async def test_a_value_written_by_hand_is_shown_as_wrong_and_as_nobody_s(store, keys):
     await set_text(store, keys, step_timeout_s="3")
     await store.put(keys.setting("weight", "step_timeout_s"), b"soon")
