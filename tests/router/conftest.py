@@ -151,6 +151,13 @@ async def _unavailable(request, context):
 
 
 @pytest.fixture
+def asks_often(monkeypatch):
+    """A quiet weight node is asked for a sign of life at once, not after a second."""
+    monkeypatch.setattr("flume_router.weight_node._ASK_EVERY_S", 0.1)
+    monkeypatch.setattr("flume_router.weight_node._ASK_DEADLINE_S", 0.3)
+
+
+@pytest.fixture
 def dies(text_model):
     """`Dying` over a text."""
 
@@ -166,12 +173,22 @@ def text_model():
 
 
 @pytest.fixture(scope="session")
-def reference():
+def gguf_reader():
+    """The GGUF as the gguf package reads it, which takes it seconds."""
+    import gguf
+
+    return gguf.GGUFReader(resolve_model(MODEL).path)
+
+
+@pytest.fixture(scope="session")
+def reference(gguf_reader):
     """The same GGUF as transformers reads it."""
     from transformers import AutoTokenizer
 
     path = resolve_model(MODEL).path
-    return AutoTokenizer.from_pretrained(str(path.parent), gguf_file=path.name)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("gguf.GGUFReader", lambda _path: gguf_reader)
+        return AutoTokenizer.from_pretrained(str(path.parent), gguf_file=path.name)
 
 
 class Router:

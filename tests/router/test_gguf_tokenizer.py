@@ -243,12 +243,10 @@ def test_merges_follow_the_scores():
     assert merges == [("b", "a"), ("a", "b"), ("ab", "a"), ("a", "ba")]
 
 
-def test_metadata_is_what_the_gguf_package_reads():
-    path = resolve_model("smollm2-135m").path
-    fields = gguf.GGUFReader(path).fields
-    ours = read_metadata(path)
-    theirs = {name: field.contents() for name, field in fields.items() if not name.startswith("GGUF.")}
-    assert ours == theirs
+def test_metadata_is_what_the_gguf_package_reads(gguf_reader):
+    ours = read_metadata(resolve_model("smollm2-135m").path)
+    theirs = gguf_reader.fields.items()
+    assert ours == {name: field.contents() for name, field in theirs if not name.startswith("GGUF.")}
 
 
 def test_a_truncated_file_says_so(tmp_path):

@@ -59,7 +59,7 @@ def start_process(store, keys, text_model):
 
 
 @pytest.mark.parametrize("fate", [signal.SIGKILL, signal.SIGSTOP])
-async def test_no_token_is_lost_or_told_twice(start_process, start_router, text_model, fate):
+async def test_no_token_is_lost_or_told_twice(start_process, start_router, text_model, asks_often, fate):
     async with (
         start_process("a") as a,
         start_router("--silence-s", "1") as router,
@@ -89,7 +89,7 @@ async def read(client, router):
     return text, choices[-1]["finish_reason"], events[-1]["usage"]["completion_tokens"]
 
 
-async def test_a_node_that_was_only_stopped_goes_on_by_itself(start_process, start_router):
+async def test_a_node_that_was_only_stopped_goes_on_by_itself(start_process, start_router, asks_often):
     """The only one there is: nobody else could take over."""
     async with (
         start_process("a") as a,
@@ -99,6 +99,6 @@ async def test_a_node_that_was_only_stopped_goes_on_by_itself(start_process, sta
         streams = [asyncio.create_task(read(client, router)) for _ in range(2)]
         await asyncio.sleep(0.8)
         a.send_signal(signal.SIGSTOP)
-        await asyncio.sleep(2.5)
+        await asyncio.sleep(1.5)
         a.send_signal(signal.SIGCONT)
         assert [text for text, _, _ in await asyncio.gather(*streams)] == [SAID] * 2

@@ -21,12 +21,6 @@ SAID = "Hello there, wörld 🙂! One two three four."
 BODY = {CHAT: {"model": MODEL, **MESSAGES}, TEXT: {"model": MODEL, "prompt": "Hi"}}
 
 
-@pytest.fixture
-def asks_often(monkeypatch):
-    monkeypatch.setattr("flume_router.weight_node._ASK_EVERY_S", 0.1)
-    monkeypatch.setattr("flume_router.weight_node._ASK_DEADLINE_S", 0.3)
-
-
 @asynccontextmanager
 async def two(start_weight, start_router, script, *flags):
     """A router before two weight nodes with the same script."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import logging
 import socket
 from collections.abc import AsyncIterator, Iterator
@@ -15,6 +16,7 @@ from starlette.types import ASGIApp
 
 _KEEP_ALIVE_S = 75  # longer than clients keep an idle connection, so that they never meet a closed one
 _BACKLOG = 2048
+_TICK_S = 0.1  # uvicorn counts ten of them as a second
 _CLOSE_S = 3  # for connections that are still writing when requests are already over
 
 
@@ -23,6 +25,19 @@ class _Server(uvicorn.Server):
         super().__init__(config)
         self.up = asyncio.Event()
         self.ended = asyncio.Event()
+        self._leaving = asyncio.Event()
+
+    def leave(self) -> None:
+        self.should_exit = True
+        self._leaving.set()
+
+    async def main_loop(self) -> None:
+        """As uvicorn's, which updates the `date` header; but an end is seen at once, not at the next tick."""
+        for tick in itertools.count():
+            if await self.on_tick(tick):
+                return
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._leaving.wait(), _TICK_S)
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
@@ -91,5 +106,5 @@ async def http_server(app: ASGIApp, bound: socket.socket) -> AsyncIterator[None]
         try:
             yield
         finally:
-            server.should_exit = True
+            server.leave()
             await server.ended.wait()
