@@ -338,3 +338,11 @@ def test_up_says_what_it_would_run_after_all_checks_and_runs_nothing(flumectl, t
     )
     assert not (tmp_path / "default").exists()
     assert flumectl(*words, "--model", "/nowhere").exit_code == 1
+
+
+def test_scale_fails_when_the_controller_gave_up_on_it(flumectl, fake):
+    gave_up = progressing("False", "ProgressDeadlineExceeded", "5 were wanted, returned to 1")
+    fake.statuses = [fake_admin.status(1, 1, generation=3, progressing=gave_up)]
+    result = flumectl("scale", "attention", "--replicas", "5")
+    assert (result.exit_code, result.stdout) == (1, "")
+    assert "the controller gave up: 5 were wanted, returned to 1" in result.stderr
