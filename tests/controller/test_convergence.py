@@ -208,10 +208,12 @@ class FleetLife(RuleBasedStateMachine):
 
     def check(self, wanted, ready, staying, unregistered):
         assert len(self.ready()) >= min(wanted, len(ready)), "a pass never takes a ready node that is wanted"
-        # The surge: what runs without a registration may be as good as lost, and is replaced. A pass
-        # that dies in between may not have stopped it yet.
-        present = wanted if self.store.fuse.left is not None else min(wanted, len(ready))
-        assert len(self.staying()) <= max(wanted, present + len(unregistered))
+        # The surge: what runs without a registration may be as good as lost, and is replaced.
+        most = max(wanted, min(wanted, len(ready)) + len(unregistered))
+        if self.store.fuse.left is not None:
+            # A pass that dies half way may not have let go of anything yet.
+            most = max(wanted + len(unregistered), len(staying))
+        assert len(self.staying()) <= most
         assert len(self.staying() - staying) <= wanted, "it never starts more than are wanted"
 
     def record(self):
