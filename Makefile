@@ -7,7 +7,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c const
 
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help setup demo test lint types protos clean bench
+.PHONY: help setup demo test soak lint types protos clean bench
 
 help: ## what each target does
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1\t/'
@@ -31,6 +31,9 @@ demo: $(STAMP) ## a cluster on this machine, scaled while it streams
 
 test: $(STAMP) ## the whole suite, real etcd and real processes
 	@$(BIN)/python -m pytest -q $(ARGS)
+
+soak: $(STAMP) ## faults many times over, with counts: make soak ARGS='--rounds 20'
+	@$(BIN)/python tests/soak/soak.py $(ARGS)
 
 lint: $(STAMP) ## ruff
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check .

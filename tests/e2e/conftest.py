@@ -73,6 +73,21 @@ class Cluster:
     def pid(self, role: str, node: str | None = None) -> int:
         return next(n["pid"] for n in self.get("nodes") if n["role"] == role and node in (None, n["id"]))
 
+    def pid_in_use(self, role: str) -> int:
+        """A process of this role that the first live sequence goes through, where that can be told."""
+        used = {route["weight_node"] for route in self.get("routes")}
+        used |= {item["node"] for route in self.get("routes") for item in route["ranges"]}
+        nodes = [node for node in self.get("nodes") if node["role"] == role]
+        return next((node["pid"] for node in nodes if node["id"] in used), nodes[0]["pid"])
+
+    def settled(self) -> bool:
+        """Whether every role has its nodes, all READY, and as many attention nodes as desired."""
+        done = self.flumectl("status", "-o", "json", check=False)
+        if done.returncode or any(node["state"] != "READY" for node in self.get("nodes")):
+            return False
+        status = json.loads(done.stdout)
+        return status["desired"] == status["ready"] == len(self.attention())
+
     def router(self) -> router_rpc.RouterStub:
         node = next(n for n in self.get("nodes") if n["role"] == "router")
         return router_rpc.RouterStub(grpc.insecure_channel(node["address"]))
