@@ -20,7 +20,9 @@ from flume_common.zygote import client as client_module
 
 CHILD = """
     import json, os, random, signal, sys, time
-    import numpy
+    import numpy.random
+
+    numpy.random.random()  # seeded before the fork
 
     os.environ["FLUME_TEST_IMPORTED"] = "1"
     os.environ.setdefault("FLUME_TEST_ASKED", "no")
@@ -67,7 +69,7 @@ RUN = """
     import socket, sys
     from flume_common.telemetry import configure_logging
     from flume_common.zygote import server
-    server.TIED_GRACE_S = 0.3
+    server.TIED_GRACE_S = 1.0
     configure_logging("zygote", "test")
     words = iter(sys.argv[1:])
     server.run([server.Stage(socket.socket(fileno=int(fd)), module) for fd, module in zip(words, words)])
@@ -258,13 +260,14 @@ async def test_whoever_gave_up_gets_no_child(start):
     zygote.process.send_signal(signal.SIGCONT)
     await zygote.told()
     assert not zygote.children()
+    assert zygote.log.read_text().count('"forked"') == 2
 
 
 async def test_a_child_whose_pid_was_never_read_is_killed(start, monkeypatch):
     zygote = start()
 
     async def lose(fd):
-        await asyncio.sleep(0.5)
+        await eventually(lambda: '"forked"' in zygote.log.read_text())
         raise TimeoutError
 
     monkeypatch.setattr(client_module, "_readable", lose)
@@ -273,7 +276,7 @@ async def test_a_child_whose_pid_was_never_read_is_killed(start, monkeypatch):
     monkeypatch.undo()
     await zygote.told()
     await eventually(lambda: not zygote.children())
-    assert '"exit_code": -9' in zygote.log.read_text(), "there was no child, the test shows nothing"
+    assert '"exit_code": -9' in zygote.log.read_text()
 
 
 async def test_what_has_threads_is_not_forked(start, tmp_path):
