@@ -258,11 +258,13 @@ def test_a_hole_is_filled_from_its_start_again_when_the_node_that_fills_it_dies(
     world.add_node("a")  # back, with nothing, under the name that the route still has
     world.kill("c")
     assert (sequence.holes, world.lost_tokens) == ([Hole(0, 70, 0)], 94)
+    world.run_until(lambda: sequence.holes[0].at > 0)
+    assert sequence.holes == [Hole(0, 70, 24, "a")]
     world.kill("a")
-    assert (sequence.holes, world.lost_tokens) == ([Hole(0, 70, 0)], 94)
+    assert (sequence.holes, world.lost_tokens) == ([Hole(0, 70, 0)], 118)
     world.run_until(lambda: not sequence.recovering)
     world.agree()
-    assert world.recomputed_tokens == 94 and sequence.route.nodes == {"b"}
+    assert world.recomputed_tokens == 118 and sequence.route.nodes == {"b"}
 
 
 def test_credit_of_an_older_epoch_of_a_node_is_ignored_and_counted():
