@@ -19,7 +19,13 @@ def test_any_dtype_is_taken_unless_one_is_named():
 
 @pytest.mark.parametrize(
     "flag, value",
-    [("--threads", "0"), ("--prefill-threads", "-1"), ("--spin-us", "-1"), ("--lease-ttl-s", "1"), ("--orphan-grace-s", "-1")],
+    [
+        ("--threads", "0"),
+        ("--prefill-threads", "-1"),
+        ("--spin-us", "-1"),
+        ("--lease-ttl-s", "1"),
+        ("--orphan-grace-s", "-1"),
+    ],
 )
 def test_values_out_of_range_are_refused_by_the_flags_name(flag, value):
     with pytest.raises(ConfigRefused, match=flag):

@@ -11,7 +11,6 @@ from flume_protos.v1 import admin_pb2 as pb
 from flume_protos.v1 import admin_pb2_grpc as rpc
 from flume_protos.v1 import attention_pb2, common_pb2, router_pb2, router_pb2_grpc, weight_pb2
 
-
 DAY_S = 86400.0  # ages in days stay the same while a test runs
 
 

@@ -129,9 +129,7 @@ def test_after_a_burst_of_100_all_keys_together_get_10_per_second():
     clock.now_s += 2.0
     assert limiter.when_s("x") == 0.005, "10 owed and 10 refilled: one more is free"
     clock.now_s += 1000.0
-    assert [limiter.when_s(f"y{number}") for number in range(101)][-1] == pytest.approx(0.1), (
-        "it has a cap"
-    )
+    assert [limiter.when_s(f"y{number}") for number in range(101)][-1] == pytest.approx(0.1), "it has a cap"
 
 
 def test_a_thousand_failures_wait_the_cap_and_no_longer():

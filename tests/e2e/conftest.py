@@ -85,8 +85,8 @@ class Cluster:
         done = self.flumectl("status", "-o", "json", check=False)
         if done.returncode or any(node["state"] != "READY" for node in self.get("nodes")):
             return False
-        status = json.loads(done.stdout)
-        return status["desired"] == status["ready"] == len(self.attention())
+        attention = json.loads(done.stdout)["attention"]
+        return attention["desired"] == attention["ready"] == len(self.attention())
 
     def router(self) -> router_rpc.RouterStub:
         node = next(n for n in self.get("nodes") if n["role"] == "router")
