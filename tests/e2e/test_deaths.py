@@ -14,7 +14,7 @@ import oracle
 from streams import Stream
 
 pytestmark = pytest.mark.e2e
-TOKENS = 160
+TOKENS = 120
 
 
 @pytest.fixture(scope="module")

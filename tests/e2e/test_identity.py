@@ -56,8 +56,9 @@ def test_greedy_tokens_do_not_change_while_the_cluster_is_scaled(cluster):
     """1 -> 3 -> 1 -> 2 during generation, with sequences that are long enough to be moved."""
     cluster.scale(1)
     prompts = [oracle.PLAIN["a question"], oracle.PLAIN["500 tokens"], oracle.CHAT["turns"]]
-    tokens = 400
-    before = [generate(cluster, prompt, tokens) for prompt in prompts]
+    tokens = 300
+    with ThreadPoolExecutor(len(prompts)) as pool:
+        before = list(pool.map(lambda prompt: generate(cluster, prompt, tokens), prompts))
     with ThreadPoolExecutor(len(prompts)) as pool:
         streams = [pool.submit(generate, cluster, prompt, tokens) for prompt in prompts]
         nodes_seen: set[str] = set()
