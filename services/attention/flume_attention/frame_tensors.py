@@ -11,9 +11,8 @@ from typing import TypeVar
 import torch
 from flume_common.lanes import Frame
 from flume_common.layout import KvLayout
+from flume_kernels.dtypes import DTYPES
 from torch import Tensor
-
-from flume_attention.kv_pool import DTYPES
 
 T = TypeVar("T")
 # Frames times sizes. Making the tensors of a frame costs 5 us.

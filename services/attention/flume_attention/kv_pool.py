@@ -10,12 +10,11 @@ from collections.abc import Sequence
 
 import torch
 from flume_common.layout import KvLayout
+from flume_kernels.dtypes import DTYPES
 from flume_kernels.partial_attention import KvRun
 from torch import Tensor
 
 from flume_attention.ranges import Run
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 class KvPool:

@@ -12,13 +12,13 @@ import torch
 from flume_common.engine_link import EngineLink
 from flume_common.lanes import Port
 from flume_common.wire import LaneShape
+from flume_kernels.dtypes import DTYPES
 
 from flume_weight import messages as m
 from flume_weight.config import add_engine_flags
 from flume_weight.engine import WeightEngine
 from flume_weight.model import ModelError, Transformer, load_model
 from flume_weight.placement import Balance
-from flume_weight.range_attention import DTYPES
 from flume_weight.scheduler import StepLimits
 from flume_weight.threads import Threads
 

@@ -15,14 +15,13 @@ import torch
 from flume_common.lanes import Frame, LaneDown, Port, Receiver, Sender
 from flume_common.layout import KvLayout
 from flume_common.wire import Header, Kind
+from flume_kernels.dtypes import DTYPES
 from flume_kernels.merge import merge_into
 from flume_kernels.partial_attention import causal_attention
 from torch import Tensor
 
 from flume_weight.errors import PeerLost
 from flume_weight.peer import Peer
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 Index = slice | Tensor
 

@@ -64,11 +64,6 @@ class Sequence:
         return (self.holes[0].end if self.holes else len(self.tokens)) - self.position
 
     @property
-    def unstored_tokens(self) -> int:
-        """All tokens whose KV is stored nowhere."""
-        return len(self.tokens) - self.committed_tokens + sum(hole.end - hole.at for hole in self.holes)
-
-    @property
     def completion_tokens(self) -> int:
         return len(self.tokens) - self.prompt_tokens
 
