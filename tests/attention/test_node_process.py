@@ -139,8 +139,9 @@ async def test_the_life_of_a_node(etcd_endpoint, store, keys):
                 await eventually(lambda: node.member.kv_used_tokens == 11 and node.member.sequences == 1)
                 assert node.member.kv_capacity_tokens == 32 * LAYOUT.block_tokens
 
-                await stub.Drain(pb.DrainRequest(), timeout=5)
-                await node.in_state("DRAINING")
+                await stub.Drain(pb.DrainRequest(deadline_s=60), timeout=5)
+                drained = await node.in_state("DRAINING")
+                assert time.time() + 50 < drained.leave_by_s < time.time() + 60
                 w.await_credit(lambda credit: credit.draining)
                 assert not (await stub.Stats(pb.StatsRequest(), timeout=5)).safe_to_delete
                 w.step((0, 1, 1))
@@ -149,7 +150,7 @@ async def test_the_life_of_a_node(etcd_endpoint, store, keys):
                 await eventually(lambda: node.member.kv_used_tokens == 0)
 
                 await stub.Undrain(pb.UndrainRequest(), timeout=5)
-                await node.in_state("READY")
+                assert (await node.in_state("READY")).leave_by_s == 0
                 await stub.Detach(pb.DetachRequest(weight_node=w.name, epoch=w.epoch), timeout=5)
                 reply = await stub.Stats(pb.StatsRequest(), timeout=5)
                 assert not reply.lanes and not reply.safe_to_delete and reply.kv_bytes == KV_BYTES

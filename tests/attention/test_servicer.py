@@ -1,5 +1,7 @@
 """The gRPC face over a fake supervisor: what it refuses itself, and how answers map."""
 
+import time
+
 import grpc
 import pytest
 import pytest_asyncio
@@ -27,6 +29,7 @@ class FakeSupervisor:
 
     def __init__(self):
         self.asked = []
+        self.drains = []
         self.answer = m.Attached(request=1, worker_address=b"addr", lane=5, capacity_blocks=100)
 
     async def ask(self, make, kind):
@@ -34,6 +37,9 @@ class FakeSupervisor:
         if isinstance(self.answer, Exception):
             raise self.answer
         return self.answer
+
+    async def set_draining(self, draining, *, leave_by_s=0.0):
+        self.drains.append((draining, leave_by_s))
 
 
 @pytest.fixture
@@ -104,6 +110,23 @@ async def test_refusals_have_a_status_and_a_reason(stub, supervisor, changes, an
     with pytest.raises(grpc.aio.AioRpcError) as error:
         await stub.Attach(request(**changes), timeout=5)
     assert error.value.code().name == code and said in error.value.details()
+
+
+async def test_a_drains_deadline_is_a_time_from_now(stub, supervisor):
+    before_s = time.time()
+    await stub.Drain(pb.DrainRequest(deadline_s=30), timeout=5)
+    await stub.Drain(pb.DrainRequest(), timeout=5)
+    await stub.Undrain(pb.UndrainRequest(), timeout=5)
+    (draining, leave_by_s), *others = supervisor.drains
+    assert draining and before_s + 30 <= leave_by_s <= time.time() + 30
+    assert others == [(True, 0.0), (False, 0.0)]
+
+
+@pytest.mark.parametrize("deadline_s", [-1.0, float("inf"), float("nan")])
+async def test_a_deadline_that_is_no_time_is_refused(stub, supervisor, deadline_s):
+    with pytest.raises(grpc.aio.AioRpcError) as error:
+        await stub.Drain(pb.DrainRequest(deadline_s=deadline_s), timeout=5)
+    assert error.value.code() is grpc.StatusCode.INVALID_ARGUMENT and not supervisor.drains
 
 
 def test_stats_show_the_report():

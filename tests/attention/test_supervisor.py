@@ -102,13 +102,25 @@ async def test_who_asked_an_engine_that_dies_hears_of_it_at_once(engines, superv
 
 async def test_the_next_engine_starts_empty_and_knows_of_the_drain(engines, supervisor):
     engines[0].outbox.put_nowait(m.Report(used_tokens=5))
-    draining = asyncio.create_task(supervisor.set_draining(True))
+    draining = asyncio.create_task(supervisor.set_draining(True, leave_by_s=9.0))
     await until(lambda: supervisor.report.used_tokens == 5)
     engines[0].die()
     await draining
     await until(lambda: len(engines) == 2 and supervisor.state is State.DRAINING)
     assert supervisor.report == m.Report()
-    assert [message.draining for message in engines[1].sent] == [True]
+    assert [(message.draining, message.leaving) for message in engines[1].sent] == [(True, True)]
+
+
+async def test_a_drain_without_a_deadline_and_an_undrain_take_the_deadline_back(engines, supervisor):
+    told = engines[0].sent
+    for number, (draining, leave_by_s) in enumerate([(True, 9.0), (True, 0.0), (True, 9.0), (False, 0.0)]):
+        call = asyncio.create_task(supervisor.set_draining(draining, leave_by_s=leave_by_s))
+        await until(lambda told_so_far=number: len(told) > told_so_far)
+        engines[0].outbox.put_nowait(m.Report(request=told[-1].request))
+        await call
+        assert (supervisor.draining, supervisor.leave_by_s) == (draining, leave_by_s)
+    asked = [(message.draining, message.leaving) for message in told]
+    assert asked == [(True, True), (True, False), (True, True), (False, False)]
 
 
 async def test_an_engine_that_is_busy_is_reported_as_it_last_said(engines, supervisor):

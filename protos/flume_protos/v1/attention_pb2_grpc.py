@@ -104,7 +104,8 @@ class AttentionServicer:
         raise NotImplementedError('Method not implemented!')
 
     def Drain(self, request, context):
-        """DRAINING: grants no more credit. Ranges that exist are served until they are released.
+        """DRAINING: grants no more credit. Ranges that exist are served until they are released. Repeating it
+        replaces the deadline. INVALID_ARGUMENT for one that is no time.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

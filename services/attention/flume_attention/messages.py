@@ -45,10 +45,14 @@ class Adopt(msgspec.Struct, tag=True, frozen=True, kw_only=True):
 
 
 class SetDraining(msgspec.Struct, tag=True, frozen=True, kw_only=True):
-    """Stop granting credit, or start again. Answered by Report."""
+    """Stop granting credit, or start again. Answered by Report.
+
+    `leaving`: what is held is to be elsewhere soon, rather than when its sequences end.
+    """
 
     request: int
     draining: bool
+    leaving: bool = False
 
 
 class Ask(msgspec.Struct, tag=True, frozen=True, kw_only=True):

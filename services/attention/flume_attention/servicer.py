@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import time
 from collections.abc import Callable
 
 import grpc
@@ -93,8 +95,10 @@ class AttentionServicer(rpc.AttentionServicer):
     async def Drain(
         self, request: pb.DrainRequest, context: grpc.aio.ServicerContext[pb.DrainRequest, pb.DrainReply]
     ) -> pb.DrainReply:
-        log.info("draining")
-        await self._supervisor.set_draining(True)
+        async with status_errors(context, STATUS_OF):
+            leave_by_s = _leave_by_s(request.deadline_s)
+        log.info("draining", deadline_s=request.deadline_s)
+        await self._supervisor.set_draining(True, leave_by_s=leave_by_s)
         return pb.DrainReply()
 
     async def Undrain(
@@ -117,6 +121,13 @@ def _layout(request: pb.AttachRequest) -> KvLayout:
     if not request.weight_node:
         raise ValueError("weight_node is empty")
     return KvLayout.from_proto(request.layout)
+
+
+def _leave_by_s(deadline_s: float) -> float:
+    """Unix time; 0 without a deadline. Raises ValueError."""
+    if not 0 <= deadline_s < math.inf:
+        raise ValueError(f"deadline_s must be a time, got {deadline_s}")
+    return time.time() + deadline_s if deadline_s else 0.0
 
 
 def _attach(number: int, request: pb.AttachRequest, layout: KvLayout, node_epoch: int) -> m.Attach:

@@ -39,6 +39,7 @@ class Supervisor:
 
     def __init__(self, args: Sequence[str], *, zygote: str | None = None) -> None:
         self.draining = False
+        self.leave_by_s = 0.0  # Unix time; as in Member
         self.report = m.Report()  # the newest of this engine
         self._args = args
         self._zygote = zygote
@@ -94,7 +95,7 @@ class Supervisor:
         self._engine = engine
         self._up.set()
         if self.draining:
-            engine.send(m.SetDraining(request=0, draining=True))
+            engine.send(self._set_draining(0))
         self._urgent.set()
         self._changed.set()
         while True:
@@ -163,15 +164,18 @@ class Supervisor:
         except (EngineGone, TimeoutError):
             return self.report
 
-    async def set_draining(self, draining: bool) -> None:
-        """Takes effect at once, and again in every engine to come."""
-        self.draining = draining
+    async def set_draining(self, draining: bool, *, leave_by_s: float = 0.0) -> None:
+        """Takes effect at once, and again in every engine to come. `leave_by_s` as in Member."""
+        self.draining, self.leave_by_s = draining, leave_by_s
         self._urgent.set()
         self._changed.set()
         try:
-            await self.ask(lambda number: m.SetDraining(request=number, draining=draining), m.Report)
+            await self.ask(self._set_draining, m.Report)
         except EngineGone as error:
             log.warning("drain_not_told", draining=draining, reason=str(error))
+
+    def _set_draining(self, number: int) -> m.SetDraining:
+        return m.SetDraining(request=number, draining=self.draining, leaving=self.leave_by_s > 0)
 
     async def publish(self, registration: Registration, server: Server) -> NoReturn:
         """Keep the health service and our member in etcd true: states at once, counts every now and then."""
@@ -183,6 +187,7 @@ class Supervisor:
                 log.info("state", state=self.state, elapsed_ms=elapsed_ms())
             await registration.update(
                 state=self.state,
+                leave_by_s=self.leave_by_s,
                 kv_capacity_tokens=self.report.capacity_tokens,
                 kv_used_tokens=self.report.used_tokens,
                 sequences=sum(lane.sequences for lane in self.report.lanes),
