@@ -19,6 +19,7 @@ if find_spec("triton") is None:
 import triton
 from flume_kernels.gpu.attention_plan import AttentionPlan, PlanShape
 from flume_kernels.gpu.decode_attention import DecodeConfig, decode_attention, default_config
+from flume_kernels.gpu.decode_merge import decode_merge
 from flume_kernels.gpu.kv_append import kv_append
 from flume_kernels.gpu.kv_pool import FP8, KvPool
 from flume_kernels.gpu.merge_partials import merge_partials
@@ -157,9 +158,10 @@ def test_the_small_kernels_compile(compiled):
     silu_mul(x, x[:, :2048])
     kv_append(KvPool(torch.zeros(4, 2, 32, 16, 128, dtype=BF16)), heads, heads, longs)
     merge_partials(heads[None], torch.zeros(1, 3, 32), heads.clone(), torch.zeros(3, 32))
+    decode_merge(heads, heads, heads, heads[None], torch.zeros(1, 3, 32), heads.clone(), 0.1, on_host=True)
     sample(x, torch.ones(3), longs.int(), torch.ones(3), longs, longs, longs)
     greedy(x, longs, torch.zeros(greedy_workspace_size(3, 4096), dtype=torch.int64))
-    assert len(kernels) == 9
+    assert len(kernels) == 10
 
 
 def test_a_wait_reads_its_flag_anew_each_time_and_a_signal_releases_to_the_system(compiled):

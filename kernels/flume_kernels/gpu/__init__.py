@@ -3,12 +3,16 @@
     attention_plan     which program attends to which keys: made once per step, on the device
     decode_attention   attention over paged KV, split over the chip, with log-sum-exp
     merge_partials     one answer from the partials of several ranges
+    decode_merge       the same, with each token's attention to itself
     kv_append          new keys and values into their blocks
     rms_norm, rope, silu_mul, sampling     the dense path's small parts
-    signals            flags between the device, the host and peers
+    signals            flags between the device, the host and peers: the device's end
+    flags, watchdog    the host's end of them, and a deadline for what waits there
+    device, cuda_device    what captured steps ask of a device, and the real one
 
-Importing this package loads neither torch nor triton; its modules need both. A node on a CPU never imports
-them. Ways of running a kernel that depend on the card are in `tuning`, which remembers them on disk.
+Importing this package loads neither torch nor triton; `flags` and `watchdog` need neither, `device` needs
+torch, the others both. A node on a CPU never imports them. Ways of running a kernel that depend on the card
+are in `tuning`, which remembers them on disk.
 """
 
 from __future__ import annotations

@@ -62,6 +62,21 @@ def silu_mul(gate: Tensor, up: Tensor) -> Tensor:
     return torch.nn.functional.silu(gate.double()) * up.double()
 
 
+def decode_merge(q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, scale: float) -> Tensor:
+    """Attention of each token to itself and to what P partials cover, float64 [tokens, heads, head_dim].
+
+    q [tokens, heads, head_dim], k, v [tokens, kv_heads, head_dim], o [P, tokens, heads, head_dim], lse
+    [P, tokens, heads].
+    """
+    group = q.shape[1] // k.shape[1]
+    keys, values = (x.double().repeat_interleave(group, 1) for x in (k, v))
+    own_lse = scale * (q.double() * keys).sum(-1)
+    merged, _ = reference.merge_partials(
+        torch.cat([values[None], o.double()]), torch.cat([own_lse[None], lse.double()])
+    )
+    return merged
+
+
 def kv_append(pool: KvPool, k: Tensor, v: Tensor, slots: Tensor) -> Tensor:
     """The pool's `kv` after token i of k, v [tokens, kv_heads, head_dim] went to slots[i]; negative slots
     go nowhere."""

@@ -25,8 +25,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-POISON = 1 << 62
-FLAG_STRIDE_BYTES = 128
+from flume_kernels.gpu.flags import FLAG_STRIDE_BYTES, POISON
+
+__all__ = ["FLAG_STRIDE_BYTES", "POISON", "await_", "land", "poison", "rearm", "signal"]
 
 
 @triton.jit

@@ -1,4 +1,4 @@
-"""merge_partials, rms_norm, rope, silu_mul and kv_append against their definitions.
+"""merge_partials, decode_merge, rms_norm, rope, silu_mul and kv_append against their definitions.
 
 Tolerances, absolute and relative: fp32 1e-5, fp16 2e-3, bf16 1e-2 (one rounding of the result). kv_append
 moves memory: exact. Memory around strided inputs and outputs holds NaN or a marker and must stay as it was.
@@ -7,6 +7,7 @@ moves memory: exact. Memory around strided inputs and outputs holds NaN or a mar
 import pytest
 import torch
 from flume_kernels.gpu import reference
+from flume_kernels.gpu.decode_merge import decode_merge
 from flume_kernels.gpu.kv_append import kv_append
 from flume_kernels.gpu.kv_pool import FP8, KvPool
 from flume_kernels.gpu.merge_partials import merge_partials
@@ -86,6 +87,39 @@ def test_partials_that_lie_apart_are_read_where_they_are(device):
     lse_view, _ = framed(lse)
     out, _ = merge(o_view, lse_view)
     assert_close(out, reference.merge_partials(o, lse)[0], torch.float16)
+
+
+@DTYPES
+@pytest.mark.parametrize("parts, kv_heads, dim", [(1, 2, 64), (3, 1, 80), (2, 6, 96)])
+def test_tokens_attend_to_themselves_beside_the_partials(parts, kv_heads, dim, dtype, device):
+    o, lse = partials(parts, 3, 6, dim, dtype, device)
+    lse[0, 1], o[0, 1] = -torch.inf, torch.nan  # a part without keys
+    q, _ = framed(randn(3, 6, dim, dtype=dtype, device=device, seed=2))
+    kv, beside = framed(randn(3, 2 * kv_heads, dim, dtype=dtype, device=device, seed=3))
+    k, v = kv.chunk(2, 1)
+    out = torch.full((3, 6, dim), torch.nan, dtype=dtype, device=device)
+    decode_merge(q, k, v, o, lse, out, dim**-0.5)
+    assert_close(out, reference.decode_merge(q, k, v, o, lse, dim**-0.5), dtype)
+    assert beside.isnan().all()
+
+
+def test_a_token_without_a_past_is_its_own_value(device):
+    o, lse = torch.full((2, 1, 2, 64), torch.nan), torch.full((2, 1, 2), -torch.inf)
+    q, k, v = (randn(1, heads, 64, seed=heads) for heads in (2, 1, 1))
+    out = torch.empty(1, 2, 64, device=device)
+    decode_merge(*(x.to(device) for x in (q, k, v, o, lse)), out, 0.125)
+    torch.testing.assert_close(out.cpu(), v.expand(1, 2, 64))
+
+
+def test_shapes_that_do_not_fit_the_merge_are_refused():
+    x = torch.zeros(2, 4, 64)
+    o, lse = torch.zeros(1, 2, 4, 64), torch.zeros(1, 2, 4)
+    with pytest.raises(ValueError, match="do not fit q"):
+        decode_merge(x, x[:, :3], x[:, :3], o, lse, x, 1.0)
+    with pytest.raises(ValueError, match="do not fit"):
+        decode_merge(x, x, x, o, lse[:, :1], x, 1.0)
+    with pytest.raises(ValueError, match="float32"):
+        decode_merge(x, x, x, o, lse.half(), x, 1.0)
 
 
 @DTYPES

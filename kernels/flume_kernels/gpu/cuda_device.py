@@ -1,0 +1,92 @@
+"""The NVIDIA GPU behind `device.Device`: the last call into CUDA, and the only module that makes it.
+
+* DeviceUnusable    flags cannot work here; says why
+"""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from flume_kernels.gpu import signals
+from flume_kernels.gpu.device import Flags
+
+
+class DeviceUnusable(Exception):
+    """Captured steps cannot run here."""
+
+
+class CudaGraph:
+    """One torch.cuda.CUDAGraph on the stream of its device."""
+
+    def __init__(self, graph: torch.cuda.CUDAGraph, stream: torch.cuda.Stream) -> None:
+        self._graph = graph
+        self._stream = stream
+        self._ended = torch.cuda.Event()
+
+    def launch(self) -> None:
+        with torch.cuda.stream(self._stream):
+            self._graph.replay()
+            self._ended.record(self._stream)
+
+    def done(self) -> bool:
+        return bool(self._ended.query())
+
+
+class CudaDevice:
+    """One GPU, a stream for steps and a stream beside it. `name` is torch's, "cuda:0".
+
+    Raises DeviceUnusable where the host may reorder stores: a gate could then open before its data is there.
+    """
+
+    def __init__(self, name: str = "cuda:0") -> None:
+        if platform.machine() != "x86_64":
+            raise DeviceUnusable(f"flags need the ordered stores of x86-64, this is {platform.machine()}")
+        self.name = torch.device(name)
+        torch.cuda.set_device(self.name)
+        self._stream = torch.cuda.Stream(self.name)
+        self._beside = torch.cuda.Stream(self.name)
+
+    def tensor(self, *size: int, dtype: torch.dtype) -> Tensor:
+        return torch.zeros(size, dtype=dtype, device=self.name)
+
+    def host_tensor(self, *size: int, dtype: torch.dtype) -> Tensor:
+        return torch.zeros(size, dtype=dtype, pin_memory=True)
+
+    def signal(self, flags: Flags, number: int) -> None:
+        signals.signal(*_words(flags, number))
+
+    def await_(self, flags: Flags, number: int) -> None:
+        signals.await_(*_words(flags, number))
+
+    def warm_up(self, run: Callable[[], None]) -> None:
+        torch.cuda.synchronize(self.name)
+        with torch.cuda.stream(self._stream):
+            run()
+        torch.cuda.synchronize(self.name)
+
+    def capture(self, run: Callable[[], None]) -> CudaGraph:
+        graph = torch.cuda.CUDAGraph()
+        # Thread-local: the watchdog's thread makes no CUDA call, but others of the process may.
+        with torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local"):
+            run()
+        return CudaGraph(graph, self._stream)
+
+    @contextmanager
+    def beside(self) -> Iterator[None]:
+        with torch.cuda.stream(self._beside):
+            yield
+
+    def join(self) -> None:
+        self._stream.wait_stream(self._beside)
+
+    def synchronize(self) -> None:
+        torch.cuda.synchronize(self.name)
+
+
+def _words(flags: Flags, number: int) -> tuple[Tensor, Tensor, Tensor]:
+    return flags.words[number, :1], flags.counters[number : number + 1], flags.status

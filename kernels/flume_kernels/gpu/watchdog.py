@@ -1,0 +1,68 @@
+"""A deadline for what a device waits for: when it passes, somebody else than the waiting loop acts.
+
+A step's waits are released by the loop that drives it. Should that loop itself be stuck, or its peer never
+answer, nothing on the device would ever end; so a thread of its own does the releasing.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Self
+
+
+class Watchdog:
+    """Calls what it was given when a guarded block outlasts its deadline. One block at a time.
+
+    A context manager that owns one thread. Guarding costs no wake-up: the thread sleeps until some deadline
+    it once knew and then looks which one holds now.
+    """
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition()
+        self._deadline = math.inf
+        self._wakes_at = math.inf
+        self._release: Callable[[], None] | None = None
+        self._stopping = False
+        self._thread = threading.Thread(target=self._run, name="watchdog", daemon=True)
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        with self._changed:
+            self._stopping = True
+            self._changed.notify()
+        self._thread.join()
+
+    @contextmanager
+    def guard(self, timeout_s: float, release: Callable[[], None]) -> Iterator[None]:
+        """Call `release`, once and from the watchdog's thread, unless the block ends within `timeout_s`.
+
+        Once the block is left it is not called any more.
+        """
+        with self._changed:
+            self._deadline, self._release = time.monotonic() + timeout_s, release
+            if self._deadline < self._wakes_at:
+                self._changed.notify()
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._deadline, self._release = math.inf, None
+
+    def _run(self) -> None:
+        with self._changed:
+            while not self._stopping:
+                left_s = self._deadline - time.monotonic()
+                if left_s <= 0:
+                    assert self._release is not None
+                    self._release()
+                    self._deadline, self._release = math.inf, None
+                    continue
+                self._wakes_at = self._deadline
+                self._changed.wait(None if math.isinf(left_s) else left_s)

@@ -1,0 +1,157 @@
+"""Stands for a GPU where captured steps are tested without one.
+
+A capture records tensor operations; a replay does them again on the memory they were recorded with. No
+Python of the captured function runs again: what it read when it was captured is baked in, as on a device.
+Reading a value back during a capture is an error, as there. Work that was launched moves on only inside
+`run_some`, so a test decides how host and device interleave; `running` gives the device a thread instead.
+
+Signals and waits count as the kernels in `flume_kernels.gpu.signals` do.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from contextlib import contextmanager, nullcontext
+from functools import partial
+
+import torch
+from flume_kernels.gpu.flags import POISON
+from torch.utils._python_dispatch import TorchDispatchMode
+
+NEVER_CAPTURED = {torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default}
+
+
+class NotCapturable(RuntimeError):
+    """A device would have refused to capture this."""
+
+
+class SimulatedGraph:
+    def __init__(self, device, operations):
+        self._device = device
+        self._operations = operations
+        self.replays = 0
+
+    def launch(self):
+        self.replays += 1
+        self._device.queue.extend(self._operations)
+
+    def done(self):
+        return not self._device.queue
+
+
+class SimulatedDevice:
+    def __init__(self):
+        self.queue = deque()  # operations; each answers False while it cannot pass
+        self.captures = 0
+        self._recording = None
+
+    def tensor(self, *size, dtype):
+        return torch.zeros(size, dtype=dtype)
+
+    host_tensor = tensor
+
+    def signal(self, flags, number):
+        self.call(partial(_signal, flags, number))
+
+    def await_(self, flags, number):
+        self.call(partial(_await, flags, number))
+
+    def call(self, operation):
+        """Queue a Python function; it answers False to be asked again."""
+        if self._recording is not None:
+            self._recording.append(operation)
+        elif operation() is False:
+            raise RuntimeError("a wait outside of a replay would never end")
+
+    def warm_up(self, run):
+        run()
+
+    def capture(self, run):
+        self.captures += 1
+        self._recording = []
+        try:
+            with _Recorder(self._recording):
+                run()
+            return SimulatedGraph(self, self._recording)
+        finally:
+            self._recording = None
+
+    def beside(self):
+        return nullcontext()
+
+    def join(self):
+        pass
+
+    def synchronize(self):
+        while self.queue:
+            if not self.run_some(len(self.queue)):
+                raise RuntimeError("the device waits for ever")
+
+    def run_some(self, count):
+        """Do up to `count` operations; returns how many passed."""
+        with torch.inference_mode():
+            for passed in range(count):
+                if not self.queue or self.queue[0]() is False:
+                    return passed
+                self.queue.popleft()
+        return count
+
+    @contextmanager
+    def running(self):
+        """The device works by itself, until the block ends."""
+        ended = threading.Event()
+
+        def work():
+            while not ended.is_set():
+                if not self.run_some(64):
+                    time.sleep(0)
+
+        thread = threading.Thread(target=work)
+        thread.start()
+        try:
+            yield
+        finally:
+            ended.set()
+            thread.join()
+
+
+def _signal(flags, number):
+    flags.counters[number] += 1
+    count = POISON if flags.status.item() else flags.counters[number].item()
+    flags.words[number, 0] = count
+
+
+def _await(flags, number):
+    seen = flags.words[number, 0].item()
+    if seen < flags.counters[number].item() + 1:
+        return False
+    flags.counters[number] += 1
+    if seen >= POISON:
+        flags.status.fill_(1)
+    return True
+
+
+class _Recorder(TorchDispatchMode):
+    def __init__(self, operations):
+        super().__init__()
+        self._operations = operations
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func in NEVER_CAPTURED:
+            raise NotCapturable(f"{func} reads device memory on the host")
+        result = func(*args, **(kwargs or {}))
+        self._operations.append(partial(_again, func, args, kwargs or {}, result))
+        return result
+
+
+def _again(func, args, kwargs, result):
+    for old, new in zip(_tensors(result), _tensors(func(*args, **kwargs)), strict=True):
+        if new.data_ptr() != old.data_ptr():
+            old.copy_(new)
+
+
+def _tensors(result):
+    found = result if isinstance(result, (tuple, list)) else [result]
+    return [item for item in found if isinstance(item, torch.Tensor)]
