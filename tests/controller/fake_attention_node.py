@@ -46,12 +46,13 @@ class FakeAttention(rpc.AttentionServicer):
 
     async def Drain(self, request, context):
         self.draining = True
-        await self.registration.update(state=State.DRAINING)
+        leave_by_s = time.time() + request.deadline_s if request.deadline_s else 0.0
+        await self.registration.update(state=State.DRAINING, leave_by_s=leave_by_s)
         return pb.DrainReply()
 
     async def Undrain(self, request, context):
         self.draining = False
-        await self.registration.update(state=State.READY)
+        await self.registration.update(state=State.READY, leave_by_s=0.0)
         return pb.UndrainReply()
 
 

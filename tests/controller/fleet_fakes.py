@@ -52,10 +52,10 @@ class FakeNodes:
     async def held(self, members):
         return {m.id: self.holds[m.id] for m in members if m.id in self.holds}
 
-    async def drain(self, member):
+    async def drain(self, member, deadline_s=0.0):
         if self.error:
             raise self.error
-        self.calls.append(("drain", member.id))
+        self.calls.append(("drain", member.id, round(deadline_s)) if deadline_s else ("drain", member.id))
 
     async def undrain(self, member):
         self.calls.append(("undrain", member.id))

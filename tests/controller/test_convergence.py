@@ -15,8 +15,10 @@ from flume_common.keys import Keys
 from flume_common.membership import Member, Role, State
 from flume_controller import desired
 from flume_controller.fleet import AttentionFleet
+from flume_controller.leaving import SKEW_S
 from flume_controller.observe import Held, Patience
 from flume_controller.spec import Actor, AttentionSpec, decode_spec, decode_status
+from flume_controller.spec_admin import drained
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
@@ -28,6 +30,7 @@ from office import Office
 
 KEYS = Keys("property")
 PICK = st.integers(0, 7)
+DEADLINES = st.sampled_from([0.0, 0.0, 5.0, 30.0])
 WAKES = st.integers(0, 2)  # a wake-up that is lost, heard, or heard twice
 
 
@@ -50,12 +53,14 @@ class Provider(FakeProvider):
 
     def __init__(self, world):
         super().__init__(lambda: world.now_s)
+        self.world = world
         self.fuse = world.store.fuse
 
     async def start(self, node):
         await self.fuse.step(super().start(node))
 
     async def stop(self, node):
+        self.world.check_stop(node)
         await self.fuse.step(super().stop(node))
 
 
@@ -69,8 +74,9 @@ class Nodes(FakeNodes):
     async def held(self, members):
         return {m.id: Held(0, 0, m.state is State.DRAINING) for m in members if m.id in self.world.empty}
 
-    async def drain(self, member):
-        await self.world.registered(member.id, State.DRAINING)
+    async def drain(self, member, deadline_s=0.0):
+        leave_by_s = self.world.now_s + deadline_s if deadline_s else 0.0
+        await self.world.registered(member.id, State.DRAINING, leave_by_s)
 
     async def undrain(self, member):
         await self.world.registered(member.id, State.READY)
@@ -98,15 +104,15 @@ class FleetLife(RuleBasedStateMachine):
     def register(self, node, state):
         now(self.registered(node, state))
 
-    async def registered(self, node, state):
+    async def registered(self, node, state, leave_by_s=0.0):
         member = Member(
             id=node, role=Role.ATTENTION, state=state, address="x:1", host="here", pid=1, version="0",
-            protocol_version=1, started_at_s=0,
+            protocol_version=1, started_at_s=0, leave_by_s=leave_by_s,
         )  # fmt: skip
         await self.store.put(KEYS.member(Role.ATTENTION, node), member.encode())
 
     def members(self):
-        found = now(self.store.range(KEYS.members)).items.values()
+        found = (kv for key, kv in self.store.items.items() if key.startswith(KEYS.members))
         return {member.id: member for member in map(Member.decode, found)}
 
     def staying(self):
@@ -128,11 +134,24 @@ class FleetLife(RuleBasedStateMachine):
 
     # What people and the world do.
 
-    @rule(wanted=st.integers(0, 4), wakes=WAKES)
-    def somebody_scales(self, wanted, wakes):
-        now(desired.set_desired(self.store, KEYS, wanted, actor=Actor.USER, current=None, now_s=self.now_s))
-        self.record()
+    @rule(wanted=st.integers(0, 4), deadline_s=DEADLINES, wakes=WAKES)
+    def somebody_scales(self, wanted, deadline_s, wakes):
+        self.edit(
+            lambda spec: desired.changed(
+                spec, wanted, actor=Actor.USER, current=None, deadline_s=deadline_s, now_s=self.now_s
+            )
+        )
         self.wake(wakes)
+
+    @rule(pick=PICK, deadline_s=DEADLINES, wakes=WAKES)
+    def somebody_drains_a_node(self, pick, deadline_s, wakes):
+        if node := self.some(pick, self.staying()):
+            self.edit(lambda spec: drained(spec, node, deadline_s=deadline_s, now_s=self.now_s))
+        self.wake(wakes)
+
+    def edit(self, change):
+        now(desired.edit(self.store, KEYS, change))
+        self.record()
 
     @rule(seconds=st.sampled_from([0.1, 1.0, 20.0, 40.0, 120.0]))
     def time_passes(self, seconds):
@@ -197,24 +216,32 @@ class FleetLife(RuleBasedStateMachine):
 
     @rule()
     def a_pass(self):
-        wanted = self.spec().desired
-        ready, staying = self.ready(), self.staying()
+        wanted, drained = self.spec().desired, set(self.spec().drained)
+        ready, staying = self.ready() - drained, self.staying() - drained
         unregistered = staying - self.members().keys()
         try:
             now(self.fleet.reconcile())
         finally:
             self.record()
-            self.check(wanted, ready, staying, unregistered)
+            self.check(wanted, ready, staying, unregistered, drained)
 
-    def check(self, wanted, ready, staying, unregistered):
-        assert len(self.ready()) >= min(wanted, len(ready)), "a pass never takes a ready node that is wanted"
+    def check_stop(self, node):
+        member = self.members().get(node)
+        if member is None or node in self.empty:
+            return
+        assert member.state is State.DRAINING and 0 < member.leave_by_s <= self.now_s + SKEW_S
+        assert self.ready() - {node}, "somebody is left to compute what is lost"
+
+    def check(self, wanted, ready, staying, unregistered, drained):
+        still_ready = self.ready() - drained
+        assert len(still_ready) >= min(wanted, len(ready)), "a pass never takes a ready node that is wanted"
         # The surge: what runs without a registration may be as good as lost, and is replaced.
         most = max(wanted, min(wanted, len(ready)) + len(unregistered))
         if self.store.fuse.left is not None:
             # A pass that dies half way may not have let go of anything yet.
             most = max(wanted + len(unregistered), len(staying))
-        assert len(self.staying()) <= most
-        assert len(self.staying() - staying) <= wanted, "it never starts more than are wanted"
+        assert len(self.staying() - drained) <= most
+        assert len(self.staying() - drained - staying) <= wanted, "it never starts more than are wanted"
 
     def record(self):
         for name, key, decode in (

@@ -3,7 +3,8 @@ import asyncio
 import pytest
 from flume_controller import desired
 from flume_controller.desired import InvalidSpec, NotCurrent, OutOfBounds, RevisionChanged
-from flume_controller.spec import Actor, AttentionSpec, Autoscale, encode
+from flume_controller.spec import Actor, AttentionSpec, Autoscale, Deadline, decode_spec, encode
+from flume_controller.spec_admin import drained, undrained
 
 
 async def set_to(store, keys, replicas, **options):
@@ -28,6 +29,30 @@ async def test_asking_for_what_is_wanted_already_changes_nothing(store, keys):
     _, revision = await desired.read(store, keys)
     assert await set_to(store, keys, 1) == before
     assert (await desired.read(store, keys))[1] == revision
+
+
+async def test_a_deadline_is_a_wish_of_its_own_and_gone_with_the_next_count(store, keys):
+    await write(store, keys, AttentionSpec(desired=2))
+    assert (await set_to(store, keys, 1)).scale_deadline is None
+    spec = await set_to(store, keys, 1, deadline_s=30.0)
+    assert (spec.generation, spec.scale_deadline) == (3, Deadline(within_s=30.0, by_s=35.0))
+    assert (await set_to(store, keys, 1)).generation == 3, "asking for the same count changes nothing"
+    assert (await set_to(store, keys, 2)).scale_deadline is None
+
+
+def test_of_two_drains_of_a_node_the_last_counts():
+    spec = AttentionSpec(desired=2)
+    spec = drained(spec, "a", deadline_s=30.0, now_s=5.0)
+    spec = drained(spec, "b", deadline_s=9.0, now_s=5.0)
+    assert spec.drain_deadlines == {
+        "a": Deadline(within_s=30.0, by_s=35.0), "b": Deadline(within_s=9.0, by_s=14.0)
+    }  # fmt: skip
+    spec = drained(spec, "a", now_s=6.0)
+    assert (spec.drained, list(spec.drain_deadlines), spec.generation) == (("a", "b"), ["b"], 4)
+    assert drained(spec, "a", now_s=7.0) is spec
+    spec = undrained(spec, "b", now_s=8.0)
+    assert (spec.drained, spec.drain_deadlines) == (("a",), {})
+    assert decode_spec(encode(spec)) == spec
 
 
 async def test_bounds_are_kept_and_named(store, keys):

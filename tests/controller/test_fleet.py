@@ -12,7 +12,7 @@ from flume_common.membership import Member, Role, State
 from flume_controller.fleet import ActionsFailed, AttentionFleet, SpecMoved
 from flume_controller.observe import Held, Patience
 from flume_controller.providers.base import Instance
-from flume_controller.spec import Actor, AttentionSpec, decode_spec, decode_status, encode
+from flume_controller.spec import Actor, AttentionSpec, Deadline, decode_spec, decode_status, encode
 
 sys.path.insert(0, str(Path(__file__).parent))
 from fleet_fakes import FakeNodes, FakeProvider
@@ -363,6 +363,59 @@ async def test_a_drained_node_is_replaced_and_its_id_not_given_again(world):
     await world.want(3, generation=4, drained=("attention-1",))
     await world.turn()
     assert set(world.provider.known) == {"attention-2", "attention-3", "attention-4"}
+
+
+async def leaving(world, deadline, held_tokens=9):
+    """attention-2 was told to leave and holds something."""
+    await world.ready(2)
+    await world.want(1, generation=3, scale_deadline=deadline)
+    await world.turn()
+    assert world.nodes.calls == [("drain", "attention-2", round(deadline.by_s - world.now_s))]
+    await world.register("attention-2", State.DRAINING, leave_by_s=deadline.by_s)
+    world.nodes.holds = {"attention-2": Held(held_tokens, 1)}
+    world.news()
+
+
+async def test_a_node_that_still_holds_something_when_its_deadline_is_over_goes_and_people_are_told(world):
+    await leaving(world, Deadline(within_s=30, by_s=1030))
+    while world.now_s < 1029:
+        assert await world.turn() < 1
+    assert world.provider.stopped == []
+    await world.turn()
+    assert world.provider.stopped == ["attention-2"]
+    told = [item for item in world.told if item.reason == "DrainDeadlineExceeded"]
+    assert [(item.object, item.type) for item in told] == [("attention/attention-2", "Warning")]
+    assert "9 tokens" in told[0].message
+    await world.turn()
+    assert world.provider.stopped == ["attention-2"] and world.nodes.calls[1:] == []
+
+
+async def test_another_controller_carries_on_with_the_deadline(world):
+    await leaving(world, Deadline(within_s=30, by_s=1030))
+    world.restart()
+    await world.turn(after_s=10)
+    assert world.nodes.calls[1:] == [], "the node knows already"
+    await world.register("attention-2", State.DRAINING)
+    await world.turn()
+    assert world.nodes.calls[1:] == [("drain", "attention-2", round(1030 - world.now_s))]
+
+
+async def test_a_node_that_was_emptied_in_time_goes_without_a_warning(world):
+    await leaving(world, Deadline(within_s=30, by_s=1030))
+    world.nodes.holds = {"attention-2": Held(0, 0, safe_to_delete=True)}
+    await world.turn()
+    assert world.provider.stopped == ["attention-2"]
+    assert "DrainDeadlineExceeded" not in [item.reason for item in world.told]
+
+
+async def test_the_last_node_that_could_go_on_is_not_stopped_at_its_deadline(world):
+    await leaving(world, Deadline(within_s=30, by_s=1030))
+    await world.lapse("attention-1")
+    await world.turn(after_s=40)
+    assert world.provider.stopped == []
+    await world.register("attention-1")
+    await world.turn()
+    assert world.provider.stopped == ["attention-2"]
 
 
 async def test_what_becomes_of_nodes_is_told_once(world):

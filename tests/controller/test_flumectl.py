@@ -110,12 +110,14 @@ def test_scale_waits_with_progress_on_stderr_and_then_says_scaled(flumectl, fake
         fake_admin.status(3, 2, preparing=1, generation=2),
         fake_admin.status(3, 3, generation=2),
     ]
-    result = flumectl("scale", "attention", "--replicas", "3", "--current-replicas", "1")
+    words = ("--replicas", "3", "--current-replicas", "1", "--deadline", "30s")
+    result = flumectl("scale", "attention", *words)
     assert (result.exit_code, result.stdout) == (0, "attention scaled (1 -> 3)\n")
     assert result.stderr.splitlines() == [
         "1 of 1 ready", "1 of 3 ready, 2 preparing", "2 of 3 ready, 1 preparing", "3 of 3 ready"
     ]  # fmt: skip
-    assert (fake.scaled[0].replicas, fake.scaled[0].actor) == (3, "user")
+    (scaled,) = fake.scaled
+    assert (scaled.replicas, scaled.actor, scaled.deadline_s) == (3, "user", 30)
 
 
 def test_scale_is_not_done_before_the_controller_has_acted_on_it(flumectl, fake):

@@ -89,10 +89,10 @@ def test_watched_events_come_one_json_document_per_line_until_ctrl_c(process, fa
 
 
 def test_drain_waits_until_the_node_is_gone(flumectl, fake):
-    result = flumectl("drain", "attention-1")
+    result = flumectl("drain", "attention-1", "--deadline", "1m30s")
     assert (result.exit_code, result.stdout) == (0, "attention-1 drained\n")
     (call,) = fake.calls
-    assert (call.node, call.dry_run) == ("attention-1", False)
+    assert (call.node, call.dry_run, call.deadline_s) == ("attention-1", False, 90)
 
 
 def test_drain_gives_up_waiting_but_not_draining(flumectl, fake):

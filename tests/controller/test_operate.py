@@ -1,6 +1,7 @@
 """Operating a real controller on real etcd, with fake attention nodes: by flumectl and by gRPC."""
 
 import json
+import time
 
 import grpc
 import pytest
@@ -56,6 +57,36 @@ def test_a_drained_node_is_replaced_kept_until_it_is_empty_and_can_be_taken_back
     controller.until_states(a2="READY", a3="READY")
     assert "is gone already" in flumectl("undrain", "attention-1").stdout
     assert list(controller.status().drained) == []
+
+
+def test_nodes_that_leave_with_a_deadline_are_gone_by_then_whatever_they_hold(controller, flumectl):
+    controller.scale(3)
+    controller.until_states(a1="READY", a2="READY", a3="READY")
+    for number, tokens in ((1, 90), (2, 50), (3, 70)):
+        controller.hold(f"attention-{number}", tokens)
+    assert (
+        flumectl("scale", "attention", "--replicas", "2", "--deadline", "1h", "--timeout", "0").exit_code == 0
+    )
+    controller.until_states(a1="READY", a2="DRAINING", a3="READY")
+    (row,) = json.loads(flumectl("get", "nodes", "attention-2", "-o", "json").stdout)
+    assert 3500 < row["leave_by_s"] - time.time() < 3600
+    assert "in 59m" in flumectl("describe", "node", "attention-2").stdout
+    assert "Leaving:       attention-2 in 59m" in flumectl("status").stdout
+    # A drain of the same node with another deadline is about this node alone.
+    began_s = time.monotonic()
+    assert flumectl("drain", "attention-2", "--deadline", "1s", "--timeout", "10s").exit_code == 0
+    assert 0.9 < time.monotonic() - began_s < 6
+    assert controller.states() == {"attention-1": "READY", "attention-3": "READY"}
+    controller.until(lambda: "DrainDeadlineExceeded" in flumectl("events", "--for", "attention-2").stdout)
+    (event,) = json.loads(flumectl("events", "--types", "Warning", "-o", "json").stdout)
+    assert "50 tokens" in event["message"] and event["reason"] == "DrainDeadlineExceeded"
+    for request, call in (
+        (pb.ScaleRequest(replicas=1, deadline_s=-1), controller.stub.Scale),
+        (pb.DrainNodeRequest(node="attention-1", deadline_s=float("nan")), controller.stub.DrainNode),
+    ):
+        assert refusal(lambda request=request, call=call: call(request, timeout=5))[0] is (
+            grpc.StatusCode.INVALID_ARGUMENT
+        )
 
 
 def test_a_node_that_is_not_there_can_not_be_drained(flumectl):

@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 from flume_controller.observe import free_ids
 from flume_controller.plan import Drain, NodeView, Phase, Start, Stop, Undrain, plan
@@ -15,8 +17,8 @@ DRAINING, STOPPING, LOST, STUCK, DEAD = (
 COUNTS = (STARTING, PREPARING, READY)
 
 
-def node(id, phase, held=0, safe=False, managed=True):
-    return NodeView(id, phase, held, safe, managed)
+def node(id, phase, held=0, safe=False, managed=True, **leaving):
+    return NodeView(id, phase, held, safe, managed, **leaving)
 
 
 @pytest.mark.parametrize(
@@ -80,6 +82,53 @@ def node(id, phase, held=0, safe=False, managed=True):
         pytest.param(
             0, [node("a", READY), node("b", READY, 2)], [Drain("a"), Drain("b")], id="scale to zero"
         ),
+        pytest.param(
+            1,
+            [node("a", READY, 9), node("b", READY, 5, leave_by_s=30.0)],
+            [Drain("b", 30.0)],
+            id="it is told by when",
+        ),
+        pytest.param(
+            1,
+            [node("a", READY), node("b", DRAINING, 5, leave_by_s=30.0, told=False)],
+            [Drain("b", 30.0)],
+            id="one that leaves already is told of a new deadline",
+        ),
+        pytest.param(
+            1,
+            [node("a", READY), node("b", DRAINING, 5, overdue=True)],
+            [Stop("b", lost_tokens=5)],
+            id="one that is past its deadline is stopped although it holds something",
+        ),
+        pytest.param(
+            1,
+            [node("a", READY), node("b", DRAINING, safe=True, overdue=True)],
+            [Stop("b")],
+            id="one that was empty in time loses nothing",
+        ),
+        pytest.param(
+            1,
+            [node("a", PREPARING), node("b", DRAINING, 5, overdue=True)],
+            [],
+            id="it is not stopped before somebody can take over",
+        ),
+        pytest.param(
+            2,
+            [
+                node("a", READY, drained=True),
+                node("b", DRAINING, 5, drained=True, overdue=True),
+                node("c", STARTING),
+                node("d", STARTING),
+            ],
+            [Drain("a")],
+            id="who leaves now takes nothing over",
+        ),
+        pytest.param(
+            2,
+            [node("a", READY), node("b", DRAINING, 5, overdue=True)],
+            [Undrain("b")],
+            id="nor is one stopped that is wanted again",
+        ),
     ],
 )
 def test_plan(desired, nodes, actions):
@@ -88,16 +137,27 @@ def test_plan(desired, nodes, actions):
 
 VIEWS = st.lists(
     st.builds(
-        lambda phase, held, empty: (phase, 0 if empty else held, empty),
+        lambda phase, held, empty, *leaving: (phase, 0 if empty else held, empty, *leaving),
         st.sampled_from(list(Phase)),
         st.integers(0, 1000),
         st.booleans(),
+        st.booleans(),
+        st.sampled_from(["no deadline", "not told", "told", "overdue"]),
     ),
     max_size=8,
 ).map(
     lambda items: [
-        node(f"attention-{number}", phase, held, phase is DRAINING and empty)
-        for number, (phase, held, empty) in enumerate(items, 1)
+        node(
+            f"attention-{number}",
+            phase,
+            held,
+            phase is DRAINING and empty,
+            drained=drained,
+            leave_by_s=0.0 if leaving == "no deadline" else 30.0,
+            told=leaving != "not told" or phase is not DRAINING,
+            overdue=leaving == "overdue" and phase is DRAINING,
+        )
+        for number, (phase, held, empty, drained, leaving) in enumerate(items, 1)
     ]
 )
 DESIRED = st.integers(0, 6)
@@ -110,14 +170,15 @@ def do(actions, nodes):
         match action:
             case Start(count):
                 world |= {id: node(id, STARTING) for id in free_ids(count, world)}
-            case Drain(id):
-                assert world[id].phase in (PREPARING, READY), "only what is registered can be drained"
-                world[id] = node(id, DRAINING, world[id].held_tokens)
+            case Drain(id, leave_by_s):
+                assert world[id].phase in (PREPARING, READY, DRAINING), "it takes somebody to tell"
+                assert leave_by_s == world[id].leave_by_s
+                world[id] = replace(world[id], phase=DRAINING, told=True)
             case Undrain(id):
                 assert world[id].phase is DRAINING
-                world[id] = node(id, READY, world[id].held_tokens)
+                world[id] = replace(world[id], phase=READY, safe_to_delete=False, told=True, overdue=False)
             case Stop(id):
-                world[id] = node(id, STOPPING)
+                world[id] = node(id, STOPPING, drained=world[id].drained)
     return list(world.values())
 
 
@@ -129,26 +190,40 @@ def test_doing_what_the_plan_says_settles_it(desired, nodes):
 @given(DESIRED, VIEWS)
 def test_as_many_stay_as_are_wanted_and_lost_ones_may_come_back(desired, nodes):
     after = do(plan(desired, nodes), nodes)
-    staying = sum(view.phase in COUNTS for view in after)
-    lost = sum(view.phase is LOST for view in after)
+    staying = sum(view.phase in COUNTS and not view.drained for view in after)
+    lost = sum(view.phase is LOST and not view.drained for view in after)
     assert min(desired, desired - lost) <= staying <= desired
 
 
 @given(DESIRED, VIEWS)
 def test_no_ready_node_leaves_while_too_few_would_remain(desired, nodes):
-    ready = {view.id for view in nodes if view.phase is READY}
+    ready = {view.id for view in nodes if view.phase is READY and not view.drained}
     leaving = {action.node for action in plan(desired, nodes) if isinstance(action, Drain)} & ready
     if leaving:
         assert len(ready - leaving) >= desired
 
 
 @given(DESIRED, VIEWS)
-def test_nothing_that_holds_work_is_stopped(desired, nodes):
+def test_nothing_that_holds_work_is_stopped_before_its_deadline(desired, nodes):
     views = {view.id: view for view in nodes}
     for action in plan(desired, nodes):
         if isinstance(action, Stop):
             view = views[action.node]
-            assert view.safe_to_delete or view.phase in (STARTING, STUCK)
+            assert view.safe_to_delete or view.overdue or view.phase in (STARTING, STUCK)
+            assert action.lost_tokens == (0 if view.safe_to_delete else view.held_tokens) or not view.overdue
+
+
+@given(DESIRED, VIEWS)
+def test_what_is_stopped_with_work_leaves_somebody_to_do_it(desired, nodes):
+    actions = plan(desired, nodes)
+    after = do(actions, nodes)
+    if any(isinstance(action, Stop) and action.lost_tokens for action in actions):
+        assert any(view.phase is READY and not view.drained for view in after)
+
+
+@given(DESIRED, VIEWS)
+def test_whoever_leaves_knows_by_when(desired, nodes):
+    assert all(view.told for view in do(plan(desired, nodes), nodes) if view.phase is DRAINING)
 
 
 @given(DESIRED, VIEWS)
@@ -180,7 +255,8 @@ def _lives_on(view, data):
         DRAINING: [DRAINING, DEAD],
     }
     phase = data.draw(st.sampled_from(steps.get(view.phase, [view.phase])))
-    return node(view.id, phase, view.held_tokens)
+    overdue = phase is DRAINING and view.leave_by_s > 0 and data.draw(st.booleans())
+    return node(view.id, phase, view.held_tokens, leave_by_s=view.leave_by_s, overdue=overdue)
 
 
 def _rests(view):

@@ -9,18 +9,20 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class ScaleRequest(_message.Message):
-    __slots__ = ("replicas", "current_replicas", "actor", "dry_run", "revision")
+    __slots__ = ("replicas", "current_replicas", "actor", "dry_run", "revision", "deadline_s")
     REPLICAS_FIELD_NUMBER: _ClassVar[int]
     CURRENT_REPLICAS_FIELD_NUMBER: _ClassVar[int]
     ACTOR_FIELD_NUMBER: _ClassVar[int]
     DRY_RUN_FIELD_NUMBER: _ClassVar[int]
     REVISION_FIELD_NUMBER: _ClassVar[int]
+    DEADLINE_S_FIELD_NUMBER: _ClassVar[int]
     replicas: int
     current_replicas: int
     actor: str
     dry_run: bool
     revision: int
-    def __init__(self, replicas: _Optional[int] = ..., current_replicas: _Optional[int] = ..., actor: _Optional[str] = ..., dry_run: _Optional[bool] = ..., revision: _Optional[int] = ...) -> None: ...
+    deadline_s: float
+    def __init__(self, replicas: _Optional[int] = ..., current_replicas: _Optional[int] = ..., actor: _Optional[str] = ..., dry_run: _Optional[bool] = ..., revision: _Optional[int] = ..., deadline_s: _Optional[float] = ...) -> None: ...
 
 class ScaleReply(_message.Message):
     __slots__ = ("previous", "replicas", "generation")
@@ -66,8 +68,16 @@ class Autoscale(_message.Message):
     max: int
     def __init__(self, enabled: _Optional[bool] = ..., paused: _Optional[bool] = ..., min: _Optional[int] = ..., max: _Optional[int] = ...) -> None: ...
 
+class Leaving(_message.Message):
+    __slots__ = ("node", "by_s")
+    NODE_FIELD_NUMBER: _ClassVar[int]
+    BY_S_FIELD_NUMBER: _ClassVar[int]
+    node: str
+    by_s: float
+    def __init__(self, node: _Optional[str] = ..., by_s: _Optional[float] = ...) -> None: ...
+
 class StatusReply(_message.Message):
-    __slots__ = ("cluster", "desired", "ready", "preparing", "draining", "generation", "observed_generation", "conditions", "weight_nodes", "routers", "store_connected", "model", "set_by", "min", "max", "autoscale", "leader", "drained")
+    __slots__ = ("cluster", "desired", "ready", "preparing", "draining", "generation", "observed_generation", "conditions", "weight_nodes", "routers", "store_connected", "model", "set_by", "min", "max", "autoscale", "leader", "drained", "leaving")
     CLUSTER_FIELD_NUMBER: _ClassVar[int]
     DESIRED_FIELD_NUMBER: _ClassVar[int]
     READY_FIELD_NUMBER: _ClassVar[int]
@@ -86,6 +96,7 @@ class StatusReply(_message.Message):
     AUTOSCALE_FIELD_NUMBER: _ClassVar[int]
     LEADER_FIELD_NUMBER: _ClassVar[int]
     DRAINED_FIELD_NUMBER: _ClassVar[int]
+    LEAVING_FIELD_NUMBER: _ClassVar[int]
     cluster: str
     desired: int
     ready: int
@@ -104,14 +115,15 @@ class StatusReply(_message.Message):
     autoscale: Autoscale
     leader: str
     drained: _containers.RepeatedScalarFieldContainer[str]
-    def __init__(self, cluster: _Optional[str] = ..., desired: _Optional[int] = ..., ready: _Optional[int] = ..., preparing: _Optional[int] = ..., draining: _Optional[int] = ..., generation: _Optional[int] = ..., observed_generation: _Optional[int] = ..., conditions: _Optional[_Iterable[_Union[Condition, _Mapping]]] = ..., weight_nodes: _Optional[int] = ..., routers: _Optional[int] = ..., store_connected: _Optional[bool] = ..., model: _Optional[str] = ..., set_by: _Optional[str] = ..., min: _Optional[int] = ..., max: _Optional[int] = ..., autoscale: _Optional[_Union[Autoscale, _Mapping]] = ..., leader: _Optional[str] = ..., drained: _Optional[_Iterable[str]] = ...) -> None: ...
+    leaving: _containers.RepeatedCompositeFieldContainer[Leaving]
+    def __init__(self, cluster: _Optional[str] = ..., desired: _Optional[int] = ..., ready: _Optional[int] = ..., preparing: _Optional[int] = ..., draining: _Optional[int] = ..., generation: _Optional[int] = ..., observed_generation: _Optional[int] = ..., conditions: _Optional[_Iterable[_Union[Condition, _Mapping]]] = ..., weight_nodes: _Optional[int] = ..., routers: _Optional[int] = ..., store_connected: _Optional[bool] = ..., model: _Optional[str] = ..., set_by: _Optional[str] = ..., min: _Optional[int] = ..., max: _Optional[int] = ..., autoscale: _Optional[_Union[Autoscale, _Mapping]] = ..., leader: _Optional[str] = ..., drained: _Optional[_Iterable[str]] = ..., leaving: _Optional[_Iterable[_Union[Leaving, _Mapping]]] = ...) -> None: ...
 
 class ListNodesRequest(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...
 
 class Node(_message.Message):
-    __slots__ = ("id", "role", "state", "pid", "host", "address", "epoch", "kv_capacity_tokens", "kv_used_tokens", "age_s", "version", "sequences")
+    __slots__ = ("id", "role", "state", "pid", "host", "address", "epoch", "kv_capacity_tokens", "kv_used_tokens", "age_s", "version", "sequences", "leave_by_s")
     ID_FIELD_NUMBER: _ClassVar[int]
     ROLE_FIELD_NUMBER: _ClassVar[int]
     STATE_FIELD_NUMBER: _ClassVar[int]
@@ -124,6 +136,7 @@ class Node(_message.Message):
     AGE_S_FIELD_NUMBER: _ClassVar[int]
     VERSION_FIELD_NUMBER: _ClassVar[int]
     SEQUENCES_FIELD_NUMBER: _ClassVar[int]
+    LEAVE_BY_S_FIELD_NUMBER: _ClassVar[int]
     id: str
     role: str
     state: str
@@ -136,7 +149,8 @@ class Node(_message.Message):
     age_s: float
     version: str
     sequences: int
-    def __init__(self, id: _Optional[str] = ..., role: _Optional[str] = ..., state: _Optional[str] = ..., pid: _Optional[int] = ..., host: _Optional[str] = ..., address: _Optional[str] = ..., epoch: _Optional[int] = ..., kv_capacity_tokens: _Optional[int] = ..., kv_used_tokens: _Optional[int] = ..., age_s: _Optional[float] = ..., version: _Optional[str] = ..., sequences: _Optional[int] = ...) -> None: ...
+    leave_by_s: float
+    def __init__(self, id: _Optional[str] = ..., role: _Optional[str] = ..., state: _Optional[str] = ..., pid: _Optional[int] = ..., host: _Optional[str] = ..., address: _Optional[str] = ..., epoch: _Optional[int] = ..., kv_capacity_tokens: _Optional[int] = ..., kv_used_tokens: _Optional[int] = ..., age_s: _Optional[float] = ..., version: _Optional[str] = ..., sequences: _Optional[int] = ..., leave_by_s: _Optional[float] = ...) -> None: ...
 
 class ListNodesReply(_message.Message):
     __slots__ = ("nodes", "revision")
@@ -249,12 +263,14 @@ class ListEventsReply(_message.Message):
     def __init__(self, events: _Optional[_Iterable[_Union[Event, _Mapping]]] = ...) -> None: ...
 
 class DrainNodeRequest(_message.Message):
-    __slots__ = ("node", "dry_run")
+    __slots__ = ("node", "dry_run", "deadline_s")
     NODE_FIELD_NUMBER: _ClassVar[int]
     DRY_RUN_FIELD_NUMBER: _ClassVar[int]
+    DEADLINE_S_FIELD_NUMBER: _ClassVar[int]
     node: str
     dry_run: bool
-    def __init__(self, node: _Optional[str] = ..., dry_run: _Optional[bool] = ...) -> None: ...
+    deadline_s: float
+    def __init__(self, node: _Optional[str] = ..., dry_run: _Optional[bool] = ..., deadline_s: _Optional[float] = ...) -> None: ...
 
 class DrainNodeReply(_message.Message):
     __slots__ = ("changed", "generation")

@@ -148,6 +148,7 @@ def status_message(
     store_connected: bool,
 ) -> pb.StatusReply:
     """Desired from the spec, the rest from the last report; a report may be older than the spec."""
+    members = list(members)
     ready = [member for member in members if member.state is State.READY]
     return pb.StatusReply(
         cluster=cluster,
@@ -168,6 +169,11 @@ def status_message(
         autoscale=autoscale_message(spec.autoscale if spec else Autoscale()),
         leader=status.leader if status else "",
         drained=spec.drained if spec else (),
+        leaving=[
+            pb.Leaving(node=member.id, by_s=member.leave_by_s)
+            for member in sorted(members, key=lambda member: member.leave_by_s)
+            if member.state is State.DRAINING and member.leave_by_s
+        ],
     )
 
 
@@ -197,6 +203,7 @@ def node_message(member: Member, held: Held | None, now_s: float) -> pb.Node:
         age_s=max(0.0, now_s - member.started_at_s),
         version=member.version,
         sequences=held.sequences if held else member.sequences,
+        leave_by_s=member.leave_by_s,
     )
 
 

@@ -16,7 +16,7 @@ import msgspec
 from flume_common.keys import Keys
 from flume_common.store import Put, Store, mod_revision
 
-from flume_controller.spec import Actor, AttentionSpec, Autoscale, decode_spec, encode
+from flume_controller.spec import Actor, AttentionSpec, Autoscale, Deadline, decode_spec, encode
 
 _ATTEMPTS = 5
 
@@ -75,9 +75,10 @@ async def set_desired(
     actor: Actor,
     current: int | None,
     revision: int | None = None,
+    deadline_s: float = 0.0,
     now_s: float,
 ) -> tuple[AttentionSpec, AttentionSpec]:
-    """Set the desired count; the spec before and after. Setting it to what it is changes nothing.
+    """Set the desired count; the spec before and after. See `changed`.
 
     `current` and `revision` (of the spec's key) are preconditions. While another scale is under way the
     new count takes its place. Raises OutOfBounds, NotCurrent, RevisionChanged, SpecConflict,
@@ -86,7 +87,9 @@ async def set_desired(
     return await edit(
         store,
         keys,
-        lambda spec: changed(spec, replicas, actor=actor, current=current, now_s=now_s),
+        lambda spec: changed(
+            spec, replicas, actor=actor, current=current, deadline_s=deadline_s, now_s=now_s
+        ),
         revision=revision,
     )
 
@@ -127,24 +130,40 @@ async def edit(
 
 
 def changed(
-    spec: AttentionSpec, replicas: int, *, actor: Actor, current: int | None, now_s: float
+    spec: AttentionSpec,
+    replicas: int,
+    *,
+    actor: Actor,
+    current: int | None,
+    deadline_s: float = 0.0,
+    now_s: float,
 ) -> AttentionSpec:
-    """The next generation of `spec`, or `spec` itself when it asks for nothing new. Pure."""
+    """The next generation of `spec`, or `spec` itself when it asks for nothing new. Pure.
+
+    `deadline_s` is for the nodes that leave, those that do so already included; 0: they have none.
+    Setting the count to what it is changes nothing without one.
+    """
     if current is not None and current != spec.desired:
         raise NotCurrent(current, spec.desired)
     if not spec.min <= replicas <= spec.max:
         raise OutOfBounds(replicas, spec)
     autoscale = _pinned(spec.autoscale) if actor is not Actor.AUTOSCALER else spec.autoscale
-    if (replicas, autoscale) == (spec.desired, spec.autoscale):
+    if (replicas, autoscale, deadline_s) == (spec.desired, spec.autoscale, 0.0):
         return spec
     return msgspec.structs.replace(
         spec,
         desired=replicas,
+        scale_deadline=deadline_from(deadline_s, now_s),
         autoscale=autoscale,
         set_by=actor,
         generation=spec.generation + 1,
         updated_at_s=now_s,
     )
+
+
+def deadline_from(deadline_s: float, now_s: float) -> Deadline | None:
+    """None for 0."""
+    return Deadline(within_s=deadline_s, by_s=now_s + deadline_s) if deadline_s else None
 
 
 def with_autoscale(spec: AttentionSpec, autoscale: Autoscale, *, now_s: float) -> AttentionSpec:

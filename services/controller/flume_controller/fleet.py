@@ -23,6 +23,7 @@ from flume_common.store import KeyValue, Put, Store, mod_revision
 
 from flume_controller import desired, happenings
 from flume_controller.events import Happening
+from flume_controller.leaving import with_deadline
 from flume_controller.memory import Memory
 from flume_controller.nodes import Nodes
 from flume_controller.observe import Patience, free_ids, observe
@@ -36,6 +37,9 @@ log = structlog.get_logger()
 
 LEAVING_POLL_S = 0.3
 """That a draining node has become empty is seen only by asking it."""
+
+LEAST_DEADLINE_S = 0.001
+"""0 would be none."""
 
 Members = Mapping[str, Member]
 
@@ -174,7 +178,8 @@ class AttentionFleet:
         seen_s = self._memory.last_seen_s
         views = observe(members.values(), instances, held, seen_s, now_s, self._patience)
         self._memory.note_ready((view.id for view in views if view.phase is Phase.READY), instances, now_s)
-        return [replace(view, drained=view.id in spec.drained) for view in views]
+        told_s = {member.id: member.leave_by_s for member in members.values()}
+        return [with_deadline(view, spec, told_s.get(view.id, 0.0), now_s) for view in views]
 
     async def _act(self, actions: Sequence[Action], spec: AttentionSpec, members: Members) -> list[str]:
         failures = []
@@ -190,14 +195,17 @@ class AttentionFleet:
         match action:
             case Start(count):
                 await self._start(count, {*members, *spec.drained})
-            case Drain(node):
-                log.info("node_drain", node=node)
-                await self._nodes.drain(members[node])
+            case Drain(node, leave_by_s):
+                deadline_s = max(leave_by_s - self._clock(), LEAST_DEADLINE_S) if leave_by_s else 0.0
+                log.info("node_drain", node=node, deadline_s=round(deadline_s, 3))
+                await self._nodes.drain(members[node], deadline_s)
             case Undrain(node):
                 log.info("node_undrain", node=node)
                 await self._nodes.undrain(members[node])
-            case Stop(node):
+            case Stop(node, lost_tokens):
                 await self._stop(node, members)
+                if lost_tokens:
+                    self._tell(happenings.of_deadline(node, lost_tokens))
 
     async def _start(self, count: int, taken: set[str]) -> None:
         if self._memory.backoff.wait_s(self._clock()) > 0:

@@ -31,6 +31,11 @@ def of_giving_up(gave_up: GaveUp, deadline_s: float) -> Happening:
     return Happening(FLEET, EventType.WARNING, "ScaleTimedOut", message)
 
 
+def of_deadline(node: str, lost_tokens: int) -> Happening:
+    message = f"still held {lost_tokens} tokens when its deadline passed; they are computed again elsewhere"
+    return Happening(f"attention/{node}", EventType.WARNING, "DrainDeadlineExceeded", message)
+
+
 def of_election(leader: str, epoch: int) -> Happening:
     return Happening(
         f"controller/{leader}", EventType.NORMAL, "LeaderElected", f"{leader} leads with epoch {epoch}"

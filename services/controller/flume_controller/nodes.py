@@ -23,7 +23,8 @@ class Nodes(Protocol):
     async def held(self, members: Iterable[Member]) -> dict[str, Held]:
         """What each attention node holds, by id; a node that does not answer in time is left out."""
 
-    async def drain(self, member: Member) -> None: ...
+    async def drain(self, member: Member, deadline_s: float = 0.0) -> None:
+        """`deadline_s`: from now; 0: none."""
 
     async def undrain(self, member: Member) -> None: ...
 
@@ -39,8 +40,9 @@ class GrpcNodes:
         answers = await asyncio.gather(*(self._held(member) for member in asked))
         return {m.id: held for m, held in zip(asked, answers, strict=True) if held is not None}
 
-    async def drain(self, member: Member) -> None:
-        await self._attention(member).Drain(attention_pb2.DrainRequest(), timeout=CALL_DEADLINE_S)
+    async def drain(self, member: Member, deadline_s: float = 0.0) -> None:
+        request = attention_pb2.DrainRequest(deadline_s=deadline_s)
+        await self._attention(member).Drain(request, timeout=CALL_DEADLINE_S)
 
     async def undrain(self, member: Member) -> None:
         await self._attention(member).Undrain(attention_pb2.UndrainRequest(), timeout=CALL_DEADLINE_S)

@@ -39,6 +39,9 @@ class NodeView:
     safe_to_delete: bool = False  # DRAINING and holds nothing
     managed: bool = True  # this controller's provider runs it, and so can stop it
     drained: bool = False  # an operator wants this very node to go
+    leave_by_s: float = 0.0  # Unix time at which it is to be gone if it leaves; 0: once it is empty
+    told: bool = True  # a DRAINING one knows of `leave_by_s`
+    overdue: bool = False  # DRAINING, and that time has passed
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +52,7 @@ class Start:
 @dataclass(frozen=True, slots=True)
 class Drain:
     node: str
+    leave_by_s: float = 0.0  # as in NodeView
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +63,7 @@ class Undrain:
 @dataclass(frozen=True, slots=True)
 class Stop:
     node: str
+    lost_tokens: int = 0  # held past its deadline, and now to be computed again elsewhere
 
 
 Action = Start | Drain | Undrain | Stop
@@ -79,7 +84,8 @@ def plan(desired: int, nodes: Sequence[NodeView]) -> list[Action]:
     wanted = _more(desired - len(staying) - lost, nodes)
     wanted += [_leave(node) for node in present if node.drained]
     wanted += [_leave(node) for node in _victims(len(staying) - desired, staying)]
-    return [*wanted, *_stops(nodes, wanted)]
+    wanted += _stops(nodes, wanted)
+    return [*wanted, *_reminders(nodes, wanted)]
 
 
 def _more(missing: int, nodes: Iterable[NodeView]) -> list[Action]:
@@ -103,16 +109,34 @@ def _victims(surplus: int, staying: Iterable[NodeView]) -> list[NodeView]:
 
 def _leave(node: NodeView) -> Action:
     """A process that has not registered holds nothing and has no address to be drained at."""
-    return Stop(node.id) if node.phase is Phase.STARTING else Drain(node.id)
+    return Stop(node.id) if node.phase is Phase.STARTING else Drain(node.id, node.leave_by_s)
 
 
 def _stops(nodes: Iterable[NodeView], wanted: Sequence[Action]) -> list[Action]:
-    taken_back = {action.node for action in wanted if isinstance(action, Undrain)}
+    ordered = _named(wanted)
+    # What a node held past its deadline is computed again, which needs somebody to hold it.
+    heir = any(node.phase is Phase.READY and node.id not in ordered for node in nodes)
     return [
-        Stop(node.id)
+        Stop(node.id, node.held_tokens if node.overdue and not node.safe_to_delete else 0)
         for node in nodes
-        if node.managed and node.id not in taken_back and (_is_empty(node) or node.phase is Phase.STUCK)
+        if node.managed
+        and node.id not in ordered
+        and (_is_empty(node) or node.phase is Phase.STUCK or (node.overdue and heir))
     ]
+
+
+def _reminders(nodes: Iterable[NodeView], wanted: Sequence[Action]) -> list[Action]:
+    """Nodes that leave already and whose deadline is another than they know."""
+    ordered = _named(wanted)
+    return [
+        Drain(node.id, node.leave_by_s)
+        for node in nodes
+        if node.phase is Phase.DRAINING and not node.told and node.id not in ordered
+    ]
+
+
+def _named(actions: Iterable[Action]) -> set[str]:
+    return {action.node for action in actions if not isinstance(action, Start)}
 
 
 def _is_empty(node: NodeView) -> bool:

@@ -1,7 +1,8 @@
 """Whether a scale gets on, and what to return to when it does not. Pure.
 
 As a Kubernetes Deployment's: the deadline counts from the last progress, which is a new generation of the
-spec or one more ready node. Draining has no deadline: it lasts as long as the sequences it waits for.
+spec or one more ready node. Draining is no part of it: it lasts as long as the sequences it waits for,
+or until the deadline that came with it (`leaving.py`).
 """
 
 from __future__ import annotations

@@ -45,6 +45,14 @@ class Autoscale(msgspec.Struct, frozen=True, kw_only=True):
         return self.enabled and not self.paused
 
 
+class Deadline(msgspec.Struct, frozen=True, kw_only=True):
+    """How long nodes that leave may take; what they hold then is lost and computed again."""
+
+    within_s: Annotated[float, msgspec.Meta(gt=0)]
+    by_s: float
+    """Unix time: `within_s` after the wish was made."""
+
+
 class AttentionSpec(msgspec.Struct, frozen=True, kw_only=True):
     """The desired number of attention nodes. Raises ValueError when it lies outside its own bounds."""
 
@@ -57,8 +65,12 @@ class AttentionSpec(msgspec.Struct, frozen=True, kw_only=True):
     updated_at_s: float = 0.0
     """Unix time of that change."""
     autoscale: Autoscale = Autoscale()
+    scale_deadline: Deadline | None = None
+    """For nodes that leave because of the count. None: as long as their sequences take."""
     drained: tuple[str, ...] = ()
     """Nodes that operators want emptied and gone, whatever the count; the controller never edits it."""
+    drain_deadlines: dict[str, Deadline] = {}
+    """Of those of `drained` that have one."""
 
     def __post_init__(self) -> None:
         if not self.min <= self.desired <= self.max:

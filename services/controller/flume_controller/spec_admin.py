@@ -6,6 +6,7 @@ acts on it, whoever took the call.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 
@@ -20,7 +21,7 @@ from flume_protos.v1 import admin_pb2 as pb
 from flume_controller import desired
 from flume_controller.admin_sources import SPEC_STATUS_OF, Context, Sources
 from flume_controller.desired import RevisionChanged
-from flume_controller.spec import Actor, AttentionSpec, Autoscale
+from flume_controller.spec import Actor, AttentionSpec, Autoscale, Deadline
 
 TPOT_SLO = Path(Scope.CONTROLLER, "tpot_slo_ms")
 
@@ -31,6 +32,10 @@ class UnknownActor(ValueError):
 
 class InvalidBounds(ValueError):
     """The autoscaler's bounds are crossed or outside of the spec's."""
+
+
+class InvalidDeadline(ValueError):
+    """`deadline_s` is no time."""
 
 
 class UnknownNode(Exception):
@@ -53,6 +58,7 @@ class NodeSilent(Exception):
 
 STATUS_OF: dict[type[Exception], grpc.StatusCode] = {
     UnknownActor: grpc.StatusCode.INVALID_ARGUMENT,
+    InvalidDeadline: grpc.StatusCode.INVALID_ARGUMENT,
     InvalidBounds: grpc.StatusCode.INVALID_ARGUMENT,
     ConfigError: grpc.StatusCode.INVALID_ARGUMENT,
     UnknownNode: grpc.StatusCode.NOT_FOUND,
@@ -72,11 +78,16 @@ class SpecRpcs:
 
     async def Scale(self, request: pb.ScaleRequest, context: Context) -> pb.ScaleReply:
         async with status_errors(context, STATUS_OF):
-            actor = _actor(request.actor)
+            actor, deadline_s = _actor(request.actor), _deadline_s(request.deadline_s)
             current = request.current_replicas if request.HasField("current_replicas") else None
             before, after = await self._edit(
                 lambda spec: desired.changed(
-                    spec, request.replicas, actor=actor, current=current, now_s=time.time()
+                    spec,
+                    request.replicas,
+                    actor=actor,
+                    current=current,
+                    deadline_s=deadline_s,
+                    now_s=time.time(),
                 ),
                 revision=request.revision if request.HasField("revision") else None,
                 dry_run=request.dry_run,
@@ -85,11 +96,13 @@ class SpecRpcs:
 
     async def DrainNode(self, request: pb.DrainNodeRequest, context: Context) -> pb.DrainNodeReply:
         async with status_errors(context, STATUS_OF):
+            deadline_s = _deadline_s(request.deadline_s)
             spec, _ = await desired.read(self._from.store, self._from.keys)
             if spec is None or request.node not in spec.drained:
                 await self._require(request.node)
             before, after = await self._edit(
-                lambda spec: drained(spec, request.node, now_s=time.time()), dry_run=request.dry_run
+                lambda spec: drained(spec, request.node, deadline_s=deadline_s, now_s=time.time()),
+                dry_run=request.dry_run,
             )
         return pb.DrainNodeReply(changed=after != before, generation=after.generation)
 
@@ -170,22 +183,43 @@ def _actor(name: str) -> Actor:
         raise UnknownActor(f"actor must be one of {', '.join(Actor)}, got {name!r}") from None
 
 
-def drained(spec: AttentionSpec, node: str, *, now_s: float) -> AttentionSpec:
-    """The next generation of `spec`, or `spec` itself when `node` is to be drained already. Pure."""
-    if node in spec.drained:
+def _deadline_s(deadline_s: float) -> float:
+    if not 0 <= deadline_s < math.inf:
+        raise InvalidDeadline(f"deadline_s must be a time, got {deadline_s}")
+    return deadline_s
+
+
+def drained(spec: AttentionSpec, node: str, *, deadline_s: float = 0.0, now_s: float) -> AttentionSpec:
+    """The next generation of `spec`, or `spec` itself when `node` is drained so already. Pure.
+
+    Of two drains of one node the last counts, also where it is the one without a deadline.
+    """
+    others = {name: item for name, item in spec.drain_deadlines.items() if name != node}
+    deadline = desired.deadline_from(deadline_s, now_s)
+    if node in spec.drained and deadline is None and node not in spec.drain_deadlines:
         return spec
-    return _with_drained(spec, (*spec.drained, node), now_s)
+    names = spec.drained if node in spec.drained else (*spec.drained, node)
+    return _with_drained(spec, names, others | ({node: deadline} if deadline else {}), now_s)
 
 
 def undrained(spec: AttentionSpec, node: str, *, now_s: float) -> AttentionSpec:
     """The next generation of `spec`. Pure. Raises NotDrained."""
     if node not in spec.drained:
         raise NotDrained(node)
-    return _with_drained(spec, tuple(item for item in spec.drained if item != node), now_s)
+    others = {name: item for name, item in spec.drain_deadlines.items() if name != node}
+    return _with_drained(spec, tuple(item for item in spec.drained if item != node), others, now_s)
 
 
-def _with_drained(spec: AttentionSpec, nodes: tuple[str, ...], now_s: float) -> AttentionSpec:
-    return msgspec.structs.replace(spec, drained=nodes, generation=spec.generation + 1, updated_at_s=now_s)
+def _with_drained(
+    spec: AttentionSpec, nodes: tuple[str, ...], deadlines: dict[str, Deadline], now_s: float
+) -> AttentionSpec:
+    return msgspec.structs.replace(
+        spec,
+        drained=nodes,
+        drain_deadlines=deadlines,
+        generation=spec.generation + 1,
+        updated_at_s=now_s,
+    )
 
 
 def autoscale_of(spec: AttentionSpec, request: pb.SetAutoscaleRequest) -> Autoscale:

@@ -141,6 +141,9 @@ def _node(row: Row, now_s: float) -> list[str]:
     }
     if node["role"] == "attention":
         fields["KV"] = f"{node['kv_used_tokens']} of {node['kv_capacity_tokens']} tokens"
+    if node["state"] == "DRAINING":
+        by_s = node["leave_by_s"]
+        fields["Leaves"] = "once it is empty" if by_s is None else f"in {r.leaves_in(by_s)}, empty or not"
     return [
         *_fields(fields),
         *_section("Lanes", row["lanes"], LANE_COLUMNS),

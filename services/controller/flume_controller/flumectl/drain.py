@@ -12,7 +12,7 @@ from flume_controller.flumectl.client import CALL_DEADLINE_S, Target, admin
 from flume_controller.flumectl.complete import node_names
 from flume_controller.flumectl.duration import DURATION
 from flume_controller.flumectl.errors import CommandError
-from flume_controller.flumectl.options import dry_run_option, target_options
+from flume_controller.flumectl.options import deadline_option, dry_run_option, target_options
 
 POLL_S = 0.3
 
@@ -27,19 +27,22 @@ POLL_S = 0.3
     show_default=True,
     help="How long to wait until it is gone; 0 does not wait. It goes on draining after a timeout.",
 )
+@deadline_option("It is gone by then")
 @dry_run_option
 @target_options
-def drain(target: Target, node: str, timeout_s: float, dry_run: bool) -> None:
+def drain(target: Target, node: str, timeout_s: float, deadline_s: float, dry_run: bool) -> None:
     """Empty the attention node NODE and let it go. Another one takes its place.
 
-    It takes no new tails, stays until the sequences it holds end, and is gone then. Streams go on.
+    It takes no new tails, stays until the sequences it holds end, and is gone then. With --deadline the
+    others take over what it holds. Streams go on. The last drain of a node counts.
 
     \b
     Examples:
       flumectl drain attention-2
+      flumectl drain attention-2 --deadline 30s
       flumectl drain attention-2 --timeout 0
     """
-    request = admin_pb2.DrainNodeRequest(node=node, dry_run=dry_run)
+    request = admin_pb2.DrainNodeRequest(node=node, dry_run=dry_run, deadline_s=deadline_s)
     with admin(target) as stub:
         reply = stub.DrainNode(request, timeout=CALL_DEADLINE_S)
         if dry_run:

@@ -11,6 +11,7 @@ import click
 
 from flume_controller.cluster_files import DEFAULT_DATA_DIR, DEFAULT_NAME, ClusterFiles
 from flume_controller.flumectl.client import Target
+from flume_controller.flumectl.duration import DURATION
 from flume_controller.flumectl.output import FORMATS
 
 
@@ -51,6 +52,18 @@ output_option = click.option(
 dry_run_option = click.option(
     "--dry-run", is_flag=True, help="Let the controller check it and say what would change; change nothing."
 )
+
+
+def deadline_option(what: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """--deadline as `deadline_s`, 0 without one."""
+    return click.option(
+        "--deadline",
+        "deadline_s",
+        type=DURATION,
+        default=0.0,
+        help=f"{what}: the others pull what they hold, and what is left then is computed again.  "
+        "[default: none, until their sequences end]",
+    )
 
 
 def target_options(command: Callable[..., None]) -> Callable[..., None]:

@@ -28,6 +28,7 @@ def node_row(node: admin_pb2.Node) -> Row:
         "sequences": node.sequences,
         "age_s": round(node.age_s, 1),
         "version": node.version,
+        "leave_by_s": node.leave_by_s or None,
     }
 
 
@@ -75,6 +76,7 @@ def status_row(status: admin_pb2.StatusReply) -> Row:
             "max": status.autoscale.max,
         },
         "drained": list(status.drained),
+        "leaving": [{"node": item.node, "leave_by_s": item.by_s} for item in status.leaving],
         "leader": status.leader,
         "weight_nodes": status.weight_nodes,
         "routers": status.routers,
@@ -196,6 +198,15 @@ def _age(row: Row) -> str:
     return format_age(row["age_s"])
 
 
+def leaves_in(leave_by_s: float) -> str:
+    """What is left until a Unix time."""
+    return format_age(leave_by_s - time.time())
+
+
+def _leaves_in(row: Row) -> str:
+    return "-" if row["leave_by_s"] is None else leaves_in(row["leave_by_s"])
+
+
 NODE_COLUMNS: Sequence[Column] = (
     column("ID", "id"),
     column("ROLE", "role"),
@@ -208,6 +219,7 @@ NODE_COLUMNS: Sequence[Column] = (
     column("ADDRESS", "address", wide=True),
     column("EPOCH", "epoch", wide=True),
     column("VERSION", "version", wide=True),
+    Column("LEAVES-IN", _leaves_in, wide=True),
 )
 ROUTE_COLUMNS: Sequence[Column] = (
     column("SEQUENCE", "sequence"),

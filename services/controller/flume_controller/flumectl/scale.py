@@ -10,7 +10,7 @@ from flume_protos.v1 import admin_pb2
 from flume_controller.flumectl.client import CALL_DEADLINE_S, Target, admin
 from flume_controller.flumectl.duration import DURATION
 from flume_controller.flumectl.errors import CommandError
-from flume_controller.flumectl.options import dry_run_option, target_options
+from flume_controller.flumectl.options import deadline_option, dry_run_option, target_options
 from flume_controller.flumectl.watching import given_up, progress, statuses
 
 
@@ -34,6 +34,7 @@ def scale() -> None:
     show_default=True,
     help="How long to wait for it; 0 does not wait. The controller goes on after a timeout.",
 )
+@deadline_option("Nodes that leave are gone by then")
 @click.option("--wait-drained", is_flag=True, help="Wait until the nodes that leave are gone, too.")
 @dry_run_option
 @target_options
@@ -42,20 +43,23 @@ def attention(
     replicas: int,
     current_replicas: int | None,
     timeout_s: float,
+    deadline_s: float,
     wait_drained: bool,
     dry_run: bool,
 ) -> None:
     """Set the number of attention nodes and wait until that many are ready.
 
-    Streams go on meanwhile. A node that leaves first drains: it stays until the sequences it holds end.
+    Streams go on meanwhile. A node that leaves first drains: it stays until the sequences it holds end,
+    or with --deadline until the others have taken over what it holds.
 
     \b
     Examples:
       flumectl scale attention --replicas 3
       flumectl scale attention --replicas 1 --wait-drained --timeout 5m
+      flumectl scale attention --replicas 1 --deadline 30s
       flumectl scale attention --replicas 4 --current-replicas 3
     """
-    request = admin_pb2.ScaleRequest(replicas=replicas, actor="user", dry_run=dry_run)
+    request = admin_pb2.ScaleRequest(replicas=replicas, actor="user", dry_run=dry_run, deadline_s=deadline_s)
     if current_replicas is not None:
         request.current_replicas = current_replicas
     with admin(target) as stub:

@@ -11,7 +11,7 @@ from flume_controller.flumectl.client import CALL_DEADLINE_S, Target, admin
 from flume_controller.flumectl.duration import format_age
 from flume_controller.flumectl.options import output_option, target_options
 from flume_controller.flumectl.output import Column, Row, Table, column, render_one
-from flume_controller.flumectl.rows import status_row
+from flume_controller.flumectl.rows import leaves_in, status_row
 
 
 @click.command()
@@ -55,6 +55,7 @@ def to_text(row: Row, now_s: float) -> str:
         f"Attention:     {counts}" + (" (the controller has yet to act on the last change)" if stale else ""),
         f"Set by:        {row['set_by'] or '<unknown>'}; autoscaling {_autoscale(row['autoscale'])}",
         *([f"Drained:       {', '.join(row['drained'])}"] if row["drained"] else ()),
+        *([f"Leaving:       {', '.join(map(_leaving, row['leaving']))}"] if row["leaving"] else ()),
         f"Controller:    {row['leader'] or '<none>'} leads",
         f"Weight nodes:  {row['weight_nodes']}",
         f"Routers:       {row['routers']}",
@@ -69,6 +70,10 @@ def to_text(row: Row, now_s: float) -> str:
         column("MESSAGE", "message"),
     )
     return "\n".join([*lines, *Table(columns, wide=False).lines(row["conditions"])])
+
+
+def _leaving(row: Row) -> str:
+    return f"{row['node']} in {leaves_in(row['leave_by_s'])}"
 
 
 def _autoscale(row: Row) -> str:
