@@ -7,6 +7,7 @@
 
 import json
 import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -310,3 +311,12 @@ def test_every_verb_has_help_with_examples():
 def test_completion_prints_a_script(shell):
     result = CliRunner().invoke(main, ["completion", shell])
     assert result.exit_code == 0 and "_FLUMECTL_COMPLETE" in result.stdout
+
+
+def test_a_scale_does_not_wait_for_what_it_does_not_use():
+    code = "import sys, flume_controller.flumectl.scale as _; print(*sys.modules)"
+    loaded = subprocess.run(
+        [sys.executable, "-c", code], check=True, capture_output=True, text=True
+    ).stdout.split()
+    unused = {"structlog", "rich", "yaml", "flume_common.store", "flume_controller.local_cluster"}
+    assert "grpc" in loaded and not unused & set(loaded)

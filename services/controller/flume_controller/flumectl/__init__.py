@@ -1,32 +1,36 @@
-"""`flumectl`: run a cluster on this machine, and operate one anywhere. One module per verb."""
+"""`flumectl`: run a cluster on this machine, and operate one anywhere. One module per verb.
+
+A verb's module is imported when it is asked for: a scale should not wait for what only `up` needs.
+"""
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import Any
 
 import click
 
-from flume_controller.flumectl.autoscale import autoscale
-from flume_controller.flumectl.completion import completion
-from flume_controller.flumectl.config import config
-from flume_controller.flumectl.describe import describe
-from flume_controller.flumectl.down import down
-from flume_controller.flumectl.drain import drain, undrain
-from flume_controller.flumectl.events import events
-from flume_controller.flumectl.generate import generate
-from flume_controller.flumectl.get import get
-from flume_controller.flumectl.logs import logs
-from flume_controller.flumectl.rollout import rollout
-from flume_controller.flumectl.scale import scale
-from flume_controller.flumectl.status import status
-from flume_controller.flumectl.top import top
-from flume_controller.flumectl.up import up
-from flume_controller.flumectl.version import version
-from flume_controller.flumectl.wait import wait
+MODULES = {name: name for name in (
+    *("up", "down", "generate", "logs"),
+    *("status", "get", "describe", "top", "events"),
+    *("scale", "autoscale", "rollout", "wait", "drain", "config"),
+    *("version", "completion"),
+)} | {"undrain": "drain"}  # fmt: skip
+"""Where each command is; it is called there as it is here."""
 
 
 class Commands(click.Group):
     """A group whose commands end on Ctrl-C as programs do in a shell: silently, with 128 + SIGINT."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return sorted(MODULES)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in MODULES:
+            return None
+        found = getattr(import_module(f"{__name__}.{MODULES[cmd_name]}"), cmd_name)
+        assert isinstance(found, click.Command)
+        return found
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
@@ -46,12 +50,3 @@ def main() -> None:
       flumectl scale attention --replicas 3
       flumectl down
     """
-
-
-for command in (
-    *(up, down, generate, logs),
-    *(status, get, describe, top, events),
-    *(scale, autoscale, rollout, wait, drain, undrain, config),
-    *(version, completion),
-):
-    main.add_command(command)

@@ -6,7 +6,6 @@ from collections.abc import Callable
 
 import click
 import grpc
-from flume_common.config_schema import SETTINGS, Path
 from flume_protos.v1 import admin_pb2, admin_pb2_grpc
 
 from flume_controller.cluster_files import ClusterFiles
@@ -32,6 +31,8 @@ def node_names(*roles: str) -> Complete:
 
 def setting_names(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[str]:
     """Completes settings by their full names, and by their keys alone."""
+    from flume_common.config_schema import SETTINGS, Path
+
     names = [Path(scope, item.key).name for item in SETTINGS.values() for scope in item.scopes]
     return [name for name in (*SETTINGS, *names) if name.startswith(incomplete)]
 

@@ -7,8 +7,6 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import yaml
-
 Row = Mapping[str, Any]
 FORMATS = ("table", "wide", "json", "yaml")
 
@@ -46,7 +44,9 @@ def render_one(row: Row, columns: Sequence[Column], fmt: str, table: Table) -> s
 
 
 def to_yaml(value: Any) -> str:
-    return yaml.safe_dump(value, sort_keys=False, allow_unicode=True).rstrip("\n")
+    import yaml  # slow, and seldom asked for
+
+    return str(yaml.safe_dump(value, sort_keys=False, allow_unicode=True)).rstrip("\n")
 
 
 class Table:
