@@ -15,6 +15,7 @@ from flume_common.lanes.frames import PAGE_BYTES, RING_FRAMES, allocate_pages, b
 from flume_common.lanes.processes import Process
 from flume_common.lanes.tags import LANE_MASK, MAX_LANE, tag_of
 from flume_common.layout import KvLayout
+from flume_common.pull_wire import PullShape
 from flume_common.wire import HEADER_BYTES, HEADER_WORDS, Kind, LaneShape
 
 LAYOUT = KvLayout(num_layers=2, num_query_heads=3, num_kv_heads=1, head_dim=5, dtype="bfloat16")
@@ -41,16 +42,19 @@ def test_a_lane_number_that_does_not_fit_is_refused(lane):
 
 
 def test_one_side_receives_what_the_other_sends():
-    assert Side.WEIGHT.sends == Side.ATTENTION.receives
-    assert Side.ATTENTION.sends == Side.WEIGHT.receives
-    assert set(Side.WEIGHT.sends) | set(Side.ATTENTION.sends) == set(Kind)
-    assert not set(Side.WEIGHT.sends) & set(Side.ATTENTION.sends)
+    for one, other, shape in (
+        (Side.WEIGHT, Side.ATTENTION, LaneShape),
+        (Side.PULLER, Side.LENDER, PullShape),
+    ):
+        assert one.sends == other.receives and other.sends == one.receives
+        assert sorted(one.sends + other.sends) == sorted(shape.kinds)
+    assert set(LaneShape.kinds) | set(PullShape.kinds) == set(Kind)
 
 
 def test_frames_hold_the_largest_body_and_share_no_byte():
     block = allocate_pages(block_bytes(SHAPE))
     frames = cut(block, SHAPE)
-    assert frames.keys() == RING_FRAMES.keys() == set(Kind)
+    assert frames.keys() == set(SHAPE.kinds) and RING_FRAMES.keys() == set(Kind)
     for mark, (kind, ring) in enumerate(frames.items(), 1):
         assert len(ring) == RING_FRAMES[kind]
         for index, frame in enumerate(ring):

@@ -7,12 +7,14 @@ from types import SimpleNamespace
 import numpy as np
 from flume_attention.blocks import BlockPool
 from flume_attention.holdings import Holdings
+from flume_attention.ranges import Range
 from flume_common.layout import KvLayout
 from flume_common.routes import Route
 from flume_common.wire import HEADER_WORDS, Credit, Header, Kind, LaneShape, Plan, sequence_key
 from flume_weight.adoption import choose, lay_out
 from flume_weight.batch import build, commit
 from flume_weight.fleet import Fleet
+from flume_weight.moves import ClosedRange
 from flume_weight.peer import Peer
 from flume_weight.placement import Balance
 from flume_weight.scheduler import StepLimits, schedule
@@ -78,6 +80,8 @@ class World:
         self.number = 0
         self.lost_tokens = 0
         self.recomputed_tokens = 0
+        self.moving = None  # the batch that is being pulled, and its target
+        self.moved_tokens = 0
 
     def add_node(self, name: str) -> None:
         self.nodes[name] = node = Node(name, self.blocks)
@@ -93,6 +97,41 @@ class World:
         _, affected = self.fleet.drop(name, self.sequences)
         del self.nodes[name]
         self.lost_tokens += sum(affected.values())
+
+    def start_pull(self) -> None:
+        batch = self.fleet.next_moves(self.sequences) if self.moving is None else None
+        if batch is not None:
+            self.moving = batch, self.fleet.peers[batch.target]
+
+    def end_pull(self) -> None:
+        """The target reads what is still there and it has room for; then the routes are swapped."""
+        if self.moving is None:
+            return
+        (batch, target), self.moving = self.moving, None
+        if self.fleet.peers.get(batch.target) is not target:
+            return
+        by_name = {sequence.name: sequence for sequence in self.sequences}
+        for item in batch.ranges:
+            if self._read(item, self.nodes[batch.target].holdings) and self.fleet.swap(
+                by_name[item.sequence], item, batch.target
+            ):
+                self.moved_tokens += item.tokens
+
+    def _read(self, item: ClosedRange, reader: Holdings) -> bool:
+        source = self.nodes.get(item.node)
+        slots = source.holdings.slots.values() if source else ()
+        key = sequence_key(item.sequence)
+        there = next((slot.range_at(item.start) for slot in slots if slot.key == key), None)
+        free = reader.blocks.free + reader.reserved_blocks - reader.unused
+        if there is None or not there.closed or LAYOUT.blocks_of(item.tokens) > free:
+            return False
+        assert there.length == item.tokens
+        copy = Range(reader.blocks, BLOCK, item.start)
+        copy.reserve(item.tokens)
+        copy.commit(item.tokens)
+        copy.closed = True
+        reader.arrivals.add("", key, copy, 0.0)
+        return True
 
     def step(self, dying: str | None = None) -> None:
         """One turn of the engine. A node that dies in it takes the whole step with it."""
@@ -161,6 +200,10 @@ class World:
                 )
                 assert parts == [(r.start, r.length, r.closed) for r in there.ranges] if there else not parts
             assert node.peer.ledger.taken_blocks == node.holdings.taken
+            assert not node.holdings.arrivals
+            held_blocks = sum(slot.num_blocks for slot in node.holdings.slots.values())
+            assert node.holdings.held_blocks == held_blocks
+            assert node.holdings.blocks.held == held_blocks + node.holdings.reserved_blocks
         for sequence in self.sequences:
             stored = sum(slot.held_tokens for slot in sequence.slots.values())
             missing = sum(hole.end - hole.at for hole in sequence.holes)
@@ -175,6 +218,8 @@ actions = st.lists(
         st.tuples(st.just("kill"), names),
         st.tuples(st.just("die in a step"), names),
         st.tuples(st.just("drain"), names),
+        st.tuples(st.just("evacuate"), names),
+        st.tuples(st.just("pull"), st.sampled_from(["start", "end"])),
         st.tuples(st.just("come"), names),
     ),
     max_size=25,
@@ -202,6 +247,13 @@ def test_whoever_dies_and_when_every_query_meets_every_token_before_it_once(acti
             case "drain" if present:
                 node = world.nodes[argument]
                 node.draining = node.peer.leaving = not node.draining
+            case "evacuate" if present:
+                peer = world.nodes[argument].peer
+                world.nodes[argument].draining = peer.leaving = peer.evacuating = not peer.evacuating
+            case "pull" if argument == "start":
+                world.start_pull()
+            case "pull":
+                world.end_pull()
             case "come" if not present:
                 world.add_node(argument)
         world.agree()
@@ -213,6 +265,45 @@ def test_whoever_dies_and_when_every_query_meets_every_token_before_it_once(acti
     world.run_until(lambda: not any(sequence.recovering for sequence in world.sequences))
     world.agree()
     assert world.recomputed_tokens == world.lost_tokens
+
+
+def test_a_node_that_must_be_empty_soon_becomes_so_without_a_token_computed_again():
+    world = World(200, margin_tokens=10_000)
+    world.add_node("a")
+    for tokens in 20, 30, 41:
+        world.add_sequence(tokens)
+    world.run_until(lambda: all(sequence.completion_tokens > 3 for sequence in world.sequences))
+    world.add_node("b")
+    world.nodes["b"].grant()
+    leaving = world.nodes["a"]
+    leaving.draining = leaving.peer.leaving = leaving.peer.evacuating = True
+    world.step()
+    world.start_pull()
+    world.step()
+    world.end_pull()
+    world.step()
+    world.agree()
+    assert not leaving.holdings.slots and world.moved_tokens > 91 and not world.recomputed_tokens
+    assert all(sequence.route.nodes == {"b"} for sequence in world.sequences)
+
+
+def test_ranges_that_nobody_needs_any_more_are_freed_where_they_arrived():
+    world = World(200, margin_tokens=10_000)
+    for name in "abc":
+        world.add_node(name)
+    world.add_sequence(20)
+    (sequence,) = world.sequences
+    world.run_until(lambda: sequence.committed_tokens == 20)
+    source, tail = sequence.tail_node, {"a", "b", "c"} - {sequence.tail_node}
+    world.fleet.move_tail(sequence, min(tail))
+    world.step()
+    world.nodes[source].peer.leaving = world.nodes[source].peer.evacuating = True
+    world.start_pull()
+    batch, _ = world.moving
+    assert batch.target == min(tail)
+    assert world._read(batch.ranges[0], world.nodes[batch.target].holdings)
+    assert not world.fleet.swap(None, batch.ranges[0], batch.target)
+    world.agree()
 
 
 def test_only_what_a_dead_node_held_is_lost():

@@ -81,6 +81,66 @@ class AdoptReply(_message.Message):
     in_use: bool
     def __init__(self, ranges: _Optional[_Iterable[_Union[HeldRange, _Mapping]]] = ..., in_use: _Optional[bool] = ...) -> None: ...
 
+class PulledRange(_message.Message):
+    __slots__ = ("sequence", "start", "tokens")
+    SEQUENCE_FIELD_NUMBER: _ClassVar[int]
+    START_FIELD_NUMBER: _ClassVar[int]
+    TOKENS_FIELD_NUMBER: _ClassVar[int]
+    sequence: str
+    start: int
+    tokens: int
+    def __init__(self, sequence: _Optional[str] = ..., start: _Optional[int] = ..., tokens: _Optional[int] = ...) -> None: ...
+
+class PullRequest(_message.Message):
+    __slots__ = ("weight_node", "epoch", "lender", "lender_address", "ranges")
+    WEIGHT_NODE_FIELD_NUMBER: _ClassVar[int]
+    EPOCH_FIELD_NUMBER: _ClassVar[int]
+    LENDER_FIELD_NUMBER: _ClassVar[int]
+    LENDER_ADDRESS_FIELD_NUMBER: _ClassVar[int]
+    RANGES_FIELD_NUMBER: _ClassVar[int]
+    weight_node: str
+    epoch: int
+    lender: str
+    lender_address: str
+    ranges: _containers.RepeatedCompositeFieldContainer[PulledRange]
+    def __init__(self, weight_node: _Optional[str] = ..., epoch: _Optional[int] = ..., lender: _Optional[str] = ..., lender_address: _Optional[str] = ..., ranges: _Optional[_Iterable[_Union[PulledRange, _Mapping]]] = ...) -> None: ...
+
+class PullReply(_message.Message):
+    __slots__ = ("ranges", "reason")
+    RANGES_FIELD_NUMBER: _ClassVar[int]
+    REASON_FIELD_NUMBER: _ClassVar[int]
+    ranges: _containers.RepeatedCompositeFieldContainer[PulledRange]
+    reason: str
+    def __init__(self, ranges: _Optional[_Iterable[_Union[PulledRange, _Mapping]]] = ..., reason: _Optional[str] = ...) -> None: ...
+
+class LendRequest(_message.Message):
+    __slots__ = ("puller", "epoch", "protocol_version", "layout", "worker_address", "lane", "chunk_bytes")
+    PULLER_FIELD_NUMBER: _ClassVar[int]
+    EPOCH_FIELD_NUMBER: _ClassVar[int]
+    PROTOCOL_VERSION_FIELD_NUMBER: _ClassVar[int]
+    LAYOUT_FIELD_NUMBER: _ClassVar[int]
+    WORKER_ADDRESS_FIELD_NUMBER: _ClassVar[int]
+    LANE_FIELD_NUMBER: _ClassVar[int]
+    CHUNK_BYTES_FIELD_NUMBER: _ClassVar[int]
+    puller: str
+    epoch: int
+    protocol_version: int
+    layout: _common_pb2.KvLayout
+    worker_address: bytes
+    lane: int
+    chunk_bytes: int
+    def __init__(self, puller: _Optional[str] = ..., epoch: _Optional[int] = ..., protocol_version: _Optional[int] = ..., layout: _Optional[_Union[_common_pb2.KvLayout, _Mapping]] = ..., worker_address: _Optional[bytes] = ..., lane: _Optional[int] = ..., chunk_bytes: _Optional[int] = ...) -> None: ...
+
+class LendReply(_message.Message):
+    __slots__ = ("epoch", "worker_address", "lane")
+    EPOCH_FIELD_NUMBER: _ClassVar[int]
+    WORKER_ADDRESS_FIELD_NUMBER: _ClassVar[int]
+    LANE_FIELD_NUMBER: _ClassVar[int]
+    epoch: int
+    worker_address: bytes
+    lane: int
+    def __init__(self, epoch: _Optional[int] = ..., worker_address: _Optional[bytes] = ..., lane: _Optional[int] = ...) -> None: ...
+
 class StatsRequest(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...
@@ -104,7 +164,7 @@ class LaneStats(_message.Message):
     def __init__(self, weight_node: _Optional[str] = ..., epoch: _Optional[int] = ..., granted_blocks: _Optional[int] = ..., held_blocks: _Optional[int] = ..., sequences: _Optional[int] = ..., ranges: _Optional[int] = ..., steps: _Optional[int] = ...) -> None: ...
 
 class StatsReply(_message.Message):
-    __slots__ = ("node", "state", "capacity_tokens", "used_tokens", "capacity_blocks", "used_blocks", "kv_bytes", "epoch_rejected", "lanes", "safe_to_delete", "orphan_tokens")
+    __slots__ = ("node", "state", "capacity_tokens", "used_tokens", "capacity_blocks", "used_blocks", "kv_bytes", "epoch_rejected", "lanes", "safe_to_delete", "orphan_tokens", "pulled_tokens", "pulls_refused")
     NODE_FIELD_NUMBER: _ClassVar[int]
     STATE_FIELD_NUMBER: _ClassVar[int]
     CAPACITY_TOKENS_FIELD_NUMBER: _ClassVar[int]
@@ -116,6 +176,8 @@ class StatsReply(_message.Message):
     LANES_FIELD_NUMBER: _ClassVar[int]
     SAFE_TO_DELETE_FIELD_NUMBER: _ClassVar[int]
     ORPHAN_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    PULLED_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    PULLS_REFUSED_FIELD_NUMBER: _ClassVar[int]
     node: str
     state: _common_pb2.NodeState
     capacity_tokens: int
@@ -127,7 +189,9 @@ class StatsReply(_message.Message):
     lanes: _containers.RepeatedCompositeFieldContainer[LaneStats]
     safe_to_delete: bool
     orphan_tokens: int
-    def __init__(self, node: _Optional[str] = ..., state: _Optional[_Union[_common_pb2.NodeState, str]] = ..., capacity_tokens: _Optional[int] = ..., used_tokens: _Optional[int] = ..., capacity_blocks: _Optional[int] = ..., used_blocks: _Optional[int] = ..., kv_bytes: _Optional[int] = ..., epoch_rejected: _Optional[int] = ..., lanes: _Optional[_Iterable[_Union[LaneStats, _Mapping]]] = ..., safe_to_delete: _Optional[bool] = ..., orphan_tokens: _Optional[int] = ...) -> None: ...
+    pulled_tokens: int
+    pulls_refused: int
+    def __init__(self, node: _Optional[str] = ..., state: _Optional[_Union[_common_pb2.NodeState, str]] = ..., capacity_tokens: _Optional[int] = ..., used_tokens: _Optional[int] = ..., capacity_blocks: _Optional[int] = ..., used_blocks: _Optional[int] = ..., kv_bytes: _Optional[int] = ..., epoch_rejected: _Optional[int] = ..., lanes: _Optional[_Iterable[_Union[LaneStats, _Mapping]]] = ..., safe_to_delete: _Optional[bool] = ..., orphan_tokens: _Optional[int] = ..., pulled_tokens: _Optional[int] = ..., pulls_refused: _Optional[int] = ...) -> None: ...
 
 class DrainRequest(_message.Message):
     __slots__ = ("deadline_s",)

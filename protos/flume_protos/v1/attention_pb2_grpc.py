@@ -50,6 +50,16 @@ class AttentionStub:
                 request_serializer=flume__protos_dot_v1_dot_attention__pb2.AdoptRequest.SerializeToString,
                 response_deserializer=flume__protos_dot_v1_dot_attention__pb2.AdoptReply.FromString,
                 _registered_method=True)
+        self.Pull = channel.unary_unary(
+                '/flume.v1.Attention/Pull',
+                request_serializer=flume__protos_dot_v1_dot_attention__pb2.PullRequest.SerializeToString,
+                response_deserializer=flume__protos_dot_v1_dot_attention__pb2.PullReply.FromString,
+                _registered_method=True)
+        self.Lend = channel.unary_unary(
+                '/flume.v1.Attention/Lend',
+                request_serializer=flume__protos_dot_v1_dot_attention__pb2.LendRequest.SerializeToString,
+                response_deserializer=flume__protos_dot_v1_dot_attention__pb2.LendReply.FromString,
+                _registered_method=True)
         self.Stats = channel.unary_unary(
                 '/flume.v1.Attention/Stats',
                 request_serializer=flume__protos_dot_v1_dot_attention__pb2.StatsRequest.SerializeToString,
@@ -96,6 +106,24 @@ class AttentionServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Pull(self, request, context):
+        """Reads closed ranges from another attention node and keeps them for the weight node that asks, which
+        takes them with a lane message (Op.TAKE) soon; what nobody takes is freed after a grace time. Answers
+        when the last byte is in its place; ranges that are gone, or that there is no room for, are left out.
+        FAILED_PRECONDITION: this node drains, or holds another layout than the lender; UNAVAILABLE: the
+        lender cannot be reached.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Lend(self, request, context):
+        """The other end of Pull, called by the attention node that pulls: sets up a lane between the engines.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def Stats(self, request, context):
         """Memory, ranges and lanes at this moment.
         """
@@ -135,6 +163,16 @@ def add_AttentionServicer_to_server(servicer, server):
                     servicer.Adopt,
                     request_deserializer=flume__protos_dot_v1_dot_attention__pb2.AdoptRequest.FromString,
                     response_serializer=flume__protos_dot_v1_dot_attention__pb2.AdoptReply.SerializeToString,
+            ),
+            'Pull': grpc.unary_unary_rpc_method_handler(
+                    servicer.Pull,
+                    request_deserializer=flume__protos_dot_v1_dot_attention__pb2.PullRequest.FromString,
+                    response_serializer=flume__protos_dot_v1_dot_attention__pb2.PullReply.SerializeToString,
+            ),
+            'Lend': grpc.unary_unary_rpc_method_handler(
+                    servicer.Lend,
+                    request_deserializer=flume__protos_dot_v1_dot_attention__pb2.LendRequest.FromString,
+                    response_serializer=flume__protos_dot_v1_dot_attention__pb2.LendReply.SerializeToString,
             ),
             'Stats': grpc.unary_unary_rpc_method_handler(
                     servicer.Stats,
@@ -234,6 +272,60 @@ class Attention:
             '/flume.v1.Attention/Adopt',
             flume__protos_dot_v1_dot_attention__pb2.AdoptRequest.SerializeToString,
             flume__protos_dot_v1_dot_attention__pb2.AdoptReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Pull(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/flume.v1.Attention/Pull',
+            flume__protos_dot_v1_dot_attention__pb2.PullRequest.SerializeToString,
+            flume__protos_dot_v1_dot_attention__pb2.PullReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Lend(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/flume.v1.Attention/Lend',
+            flume__protos_dot_v1_dot_attention__pb2.LendRequest.SerializeToString,
+            flume__protos_dot_v1_dot_attention__pb2.LendReply.FromString,
             options,
             channel_credentials,
             insecure,

@@ -29,9 +29,13 @@ from flume_attention.messages import (
     Attached,
     Detach,
     Detached,
+    EndPull,
     Kept,
     LaneClosed,
     LaneReport,
+    Lend,
+    PreparePull,
+    Pull,
     Refused,
     Report,
     SetDraining,
@@ -41,6 +45,7 @@ from flume_attention.messages import (
 )
 from flume_attention.node import Node
 from flume_attention.orphans import Orphans
+from flume_attention.pulls import Pulls
 from flume_attention.startup import elapsed_ms
 
 # How soon others hear of changes that nobody waits for.
@@ -50,18 +55,23 @@ QUIET_CREDIT_S = 0.1
 LINK_INTERVAL_S = 0.002
 # A lane that died while nothing moves on it is noticed at the latest after this.
 IDLE_LOOK_S = 0.5
+# SmolLM2-135M in float32: 2.9 MB, 1 ms of a step at each end.
+PULL_TOKENS_PER_STEP = 64
 
 
 class Engine:
     """Everything of one attention node that touches its memory. One thread."""
 
-    def __init__(self, node: Node, port: Port, link: EngineLink[ToEngine], threads: Threads) -> None:
+    def __init__(self, node: Node, port: Port, link: EngineLink[ToEngine], threads: Threads,
+        *, pull_tokens_per_step: int = PULL_TOKENS_PER_STEP,
+    ) -> None:  # fmt: skip
         self._node = node
         self._port = port
         self._link = link
         self._threads = threads
         self._sessions: dict[str, LaneSession] = {}  # by weight node
         self._last_lane = 0  # numbers are never used twice
+        self._pulls = Pulls(node, port, link, self._next_lane, pull_tokens_per_step)
         self._changed = False  # since the last unasked report
         self._credit_moved = False  # since the last round of CREDIT
         self._reported_at = 0.0
@@ -97,6 +107,11 @@ class Engine:
                 self._orphan(session, str(error))
             except ProtocolError as error:
                 self._drop(session, str(error))
+        if self._pulls.active:
+            worked |= self._pulls.advance()
+            if self._pulls.changed:
+                self._pulls.changed = False
+                self._note_change()
         return worked
 
     def _note_change(self) -> None:
@@ -115,8 +130,8 @@ class Engine:
     def _housekeep(self) -> float:
         """Say what changed and nobody waits for, not too often. Returns how long to sleep at most."""
         now = time.monotonic()
-        waits_s = [IDLE_LOOK_S]
-        if self._node.orphans.expire(now):
+        waits_s = [self._pulls.next_look_s() or IDLE_LOOK_S]
+        if self._node.orphans.expire(now) | self._node.arrivals.expire(now):
             self._note_change()
         if self._changed:
             if now - self._reported_at >= REPORT_INTERVAL_S:
@@ -147,6 +162,14 @@ class Engine:
                 self._report(message.request)
             case Ask():
                 self._report(message.request)
+            case Lend():
+                self._pulls.lend(message)
+            case PreparePull():
+                self._pulls.prepare(message)
+            case Pull():
+                self._pulls.pull(message)
+            case EndPull():
+                self._pulls.end(message.request)
 
     def _attach(self, request: Attach) -> None:
         try:
@@ -186,15 +209,18 @@ class Engine:
             on_refused=lambda step, error: self._tell_refused(name, step, error),
         )  # fmt: skip
 
-    def _connect(self, request: Attach, shape: LaneShape) -> Lane:
-        self._last_lane += 1
+    def _connect(self, request: Attach, shape: LaneShape) -> Lane[LaneShape]:
         try:
             return self._port.connect(
                 request.weight_node, request.worker_address, shape, Side.ATTENTION,
-                send_lane=request.lane, receive_lane=self._last_lane,
+                send_lane=request.lane, receive_lane=self._next_lane(),
             )  # fmt: skip
         except ValueError as error:
             raise AttachRefused("worker_address", f"worker_address: {error}") from error
+
+    def _next_lane(self) -> int:
+        self._last_lane += 1
+        return self._last_lane
 
     def _detach(self, request: Detach) -> None:
         try:
@@ -205,7 +231,7 @@ class Engine:
         session = self._sessions.get(request.weight_node)
         if session is not None:
             self._drop(session, "detached")
-        if self._node.orphans.free(request.weight_node):
+        if self._node.orphans.free(request.weight_node) | self._node.arrivals.free(request.weight_node):
             self._note_change()
         self._link.send(Detached(request=request.request))
 
@@ -265,6 +291,8 @@ class Engine:
                 used_blocks=node.used_blocks,
                 epoch_rejected=node.epoch_rejected,
                 orphan_tokens=node.orphans.held_tokens,
+                pulled_tokens=node.pulled_tokens,
+                pulls_refused=node.pulls_refused,
                 lanes=lanes,
             )
         )
@@ -311,6 +339,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--prefill-threads", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--orphan-grace-s", type=float, default=30.0)
     parser.add_argument("--spin-us", type=float, default=50.0)
+    parser.add_argument("--pull-tokens-per-step", type=int, default=PULL_TOKENS_PER_STEP)
     return parser.parse_args(argv)
 
 
@@ -325,7 +354,8 @@ def main() -> None:
         opened = time.monotonic()
         try:
             link.send(Started(import_ms=import_ms, port_ms=1e3 * (opened - imported)))
-            Engine(node, port, link, threads).run()
+            engine = Engine(node, port, link, threads, pull_tokens_per_step=args.pull_tokens_per_step)
+            engine.run()
         except LinkClosed:
             pass
 

@@ -4,6 +4,7 @@
 * AttachRefused   two nodes cannot be joined: layout, protocol version, epoch, memory or sizes
 * ConfigRefused   a flag's value cannot be
 * EngineGone      the engine is not up now, or did not answer; it is being restarted
+* LenderGone      the node that ranges should be pulled from did not answer, or refused
 * ProtocolError   a weight node's messages contradict each other; its lane is closed
 
 `blocks.OutOfBlocks` and `blocks.StaleBlock` are bugs of the node itself and end the engine.
@@ -38,6 +39,10 @@ class ConfigRefused(Exception):
 
 class EngineGone(Exception):
     """Answered with UNAVAILABLE: worth a retry."""
+
+
+class LenderGone(Exception):
+    """Answered with UNAVAILABLE: another time, or from the tokens."""
 
 
 class ProtocolError(Exception):

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 
 from flume_common.wire import LaneShape, Op, Refusal, Words
 
+from flume_attention.arrivals import Arrivals
 from flume_attention.blocks import BlockPool
 from flume_attention.credit import Demand
 from flume_attention.errors import StepRefused
@@ -64,6 +65,7 @@ class Holdings:
     held_tokens: int = 0
     weight_node: str = ""
     orphans: Orphans = field(default_factory=Orphans)  # of the node
+    arrivals: Arrivals = field(default_factory=Arrivals)  # of the node
     step: Step | None = None
     steps: int = 0  # committed or, without appends, begun
 
@@ -107,6 +109,10 @@ class Holdings:
                 self._release(slot)
             case Op.ADOPT:
                 self._adopt(slot, argument, key)
+            case Op.TAKE:
+                self._take(slot, argument, key)
+            case Op.DROP:
+                self._drop(slot, argument, key)
             case _:
                 raise StepRefused(Refusal.UNKNOWN_SLOT, f"op {op} on slot {slot} is none of this protocol")
 
@@ -146,7 +152,6 @@ class Holdings:
         slot.release()
 
     def _adopt(self, number: int, position: int, key: int) -> None:
-        """Its blocks count as granted to this lane and taken by it, in one."""
         if number in self.slots:
             raise StepRefused(Refusal.LENGTH_MISMATCH, f"slot {number} is in use")
         slot = self.orphans.take(key, self.weight_node)
@@ -154,10 +159,42 @@ class Holdings:
             raise StepRefused(Refusal.UNKNOWN_SLOT, f"nothing is kept of sequence {key} for this weight node")
         slot.cut(position)
         self.slots[number] = slot
-        self.held_tokens += slot.held
-        self.held_blocks += slot.num_blocks
-        self.granted += slot.num_blocks
-        self.taken += slot.num_blocks
+        self._receive(slot.held, slot.num_blocks)
+
+    def _take(self, number: int, start: int, key: int) -> None:
+        slot = self.slots.get(number) or Slot(key)
+        if slot.key != key or slot.range_at(start) is not None:
+            raise StepRefused(
+                Refusal.LENGTH_MISMATCH, f"slot {number} is another sequence's or has a range at {start}"
+            )
+        item = self.arrivals.take(self.weight_node, key, start)
+        if item is None:
+            raise StepRefused(Refusal.UNKNOWN_SLOT, f"no range at {start} of sequence {key} has arrived")
+        self.slots[number] = slot
+        slot.add(item)
+        slot.held += item.length
+        self._receive(item.length, item.num_blocks)
+
+    def _receive(self, tokens: int, blocks: int) -> None:
+        """Blocks that others filled count as granted to this lane and taken by it, in one."""
+        self.held_tokens += tokens
+        self.held_blocks += blocks
+        self.granted += blocks
+        self.taken += blocks
+
+    def _drop(self, number: int, start: int, length: int) -> None:
+        slot = self._slot(number)
+        item = slot.range_at(start)
+        if item is None or not item.closed or item.length != length:
+            raise StepRefused(
+                Refusal.LENGTH_MISMATCH,
+                f"slot {number} has no closed range of {length} tokens at {start} to drop",
+            )
+        slot.ranges.remove(item)
+        slot.held -= length
+        self.held_tokens -= length
+        self.held_blocks -= item.num_blocks
+        item.release()
 
     def _slot(self, number: int) -> Slot:
         slot = self.slots.get(number)

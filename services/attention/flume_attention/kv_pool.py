@@ -41,6 +41,15 @@ class KvPool:
             for layer in range(self.layout.num_layers)
         ]
 
+    def read(self, first_layer: int, runs: Sequence[Run], out: Tensor) -> None:
+        """Copy what lies in `runs`, in order, to out [layers, 2, tokens, kv_heads, head_dim]."""
+        target = out.transpose(2, 3)
+        layers = self._tensor.narrow(0, first_layer, out.shape[0])
+        at = 0
+        for run in runs:
+            target.narrow(3, at, run.tokens).copy_(layers.narrow(3, run.first, run.tokens))
+            at += run.tokens
+
     def write(self, first_layer: int, kv: Tensor, targets: Sequence[Run]) -> None:
         """Put kv [layers, 2, tokens, kv_heads, head_dim] where `targets`, in order, say.
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from flume_common.lanes import Frame, Lane, Receiver
-from flume_common.wire import Credit, Header, Kind, Plan, Refusal
+from flume_common.wire import Credit, Header, Kind, LaneShape, Op, Plan, Refusal
 from flume_kernels.partial_attention import KvRun, attend_runs
 from torch import Tensor
 
@@ -31,7 +31,7 @@ class LaneSession:
         node: Node,
         weight_node: str,
         epoch: int,
-        lane: Lane,
+        lane: Lane[LaneShape],
         holdings: Holdings,
         *,
         engine: bytes = b"",
@@ -105,6 +105,8 @@ class LaneSession:
             self.holdings.set_credit(plan.want_blocks, plan.returned_blocks)
             for op, slot, argument, key in plan.ops.tolist():
                 self.holdings.apply(op, slot, argument, key)
+                # The weight node has counted them against credit it is yet to hear of.
+                self.credit_due = self.credit_due or op in (Op.ADOPT, Op.TAKE)
             if len(plan.rows):
                 self.holdings.begin(plan.step, plan.rows)
         except StepRefused as error:

@@ -45,14 +45,53 @@ class Adopt(msgspec.Struct, tag=True, frozen=True, kw_only=True):
 
 
 class SetDraining(msgspec.Struct, tag=True, frozen=True, kw_only=True):
-    """Stop granting credit, or start again. Answered by Report.
-
-    `leaving`: what is held is to be elsewhere soon, rather than when its sequences end.
-    """
+    """Stop granting credit, or start again. Answered by Report."""
 
     request: int
     draining: bool
-    leaving: bool = False
+
+
+class Lend(msgspec.Struct, tag=True, frozen=True, kw_only=True):
+    """Let another attention node pull ranges. Answered by Lent or Refused. Fields as in LendRequest."""
+
+    request: int
+    puller: str
+    epoch: int
+    layout: KvLayout
+    worker_address: bytes
+    lane: int
+    chunk_bytes: int
+    node_epoch: int = 0
+
+
+class PreparePull(msgspec.Struct, tag=True, frozen=True, kw_only=True):
+    """What a lender has to know. Answered by Prepared, or Refused where nothing can be pulled now."""
+
+    request: int
+
+
+class Pull(msgspec.Struct, tag=True, frozen=True, kw_only=True):
+    """Pull closed ranges, (sequence, start, tokens) each, for a weight node. Answered by Pulled or Refused.
+
+    `lane` is the number that Prepared gave, the rest of the lane as Lent said.
+    """
+
+    request: int
+    weight_node: str
+    epoch: int
+    lender: str
+    lender_epoch: int
+    lender_worker_address: bytes
+    lender_lane: int
+    lane: int
+    ranges: list[tuple[str, int, int]]
+    node_epoch: int = 0
+
+
+class EndPull(msgspec.Struct, tag=True, frozen=True, kw_only=True):
+    """Nobody waits for the pull of this request any more. Not answered."""
+
+    request: int
 
 
 class Ask(msgspec.Struct, tag=True, frozen=True, kw_only=True):
@@ -87,6 +126,28 @@ class Kept(msgspec.Struct, tag=True, frozen=True, kw_only=True):
     in_use: bool
 
 
+class Lent(msgspec.Struct, tag=True, frozen=True, kw_only=True):
+    request: int
+    worker_address: bytes
+    lane: int
+
+
+class Prepared(msgspec.Struct, tag=True, frozen=True, kw_only=True):
+    request: int
+    worker_address: bytes
+    lane: int
+    layout: KvLayout
+    chunk_bytes: int
+
+
+class Pulled(msgspec.Struct, tag=True, frozen=True, kw_only=True):
+    """Start and sequence key of the ranges that are here, whole, and wait to be taken."""
+
+    request: int
+    ranges: list[tuple[int, int]]
+    reason: str = ""  # why others are not
+
+
 class Refused(msgspec.Struct, tag=True, frozen=True, kw_only=True):
     """`field` is what of the request is to blame."""
 
@@ -118,6 +179,8 @@ class Report(msgspec.Struct, tag=True, frozen=True, kw_only=True):
     used_blocks: int = 0
     epoch_rejected: int = 0
     orphan_tokens: int = 0
+    pulled_tokens: int = 0
+    pulls_refused: int = 0
     lanes: list[LaneReport] = []
 
 
@@ -138,5 +201,17 @@ class StepNotTaken(msgspec.Struct, tag=True, frozen=True, kw_only=True):
     detail: str
 
 
-ToEngine = Attach | Detach | Adopt | SetDraining | Ask
-FromEngine = Started | Attached | Detached | Kept | Refused | Report | LaneClosed | StepNotTaken
+ToEngine = Attach | Detach | Adopt | SetDraining | Ask | Lend | PreparePull | Pull | EndPull
+FromEngine = (
+    Started
+    | Attached
+    | Detached
+    | Kept
+    | Lent
+    | Prepared
+    | Pulled
+    | Refused
+    | Report
+    | LaneClosed
+    | StepNotTaken
+)

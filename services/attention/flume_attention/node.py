@@ -9,8 +9,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from flume_common.layout import KvLayout, LayoutMismatch
-from flume_common.wire import Kind, LaneShape
+from flume_common.wire import LaneShape
 
+from flume_attention.arrivals import Arrivals
 from flume_attention.blocks import BlockPool
 from flume_attention.credit import grants
 from flume_attention.errors import AttachRefused
@@ -18,6 +19,7 @@ from flume_attention.holdings import Holdings
 from flume_attention.kv_pool import KvPool
 from flume_attention.messages import Attach
 from flume_attention.orphans import Orphans
+from flume_attention.ranges import Range
 
 MAX_FRAME_BYTES = 1 << 30
 
@@ -30,10 +32,13 @@ class Node:
     dtype: str | None = None  # the only one taken; None: the weight node's
     draining: bool = False
     epoch_rejected: int = 0  # messages refused for an older epoch
+    pulled_tokens: int = 0  # read from other nodes
+    pulls_refused: int = 0  # reads of ranges that are not there any more
     pool: KvPool | None = None
     blocks: BlockPool = field(default_factory=lambda: BlockPool(0))
     holdings: dict[str, Holdings] = field(default_factory=dict)  # by weight node
     orphans: Orphans = field(default_factory=Orphans)
+    arrivals: Arrivals = field(default_factory=Arrivals)
     epochs: dict[str, int] = field(default_factory=dict)  # the newest seen of each weight node
 
     @property
@@ -92,7 +97,9 @@ class Node:
         assert weight_node not in self.holdings
         if self.pool is None or self.pool.layout != shape.layout:
             self._take_layout(shape.layout)
-        holdings = Holdings(self.blocks, shape, weight_node=weight_node, orphans=self.orphans)
+        holdings = Holdings(
+            self.blocks, shape, weight_node=weight_node, orphans=self.orphans, arrivals=self.arrivals
+        )
         self.holdings[weight_node] = holdings
         return holdings
 
@@ -106,8 +113,26 @@ class Node:
 
     @property
     def used_tokens(self) -> int:
-        """Of committed ranges, orphans included."""
-        return self.orphans.held_tokens + sum(lane.held_tokens for lane in self.holdings.values())
+        """Of committed ranges, with orphans and arrivals."""
+        lanes = sum(lane.held_tokens for lane in self.holdings.values())
+        return lanes + self.orphans.held_tokens + self.arrivals.held_tokens
+
+    def closed_range(self, key: int, start: int, tokens: int) -> Range | None:
+        """A closed range of a lane that is up, by its sequence's key; None when there is no such."""
+        for lane in self.holdings.values():
+            for slot in lane.slots.values():
+                item = slot.range_at(start) if slot.key == key else None
+                if item is not None and item.closed and item.length == tokens:
+                    return item
+        return None
+
+    def make_room(self, start: int, tokens: int) -> Range | None:
+        """A range with memory for `tokens` that nobody is promised; None when there is not so much."""
+        if self.pool is None or self.pool.layout.blocks_of(tokens) > self.free_blocks:
+            return None
+        item = Range(self.blocks, self.pool.layout.block_tokens, start)
+        item.reserve(tokens)
+        return item
 
     def has(self, key: int) -> bool:
         """Whether a lane that is up holds something of this sequence."""
@@ -117,6 +142,7 @@ class Node:
     def _take_layout(self, layout: KvLayout) -> None:
         assert not self.holdings
         self.orphans.clear()
+        self.arrivals.clear()
         self.pool, self.blocks = None, BlockPool(0)  # before the next one is allocated
         num_blocks = self.kv_bytes // layout.block_bytes
         try:
@@ -154,7 +180,7 @@ def _shape(request: Attach) -> LaneShape:
             f"kv_frame_bytes {shape.kv_frame_bytes} does not hold one token of one layer, "
             f"which takes {shape.layout.layer_token_bytes}",
         )
-    for kind in Kind:
+    for kind in shape.kinds:
         if shape.body_bytes(kind) > MAX_FRAME_BYTES:
             raise AttachRefused(
                 "max_step_tokens",

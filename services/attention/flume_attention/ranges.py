@@ -7,11 +7,14 @@ here knows tensors: a `Run` counts in tokens of the node's KV memory.
 
 from __future__ import annotations
 
+import itertools
 from bisect import insort
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from flume_attention.blocks import Block, BlockPool
+
+_generations = itertools.count(1)
 
 
 class Run(NamedTuple):
@@ -22,9 +25,13 @@ class Run(NamedTuple):
 
 
 class Range:
-    """Tokens from sequence position `start`, `length` of them committed. Made with one reference."""
+    """Tokens from sequence position `start`, `length` of them committed. Made with one reference.
+
+    No two ranges of a process have the same `generation`.
+    """
 
     def __init__(self, blocks: BlockPool, block_tokens: int, start: int) -> None:
+        self.generation = next(_generations)
         self.start = start
         self.length = 0
         self.closed = False
@@ -72,9 +79,9 @@ class Range:
         self._blocks, self._spans = [], []
         self._extend(kept)
 
-    def runs(self) -> list[Run]:
-        """Where the committed tokens lie, in order."""
-        return self._runs(0, self.length)
+    def runs(self, begin: int = 0, end: int | None = None) -> list[Run]:
+        """Where tokens [begin, end) of this range lie, in order; by default the committed ones."""
+        return self._runs(begin, self.length if end is None else end)
 
     def cut(self, length: int) -> None:
         """Keep the first `length` tokens at most and close. Not for a range that is shared."""

@@ -17,7 +17,8 @@ from flume_protos.v1 import attention_pb2_grpc as rpc
 from flume_protos.v1 import common_pb2
 
 from flume_attention import messages as m
-from flume_attention.errors import AttachRefused, EngineGone
+from flume_attention.errors import AttachRefused, EngineGone, LenderGone
+from flume_attention.pulling import PULL_TIMEOUT_S, pull
 from flume_attention.supervisor import Supervisor
 
 log = structlog.get_logger()
@@ -26,6 +27,7 @@ STATUS_OF: dict[type[Exception], grpc.StatusCode] = {
     AttachRefused: grpc.StatusCode.FAILED_PRECONDITION,
     LayoutMismatch: grpc.StatusCode.FAILED_PRECONDITION,
     EngineGone: grpc.StatusCode.UNAVAILABLE,
+    LenderGone: grpc.StatusCode.UNAVAILABLE,
     ValueError: grpc.StatusCode.INVALID_ARGUMENT,
 }
 _STATE = {
@@ -87,6 +89,37 @@ class AttentionServicer(rpc.AttentionServicer):
         ranges = [pb.HeldRange(start=start, tokens=tokens) for start, tokens in kept.ranges]
         return pb.AdoptReply(ranges=ranges, in_use=kept.in_use)
 
+    async def Lend(
+        self, request: pb.LendRequest, context: grpc.aio.ServicerContext[pb.LendRequest, pb.LendReply]
+    ) -> pb.LendReply:
+        async with status_errors(context, STATUS_OF):
+            layout, epoch = _layout(request), self._epoch()
+            lent = await self._supervisor.ask(
+                lambda number: m.Lend(
+                    request=number,
+                    puller=request.puller,
+                    epoch=request.epoch,
+                    layout=layout,
+                    worker_address=request.worker_address,
+                    lane=request.lane,
+                    chunk_bytes=request.chunk_bytes,
+                    node_epoch=epoch,
+                ),
+                m.Lent,
+            )
+        log.info("ranges_lent", puller=request.puller)
+        return pb.LendReply(epoch=epoch, worker_address=lent.worker_address, lane=lent.lane)
+
+    async def Pull(
+        self, request: pb.PullRequest, context: grpc.aio.ServicerContext[pb.PullRequest, pb.PullReply]
+    ) -> pb.PullReply:
+        async with status_errors(context, STATUS_OF):
+            remaining_s = context.time_remaining() or PULL_TIMEOUT_S
+            reply = await pull(self._supervisor, self.node, self._epoch(), request, timeout_s=remaining_s)
+        log.info("ranges_pulled", lender=request.lender, weight_node=request.weight_node,
+                 asked=len(request.ranges), pulled=len(reply.ranges), reason=reply.reason)  # fmt: skip
+        return reply
+
     async def Stats(
         self, request: pb.StatsRequest, context: grpc.aio.ServicerContext[pb.StatsRequest, pb.StatsReply]
     ) -> pb.StatsReply:
@@ -111,14 +144,14 @@ class AttentionServicer(rpc.AttentionServicer):
         return pb.UndrainReply()
 
 
-def _layout(request: pb.AttachRequest) -> KvLayout:
+def _layout(request: pb.AttachRequest | pb.LendRequest) -> KvLayout:
     """Raises AttachRefused, LayoutMismatch or ValueError. The version says what all the rest means."""
     if request.protocol_version != PROTOCOL_VERSION:
         raise AttachRefused(
             "protocol_version",
             f"protocol_version {request.protocol_version}: this node speaks {PROTOCOL_VERSION}",
         )
-    if not request.weight_node:
+    if isinstance(request, pb.AttachRequest) and not request.weight_node:
         raise ValueError("weight_node is empty")
     return KvLayout.from_proto(request.layout)
 
@@ -163,6 +196,8 @@ def stats(node: str, kv_bytes: int, state: State, report: m.Report) -> pb.StatsR
         lanes=lanes,
         safe_to_delete=safe_to_delete(state, report),
         orphan_tokens=report.orphan_tokens,
+        pulled_tokens=report.pulled_tokens,
+        pulls_refused=report.pulls_refused,
     )
 
 

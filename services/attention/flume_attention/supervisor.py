@@ -10,6 +10,7 @@ import asyncio
 import itertools
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Any, NoReturn, TypeVar
 
 import structlog
@@ -132,10 +133,18 @@ class Supervisor:
         self.report = report
         self._changed.set()
 
-    async def ask(self, make: Callable[[int], object], kind: type[T]) -> T:
+    async def ask(
+        self,
+        make: Callable[[int], object],
+        kind: type[T],
+        *,
+        timeout_s: float = ANSWER_S,
+        give_up: Callable[[int], object] | None = None,
+    ) -> T:
         """Send the engine a request, made with its number, and wait for the answer.
 
-        Raises EngineGone, and AttachRefused when the engine refuses.
+        `give_up` is sent when nobody waits any more. Raises EngineGone, and AttachRefused when the engine
+        refuses.
         """
         if self._engine is None:
             raise EngineGone("the engine is not up yet")
@@ -143,18 +152,25 @@ class Supervisor:
         answer = self._answers[number] = asyncio.get_running_loop().create_future()
         try:
             self._engine.send(make(number))
-            async with asyncio.timeout(ANSWER_S):
+            async with asyncio.timeout(timeout_s):
                 message = await answer
         except LinkClosed as error:
             raise EngineGone(str(error)) from error
         except TimeoutError as error:
-            raise EngineGone(f"the engine did not answer within {ANSWER_S:.0f} s") from error
+            raise EngineGone(f"the engine did not answer within {timeout_s:.0f} s") from error
         finally:
             del self._answers[number]
+            if give_up is not None and (answer.cancelled() or not answer.done()):
+                self._tell(give_up(number))
         if isinstance(message, m.Refused):
             raise AttachRefused(message.field, message.detail)
         assert isinstance(message, kind), message
         return message
+
+    def _tell(self, message: object) -> None:
+        with suppress(LinkClosed):  # then there is nobody to tell
+            if self._engine is not None:
+                self._engine.send(message)
 
     async def fresh_report(self) -> m.Report:
         """How the engine is now, or was when it last said: a long step does not hold this up."""
@@ -175,7 +191,7 @@ class Supervisor:
             log.warning("drain_not_told", draining=draining, reason=str(error))
 
     def _set_draining(self, number: int) -> m.SetDraining:
-        return m.SetDraining(request=number, draining=self.draining, leaving=self.leave_by_s > 0)
+        return m.SetDraining(request=number, draining=self.draining)
 
     async def publish(self, registration: Registration, server: Server) -> NoReturn:
         """Keep the health service and our member in etcd true: states at once, counts every now and then."""

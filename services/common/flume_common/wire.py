@@ -29,25 +29,28 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass
 from enum import IntEnum
+from typing import ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from flume_common.layout import KvLayout
 
-PROTOCOL_VERSION = 2
+PROTOCOL_VERSION = 3
 
 Words = NDArray[np.int64]
 
 
 class Kind(IntEnum):
-    """The five kinds of message; each is one channel of a lane."""
+    """The kinds of message; each is one channel of a lane. The last two are `flume_common.pull_wire`'s."""
 
     PLAN = 1
     QUERY = 2
     PARTIAL = 3
     KV = 4
     CREDIT = 5
+    PULL = 6
+    PULLED = 7
 
 
 class Op(IntEnum):
@@ -56,9 +59,11 @@ class Op(IntEnum):
     OPEN = 1  # argument: start, the sequence position of the new range's first token; key: sequence_key
     CLOSE = 2  # argument: start of an open range, which becomes immutable; key: its length in tokens
     RELEASE = 3  # drops the slot and its ranges
-    ADOPT = (
-        4  # a new slot of what another weight node left; argument: position to cut it at; key: sequence_key
-    )
+    # A new slot of what another weight node left. argument: position to cut it at; key: sequence_key
+    ADOPT = 4
+    # A range that this node has pulled for W joins the slot. argument: its start; key: sequence_key
+    TAKE = 5
+    DROP = 6  # frees one closed range of the slot. argument: its start; key: its length in tokens
 
 
 class Header(IntEnum):
@@ -101,6 +106,8 @@ def sequence_key(sequence: str) -> int:
 class LaneShape:
     """Sizes that both ends derive the same buffers from."""
 
+    kinds: ClassVar[tuple[Kind, ...]] = (Kind.PLAN, Kind.QUERY, Kind.PARTIAL, Kind.KV, Kind.CREDIT)
+
     layout: KvLayout
     max_step_tokens: int  # most query tokens and most appended tokens of one step
     max_step_sequences: int
@@ -121,6 +128,8 @@ class LaneShape:
                 return self.kv_frame_bytes
             case Kind.CREDIT:
                 return 8 * CREDIT_WORDS
+            case _:
+                raise ValueError(f"{kind.name} is no message of this lane")
 
     def layers_per_kv(self, append_tokens: int) -> int:
         """How many layers of `append_tokens` tokens travel in one KV message.

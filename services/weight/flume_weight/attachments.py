@@ -42,6 +42,7 @@ class Attachment:
     process: tuple[str, int]  # address and pid: what a lane belongs to
     up: bool = False
     draining: bool = False
+    evacuating: bool = False
     failures: int = 0
     retry_at_s: float = 0.0
     unlisted_since_s: float | None = None
@@ -143,7 +144,8 @@ class Attachments:
             log.warning("attach_failed", attention_node=member.id, code=error.code().name,
                         reason=error.details(), retry_s=delay_s)  # fmt: skip
             return
-        attachment.up, attachment.failures, attachment.draining = True, 0, False
+        attachment.up, attachment.failures = True, 0
+        attachment.draining = attachment.evacuating = False
         self._send(
             m.Attach(
                 node=member.id,
@@ -176,9 +178,10 @@ class Attachments:
     def _tell_draining(self, member: Member) -> None:
         attachment = self._nodes[member.id]
         draining = member.state is State.DRAINING
-        if attachment.up and attachment.draining != draining:
-            attachment.draining = draining
-            self._send(m.NodeDraining(member.id, draining))
+        evacuating = draining and member.leave_by_s > 0
+        if attachment.up and (attachment.draining, attachment.evacuating) != (draining, evacuating):
+            attachment.draining, attachment.evacuating = draining, evacuating
+            self._send(m.NodeDraining(member.id, draining, evacuating))
 
 
 async def detach(members: Iterable[Member], node: str, epoch: int) -> None:

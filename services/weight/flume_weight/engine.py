@@ -22,6 +22,8 @@ from flume_weight.batch import Batch, build, commit
 from flume_weight.errors import PeerLost, RequestRefused
 from flume_weight.fleet import Fleet
 from flume_weight.model import Transformer
+from flume_weight.moves import RETRY_S
+from flume_weight.moves import Batch as Moves
 from flume_weight.peer import Peer
 from flume_weight.placement import Balance, never_fits
 from flume_weight.range_attention import Exchange, RangeAttention
@@ -60,6 +62,8 @@ class WeightEngine:
         self._attention = RangeAttention(port, shape.layout, shape.layout.head_dim**-0.5, step_timeout_s)
         self._running: list[Sequence] = []  # in order of arrival
         self._waiting: deque[Sequence] = deque()
+        self._moving: tuple[Moves, Peer] | None = None  # what is under way, and its target
+        self._move_at_s = 0.0
         self._step = 0
         self._told_capacity: tuple[int, int, int] | None = None
         self._recomputed = m.Recomputed()
@@ -72,6 +76,7 @@ class WeightEngine:
             m.Attach: self._attach,
             m.Detach: self._detach,
             m.NodeDraining: self._node_draining,
+            m.RangesMoved: self._ranges_moved,
             m.Epoch: self._set_epoch,
             m.AskSequences: self._tell_sequences,
             m.Configure: self._configure,
@@ -98,6 +103,7 @@ class WeightEngine:
         self._admit()
         for sequence in (*self._fleet.house(self._running), *self._fleet.move_tails(self._running)):
             self._tell_route(sequence)
+        self._move_ranges()
         self._fleet.set_wants(self._running)
         self._tell_capacity()
         self._tell_recomputed()
@@ -383,7 +389,33 @@ class WeightEngine:
     def _node_draining(self, message: m.NodeDraining) -> None:
         peer = self._fleet.peers.get(message.node)
         if peer is not None:
-            peer.leaving = message.draining
+            peer.leaving, peer.evacuating = message.draining, message.evacuating
+
+    def _move_ranges(self) -> None:
+        """Have closed ranges pulled away from nodes that must be empty soon, one batch at a time."""
+        if self._moving is not None or time.monotonic() < self._move_at_s:
+            return
+        batch = self._fleet.next_moves(self._running)
+        if batch is not None:
+            self._moving = batch, self._fleet.peers[batch.target]
+            ranges = [m.MovedRange(item.sequence, item.start, item.tokens) for item in batch.ranges]
+            self._link.send(m.MoveRanges(batch.source, batch.target, ranges))
+
+    def _ranges_moved(self, message: m.RangesMoved) -> None:
+        """This is a token boundary: swap the routes of what is whole on its new node."""
+        assert self._moving is not None
+        (batch, target), self._moving = self._moving, None
+        here = {(item.sequence, item.start) for item in message.ranges}
+        if self._fleet.peers.get(batch.target) is not target:
+            return  # another process by now, or none
+        by_name = {sequence.name: sequence for sequence in self._running}
+        for item in batch.ranges:
+            if (item.sequence, item.start) in here:
+                sequence = by_name.get(item.sequence)
+                if self._fleet.swap(sequence, item, batch.target) and sequence is not None:
+                    self._tell_route(sequence)
+        if not here:
+            self._move_at_s = time.monotonic() + RETRY_S
 
     def _lose(self, error: PeerLost) -> None:
         """A lane is gone: tokens that were stored there are computed again, nothing else is.

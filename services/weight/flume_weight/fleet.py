@@ -7,7 +7,7 @@ appends there.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 from flume_common.layout import KvLayout
 from flume_common.routes import Route
@@ -15,6 +15,8 @@ from flume_common.wire import sequence_key
 
 from flume_weight.adoption import choose, lay_out
 from flume_weight.errors import PeerLost
+from flume_weight.moves import Batch, ClosedRange
+from flume_weight.moves import choose as choose_moves
 from flume_weight.peer import Peer
 from flume_weight.placement import Balance, NodeView, TailView, place, relieve
 from flume_weight.scheduler import Candidate, needed_blocks
@@ -158,6 +160,59 @@ class Fleet:
         assert sequence.route is not None
         self._close_growing(sequence)
         sequence.route = sequence.route.move_tail(sequence.committed_tokens, node)
+
+    def next_moves(self, running: Sequence[Seq]) -> Batch | None:
+        """Closed ranges that should leave nodes that must be empty soon, as far as others have room."""
+        if not any(peer.evacuating for peer in self.peers.values()):
+            return None
+        room = {
+            view.node: min(view.available_blocks, self.peers[view.node].ledger.free_blocks)
+            for view in self.views(running)
+            if not view.draining
+        }
+        return choose_moves(self._to_move(running), room, self._block_tokens)
+
+    def _to_move(self, running: Iterable[Seq]) -> Iterator[ClosedRange]:
+        for sequence in running:
+            for node, slot in sequence.slots.items():
+                if self.peers[node].evacuating:
+                    for part in slot.parts:
+                        if not part.is_open:
+                            yield ClosedRange(
+                                sequence.name, part.start, part.tokens, node, sequence.tail_node
+                            )
+
+    def swap(self, sequence: Seq | None, item: ClosedRange, target: str) -> bool:
+        """The target has pulled this range: from now on it is asked there, and the source frees it.
+
+        Whether the route changed. A range that nobody needs any more, because its sequence ended or lost
+        it meanwhile, is freed on the target.
+        """
+        peer = self.peers.get(target)
+        if peer is None:
+            return False
+        peer.ledger.take(-(-item.tokens // self._block_tokens))
+        slot = sequence.slots.get(item.node) if sequence is not None else None
+        part = slot.closed_at(item.start, item.tokens) if slot is not None else None
+        if sequence is None or slot is None or part is None:
+            number = peer.take_slot()
+            peer.take(number, item.start, sequence_key(item.sequence))
+            peer.release(number)
+            return False
+        assert sequence.route is not None
+        new = sequence.slots.get(target)
+        if new is None:
+            new = sequence.slots[target] = Slot(peer.take_slot())
+        peer.take(new.number, part.start, sequence_key(sequence.name))
+        new.add(Part(part.start, part.tokens, is_open=False))
+        slot.remove(part)
+        if slot.parts:
+            self.peers[item.node].drop(slot.number, part.start, part.tokens)
+        else:
+            self.peers[item.node].release(slot.number)
+            del sequence.slots[item.node]
+        sequence.route = sequence.route.replace_holder(part.start, part.end, target)
+        return True
 
     def close_filled_hole(self, sequence: Seq) -> bool:
         """The first hole, once it is filled, is a closed range like any other. Whether one was."""

@@ -53,10 +53,30 @@ class Detach(msgspec.Struct, tag=True):
 
 
 class NodeDraining(msgspec.Struct, tag=True):
-    """An attention node takes no new tails (or takes them again)."""
+    """An attention node takes no new tails (or takes them again).
+
+    `evacuating`: its closed ranges are to go to other nodes, too, rather than live on until they end.
+    """
 
     node: str
     draining: bool
+    evacuating: bool = False
+
+
+class MovedRange(msgspec.Struct, array_like=True):
+    """A closed range of a sequence."""
+
+    sequence: str
+    start: int
+    tokens: int
+
+
+class RangesMoved(msgspec.Struct, tag=True):
+    """The answer to MoveRanges: those of its ranges that are on the target, whole, to be taken."""
+
+    source: str
+    target: str
+    ranges: list[MovedRange]
 
 
 class Epoch(msgspec.Struct, tag=True):
@@ -79,7 +99,7 @@ class Configure(msgspec.Struct, tag=True):
     step_timeout_s: float
 
 
-Inbound = Submit | Cancel | Attach | Detach | NodeDraining | Epoch | AskSequences | Configure
+Inbound = Submit | Cancel | Attach | Detach | NodeDraining | RangesMoved | Epoch | AskSequences | Configure
 
 
 class Loading(msgspec.Struct, tag=True):
@@ -127,6 +147,14 @@ class LaneLost(msgspec.Struct, tag=True):
     reason: str
     sequences: int
     lost_tokens: int
+
+
+class MoveRanges(msgspec.Struct, tag=True):
+    """Have the target pull these ranges from the source. Answered by RangesMoved."""
+
+    source: str
+    target: str
+    ranges: list[MovedRange]
 
 
 class Recovered(msgspec.Struct, tag=True):
@@ -246,6 +274,7 @@ Outbound = (
     | Refused
     | LaneUp
     | LaneLost
+    | MoveRanges
     | Recovered
     | Adopted
     | Recomputed

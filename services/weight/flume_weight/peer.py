@@ -6,7 +6,19 @@ from collections.abc import Sequence as Seq
 
 import numpy as np
 from flume_common.lanes import Frame, Lane, LaneDown
-from flume_common.wire import MAX_OPS, OP_WORDS, ROW_WORDS, Credit, Header, Kind, Op, Plan, Refusal, Words
+from flume_common.wire import (
+    MAX_OPS,
+    OP_WORDS,
+    ROW_WORDS,
+    Credit,
+    Header,
+    Kind,
+    LaneShape,
+    Op,
+    Plan,
+    Refusal,
+    Words,
+)
 
 from flume_weight.credit import CreditLedger
 from flume_weight.errors import PeerLost, StepRefused
@@ -17,13 +29,14 @@ _NO_ROWS = np.zeros((0, ROW_WORDS), dtype=np.int64)
 class Peer:
     """Ops gather here and leave with the next PLAN, in order, so the node sees one history."""
 
-    def __init__(self, node: str, lane: Lane, capacity_blocks: int, epoch: int = 0) -> None:
+    def __init__(self, node: str, lane: Lane[LaneShape], capacity_blocks: int, epoch: int = 0) -> None:
         self.node = node
         self.epoch = epoch  # of the node when the lane was set up
         self.epoch_rejected = 0  # messages of an older one, which were ignored
         self.lane = lane
         self.ledger = CreditLedger(capacity_blocks)
         self.leaving = False  # the node is draining, by its own word or the control plane's
+        self.evacuating = False  # its closed ranges are to go to other nodes, too
         self.want_blocks = 0  # unused credit we would like to have
         self.kv_sent_step = 0  # the last step whose KV went out whole
         self._ops: list[tuple[int, int, int, int]] = []
@@ -52,6 +65,12 @@ class Peer:
 
     def adopt(self, slot: int, position: int, key: int) -> None:
         self._ops.append((Op.ADOPT, slot, position, key))
+
+    def take(self, slot: int, start: int, key: int) -> None:
+        self._ops.append((Op.TAKE, slot, start, key))
+
+    def drop(self, slot: int, start: int, tokens: int) -> None:
+        self._ops.append((Op.DROP, slot, start, tokens))
 
     def release(self, slot: int) -> None:
         self._ops.append((Op.RELEASE, slot, 0, 0))

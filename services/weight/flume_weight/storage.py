@@ -49,6 +49,21 @@ class Slot:
         part.tokens += tokens
         self.held_tokens += tokens
 
+    def closed_at(self, start: int, tokens: int) -> Part | None:
+        """The closed part of exactly these tokens."""
+        closed = (part for part in self.parts if not part.is_open)
+        return next((part for part in closed if (part.start, part.tokens) == (start, tokens)), None)
+
+    def add(self, part: Part) -> None:
+        """A closed part that came from elsewhere."""
+        self.parts.append(part)
+        self.held_tokens += part.tokens
+
+    def remove(self, part: Part) -> None:
+        """A closed part that is held elsewhere now."""
+        self.parts.remove(part)
+        self.held_tokens -= part.tokens
+
     def close(self, part: Part) -> None:
         """It grows no more; without tokens it is gone, as on the node."""
         part.is_open = False

@@ -28,6 +28,7 @@ from flume_weight import messages as m
 from flume_weight.attachments import Attachments, detach
 from flume_weight.config import engine_args
 from flume_weight.errors import ConfigRefused, RequestRefused
+from flume_weight.range_mover import move_ranges
 from flume_weight.settings import configure
 from flume_weight.streams import Streams
 
@@ -62,6 +63,7 @@ class Supervisor:
         self._routes: RouteWriter
         self._engine: Engine[Any] | None = None
         self._attachments: Attachments | None = None
+        self._to_move: asyncio.Queue[m.MoveRanges] = asyncio.Queue()
         self._poked = asyncio.Event()
         self._epoch = 0
         self._numbers = itertools.count(1)
@@ -148,8 +150,17 @@ class Supervisor:
             )
             await self._registration.update(state=State.READY, context_tokens=self.ready.context_tokens)
             self.started.set()
+            self._to_move = asyncio.Queue()
             async with background(
-                keep_lanes=self._keep_lanes(), settings=self._follow_settings(engine, self.ready)
+                keep_lanes=self._keep_lanes(),
+                settings=self._follow_settings(engine, self.ready),
+                move_ranges=move_ranges(
+                    self._to_move,
+                    self._members,
+                    self._args.node,
+                    lambda: self._registration.epoch,
+                    engine.send,
+                ),
             ):
                 while True:
                     await self._hear(await engine.receive())
@@ -217,6 +228,8 @@ class Supervisor:
                 await self._registration.update(kv_capacity_tokens=capacity, sequences=running + waiting)
             case m.LaneUp(node=node):
                 log.info("lane_up", attention_node=node)
+            case m.MoveRanges():
+                self._to_move.put_nowait(message)
             case m.EpochRejected(messages=messages):
                 self.epoch_rejected = messages
                 log.warning("stale_messages_ignored", messages=messages)

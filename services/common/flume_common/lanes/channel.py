@@ -27,13 +27,18 @@ if TYPE_CHECKING:
 class Sender:
     """Sends messages of one kind."""
 
-    def __init__(self, lane: Lane, endpoint: Any, kind: Kind, tag: Tag, frames: list[Frame]) -> None:
+    def __init__(self, lane: Lane[Any], endpoint: Any, kind: Kind, tag: Tag, frames: list[Frame]) -> None:
         self._lane = lane
         self._send = endpoint.tag_send
         self._kind = kind
         self._tag = ucx.lib.UCXXTag(tag)
         self._frames = deque(frames)  # the next to fill comes first
         self._max_bytes = lane.shape.body_bytes(kind)
+
+    @property
+    def idle(self) -> bool:
+        """Whether nothing is on its way: closing the lane now takes nothing back."""
+        return all(frame.request is None or frame.request.completed for frame in self._frames)
 
     def frame(self) -> Frame | None:
         """The next free frame, its header zeroed; None while the whole ring is in flight.
@@ -80,7 +85,7 @@ class Sender:
 class Receiver:
     """Receives messages of one kind."""
 
-    def __init__(self, lane: Lane, endpoint: Any, kind: Kind, tag: Tag, frames: list[Frame]) -> None:
+    def __init__(self, lane: Lane[Any], endpoint: Any, kind: Kind, tag: Tag, frames: list[Frame]) -> None:
         self._lane = lane
         self._receive = endpoint.tag_recv
         self._kind = kind

@@ -7,13 +7,13 @@ starts on a page; its header comes first and its body right behind it, so one me
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from flume_common.lanes.ucx import Array
-from flume_common.wire import HEADER_BYTES, Kind, LaneShape
+from flume_common.wire import HEADER_BYTES, Kind
 
 Allocate = Callable[[int], NDArray[np.uint8]]
 Bytes = NDArray[np.uint8]
@@ -24,7 +24,19 @@ _MAX_CACHED_SIZES = 64
 
 # Frames in flight per channel. The sender of QUERY and PARTIAL runs at most a layer or two ahead, KV
 # frames are few but large, and CREDIT must never hold its sender up.
-RING_FRAMES = {Kind.PLAN: 4, Kind.QUERY: 4, Kind.PARTIAL: 4, Kind.KV: 4, Kind.CREDIT: 8}
+RING_FRAMES = dict.fromkeys(Kind, 4) | {Kind.CREDIT: 8}
+
+
+class Shape(Protocol):
+    """Which kinds a lane carries, both directions, and how large their bodies may be."""
+
+    @property
+    def kinds(self) -> tuple[Kind, ...]: ...
+
+    def body_bytes(self, kind: Kind) -> int: ...
+
+
+S = TypeVar("S", bound=Shape)
 
 
 class Frame:
@@ -56,17 +68,17 @@ class Frame:
         return self.array(len(self.body))
 
 
-def capacity_bytes(shape: LaneShape, kind: Kind) -> int:
+def capacity_bytes(shape: Shape, kind: Kind) -> int:
     """Bytes of a frame's body: the kind's largest body in whole int64 words."""
     return -(-shape.body_bytes(kind) // 8) * 8
 
 
-def block_bytes(shape: LaneShape) -> int:
+def block_bytes(shape: Shape) -> int:
     """Bytes of all frames of one end of a lane, each on its own pages."""
-    return sum(RING_FRAMES[kind] * _stride(shape, kind) for kind in Kind)
+    return sum(RING_FRAMES[kind] * _stride(shape, kind) for kind in shape.kinds)
 
 
-def cut(block: Bytes, shape: LaneShape) -> dict[Kind, list[Frame]]:
+def cut(block: Bytes, shape: Shape) -> dict[Kind, list[Frame]]:
     """Every channel's frames. Raises ValueError unless the block is uint8 [block_bytes] on a page."""
     size = block_bytes(shape)
     if block.dtype != np.uint8 or block.ndim != 1 or block.size < size or not block.flags.c_contiguous:
@@ -75,7 +87,7 @@ def cut(block: Bytes, shape: LaneShape) -> dict[Kind, list[Frame]]:
         raise ValueError("a lane's block starts on a page boundary")
     frames: dict[Kind, list[Frame]] = {}
     at = 0
-    for kind in Kind:
+    for kind in shape.kinds:
         length, stride = HEADER_BYTES + capacity_bytes(shape, kind), _stride(shape, kind)
         starts = range(at, at + RING_FRAMES[kind] * stride, stride)
         frames[kind] = [Frame(block[start : start + length]) for start in starts]
@@ -92,5 +104,5 @@ def allocate_pages(size_bytes: int) -> Bytes:
     return block
 
 
-def _stride(shape: LaneShape, kind: Kind) -> int:
+def _stride(shape: Shape, kind: Kind) -> int:
     return -(-(HEADER_BYTES + capacity_bytes(shape, kind)) // PAGE_BYTES) * PAGE_BYTES

@@ -7,21 +7,21 @@ once, and stays down: reconnecting is a new lane with new numbers.
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Generic
 
 from flume_common.lanes import ucx
 from flume_common.lanes.channel import Receiver, Sender
 from flume_common.lanes.errors import LaneDown
-from flume_common.lanes.frames import Allocate, block_bytes, cut
+from flume_common.lanes.frames import Allocate, S, block_bytes, cut
 from flume_common.lanes.tags import Side, tag_of
-from flume_common.wire import Kind, LaneShape
+from flume_common.wire import Kind
 
 if TYPE_CHECKING:
     from flume_common.lanes.port import Port
 
 
-class Lane:
-    """A joined weight node and attention node, seen from one end. Made by `Port.connect`.
+class Lane(Generic[S]):
+    """Two joined nodes, seen from one end. Made by `Port.connect`.
 
     `shape` and `peer` are what it was made with. An owner that waits or progresses notices a killed
     peer within `NOTICE_S`; measured 3 to 25 ms over TCP and in the same pid namespace, up to 400 ms
@@ -37,7 +37,7 @@ class Lane:
         endpoint: Any,
         process_fd: int | None,
         peer: str,
-        shape: LaneShape,
+        shape: S,
         side: Side,
         send_lane: int,
         receive_lane: int,

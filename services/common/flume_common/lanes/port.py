@@ -16,12 +16,11 @@ from contextlib import ExitStack
 from typing import Any, Self
 
 from flume_common.lanes import ucx
-from flume_common.lanes.frames import Allocate, Frame, allocate_pages
+from flume_common.lanes.frames import Allocate, Frame, S, allocate_pages
 from flume_common.lanes.lane import Lane
 from flume_common.lanes.processes import Process
 from flume_common.lanes.strays import Strays
 from flume_common.lanes.tags import Side
-from flume_common.wire import LaneShape
 
 _BUSY_ROUNDS = 100  # a few hundred µs
 _WAKE_PAUSE_S = 200e-6
@@ -44,7 +43,7 @@ class Port:
         self._worker: Any = ucx.make_worker(tls)
         self._events: int = self._worker.epoll_file_descriptor
         self._strays = Strays(self._worker)
-        self._lanes: list[Lane] = []
+        self._lanes: list[Lane[Any]] = []
         self._cancelled: list[Frame] = []  # frames of closed lanes that UCX may still touch
 
     def __enter__(self) -> Self:
@@ -111,7 +110,7 @@ class Port:
             if left_s <= 0:
                 return False
 
-    def _watched(self) -> dict[int, Lane]:
+    def _watched(self) -> dict[int, Lane[Any]]:
         lanes = [lane for lane in self._lanes if lane.process_fd is not None and lane.alive]
         return {lane.process_fd: lane for lane in lanes if lane.process_fd is not None}
 
@@ -119,13 +118,13 @@ class Port:
         self,
         peer: str,
         address: bytes,
-        shape: LaneShape,
+        shape: S,
         side: Side,
         *,
         send_lane: int,
         receive_lane: int,
         allocate: Allocate = allocate_pages,
-    ) -> Lane:
+    ) -> Lane[S]:
         """A lane to the port with this address, every receive posted. Does not wait for the peer.
 
         `peer` is a name for messages. What one end calls `send_lane` the other calls `receive_lane`;
@@ -151,7 +150,7 @@ class Port:
         self._lanes.append(lane)
         return lane
 
-    def retire(self, lane: Lane, endpoint: Any, receive_lane: int, in_flight: list[Frame]) -> None:
+    def retire(self, lane: Lane[Any], endpoint: Any, receive_lane: int, in_flight: list[Frame]) -> None:
         """Close a lane's endpoint and keep its memory until nothing can touch it. For `Lane.close`."""
         if lane in self._lanes:
             self._lanes.remove(lane)

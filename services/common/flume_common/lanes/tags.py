@@ -22,18 +22,30 @@ class Side(Enum):
 
     WEIGHT = "weight"
     ATTENTION = "attention"
+    PULLER = "puller"
+    LENDER = "lender"
 
     @property
     def sends(self) -> tuple[Kind, ...]:
-        return _FROM_WEIGHT if self is Side.WEIGHT else _FROM_ATTENTION
+        return _SENT[self]
 
     @property
     def receives(self) -> tuple[Kind, ...]:
-        return _FROM_ATTENTION if self is Side.WEIGHT else _FROM_WEIGHT
+        return _SENT[_OTHER[self]]
 
 
-_FROM_WEIGHT = (Kind.PLAN, Kind.QUERY, Kind.KV)
-_FROM_ATTENTION = (Kind.PARTIAL, Kind.CREDIT)
+_SENT = {
+    Side.WEIGHT: (Kind.PLAN, Kind.QUERY, Kind.KV),
+    Side.ATTENTION: (Kind.PARTIAL, Kind.CREDIT),
+    Side.PULLER: (Kind.PULL,),
+    Side.LENDER: (Kind.PULLED,),
+}
+_OTHER = {
+    Side.WEIGHT: Side.ATTENTION,
+    Side.ATTENTION: Side.WEIGHT,
+    Side.PULLER: Side.LENDER,
+    Side.LENDER: Side.PULLER,
+}
 
 
 def tag_of(lane: int, kind: Kind) -> Tag:
