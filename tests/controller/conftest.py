@@ -17,6 +17,9 @@ from flume_controller.supervise import kill_all
 from flume_protos.v1 import admin_pb2 as pb
 from flume_protos.v1 import admin_pb2_grpc as rpc
 
+sys.path.insert(0, str(Path(__file__).parent))
+from election_timing import QUICK_ELECTION
+
 FAKE_NODE = Path(__file__).parent / "fake_attention_node.py"
 
 
@@ -111,19 +114,13 @@ def controller(etcd_endpoint, keys, tmp_path):
         made.close()
 
 
-QUICK_ELECTION = (
-    *("--leader-elect-lease-duration", "3s", "--leader-elect-renew-deadline", "1500ms"),
-    *("--leader-elect-retry-period", "500ms"),
-)
-
-
 @pytest.fixture
 def start_controller(keys, tmp_path):
-    """Starts controllers with quick elections, all on the same machine and data directory."""
+    """Starts controllers, with quick elections unless told otherwise, on one machine and data directory."""
     made = []
 
-    def start(endpoint, node="controller-1"):
-        controller = ControllerProcess(endpoint, keys.cluster, tmp_path, node, QUICK_ELECTION)
+    def start(endpoint, node="controller-1", options=QUICK_ELECTION):
+        controller = ControllerProcess(endpoint, keys.cluster, tmp_path, node, options)
         made.append(controller)
         controller.start()
         controller.until(lambda: "READY" in controller.states().values())

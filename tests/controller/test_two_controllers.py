@@ -1,55 +1,82 @@
 """Two controllers side by side on real etcd: one leads, and a stopped leader does no harm when it wakes."""
 
 import asyncio
+import itertools
 import os
+import random
 import signal
 import subprocess
 import sys
+import time
 from contextlib import asynccontextmanager
 from pathlib import Path
 
+import pytest
 from flume_common.etcd_binary import embedded_etcd
-from flume_common.store import Removed, StoreConfig, connect
+from flume_common.membership import Member, Role, State, register, watch_members
+from flume_common.route_store import RouteWriter
+from flume_common.routes import Route
+from flume_common.store import StoreConfig, connect
+from flume_common.tasks import background
 from flume_controller import event_store
-from flume_controller.spec import decode_spec, decode_status
+from flume_controller.spec import decode_status
 
 sys.path.insert(0, str(Path(__file__).parent))
-from history import Entry, violations
-
-STOPPED_S = 5.0  # longer than the lease of 3 s
+from election_timing import QUICK_ELECTION
+from recorder import ClusterHistory
+from route_history import Written
 
 
 async def leader(store, keys):
     return decode_status((await store.get(keys.status_attention)).value).leader
 
 
+class WeightNode:
+    """A weight node without a model: sequences begin, move their tails to ready nodes, and end."""
+
+    def __init__(self, registration, writer, members):
+        self._epoch, self._name = registration.epoch, registration.member.id
+        self._writer, self._members = writer, members
+        self._routes = {}
+        self._random = random.Random(self._name)
+
+    async def run(self):
+        for number in itertools.count():
+            ready = [m.id for m in self._members.of(Role.ATTENTION) if m.state is State.READY]
+            if ready:
+                self._step(number, ready)
+            await asyncio.sleep(0.02)
+
+    def _step(self, number, ready):
+        node, sequence = self._random.choice(ready), f"{self._name}-{number // 40}"
+        route = self._routes.get(sequence)
+        if route is None:
+            for old in list(self._routes):
+                del self._routes[old]
+                self._writer.end(old)
+            route = Route.start(sequence, self._name, self._epoch, node)
+        else:
+            route = route.move_tail(route.tail.start + 10, node)
+        for item in route.ranges[:-1]:
+            if item.node not in ready:  # as a node that leaves is emptied
+                route = route.replace_holder(item.start, item.end, node)
+        self._routes[sequence] = route
+        self._writer.put(route)
+
+
 @asynccontextmanager
-async def recording(store, keys):
-    """Every revision of the spec and the status, as a watcher of its own sees them."""
-    history = []
-
-    def note(kind, decode, kv):
-        history.append(Entry(kind, decode(kv.value), kv.mod_revision))
-
-    async def follow(kind, key, decode):
-        async with store.watch(key.rpartition("/")[0] + "/") as watch:
-            for kv in watch.items.values():
-                note(kind, decode, kv)
-            async for batch in watch:
-                assert batch.resync is None, "a recorder must not miss anything"
-                for change in batch.changes:
-                    assert not isinstance(change, Removed)
-                    note(kind, decode, change.kv)
-
-    async with asyncio.TaskGroup() as tasks:
-        followers = [
-            tasks.create_task(follow("spec", keys.spec_attention, decode_spec)),
-            tasks.create_task(follow("status", keys.status_attention, decode_status)),
-        ]
-        yield history
-        await asyncio.sleep(0.3)
-        for follower in followers:
-            follower.cancel()
+async def weight_node(store, keys, name):
+    member = Member(
+        id=name, role=Role.WEIGHT, state=State.READY, address="x:1", host="here", pid=1, version="0",
+        protocol_version=1, started_at_s=time.time(),
+    )  # fmt: skip
+    async with (
+        watch_members(store, keys) as members,
+        register(store, keys, member) as registration,
+        RouteWriter(store, keys, registration) as writer,
+        background(sequences=WeightNode(registration, writer, members).run()),
+    ):
+        yield
 
 
 def converged(controller, replicas):
@@ -61,24 +88,41 @@ def converged(controller, replicas):
 async def scale(controller, replicas, through):
     """Blocking calls in a thread, so that the recorder's loop goes on."""
     await asyncio.to_thread(through.scale, replicas)
-    await asyncio.to_thread(controller.until, lambda: converged(controller, replicas))
+    await asyncio.to_thread(controller.until, lambda: converged(controller, replicas), 40.0)
 
 
-async def test_a_stopped_leader_is_replaced_and_writes_nothing_when_it_wakes(two_controllers, store, keys):
-    first, second = two_controllers
+@pytest.mark.parametrize(
+    "options, stopped_s",
+    [
+        pytest.param(QUICK_ELECTION, 5.0, id="lease of 3 s"),
+        pytest.param((), 20.0, id="default timing", marks=pytest.mark.soak),
+    ],
+)
+async def test_a_stopped_leader_is_replaced_and_writes_nothing_when_it_wakes(
+    start_controller, etcd_endpoint, store, keys, options, stopped_s
+):
+    first = start_controller(etcd_endpoint, "controller-1", options)
+    second = start_controller(etcd_endpoint, "controller-2", options)
     assert await leader(store, keys) == "controller-1"
-    async with recording(store, keys) as history:
+    async with (
+        ClusterHistory(store, keys) as history,
+        weight_node(store, keys, "weight-1"),
+        weight_node(store, keys, "weight-2"),
+    ):
         await scale(first, 2, through=second)  # a follower's Admin API reads and scales
         first.send(signal.SIGSTOP)
-        await asyncio.gather(scale(second, 3, through=second), asyncio.sleep(STOPPED_S))
+        await asyncio.gather(scale(second, 3, through=second), asyncio.sleep(stopped_s))
         assert await leader(store, keys) == "controller-2"
         first.send(signal.SIGCONT)
         await asyncio.sleep(1.0)
         await scale(second, 1, through=first)
         assert await leader(store, keys) == "controller-2"
-    writers = [entry.value.leader for entry in history if entry.kind == "status"]
-    assert violations(sorted(history, key=lambda entry: entry.revision)) == []
+        assert await history.settled() == [] and history.gaps == []
+    (entries,) = history.specs
+    writers = [entry.value.leader for entry in entries if entry.kind == "status"]
     assert writers == sorted(writers) and set(writers) == {"controller-1", "controller-2"}
+    assert [entry.value.desired for entry in entries if entry.kind == "spec"] == [1, 2, 3, 1]
+    assert len({entry.sequence for _, entry in history.routes if isinstance(entry, Written)}) > 10
     assert "leader_stepped_down" in first.log()
     elected = [e.source for e in await event_store.read(store, keys) if e.reason == "LeaderElected"]
     assert elected == ["controller-1", "controller-2"]
