@@ -223,3 +223,35 @@ async def test_no_write_is_lost_or_done_twice_when_etcd_goes_away(etcd_endpoint,
         assert len(routes.current["s"].ranges) == 2
         assert (await store.get(keys.route("s"))).version == 2
         assert (await store.get(keys.route("other"))).version == 1
+
+
+async def test_a_route_that_another_owner_took_over_is_theirs_from_then_on(store, keys):
+    """A weight node that was stopped wakes up: another one serves the sequence now."""
+    async with (
+        watch_routes(store, keys) as routes,
+        register(store, keys, owner("w1")) as first,
+        register(store, keys, owner("w2")) as second,
+        RouteWriter(store, keys, first) as stopped,
+        RouteWriter(store, keys, second) as adopter,
+    ):
+        before = Route.start("s", "w1", 0, "a0")
+        stopped.put(before)
+        await stopped.settled()
+        adopted = Route.start("s", "w2", 0, "a0").move_tail(9, "a1")
+        adopter.put(adopted)
+        await adopter.settled()
+        stopped.put(before.move_tail(5, "a2"))
+        await asyncio.wait_for(stopped.settled(), 5)
+        stopped.put(before.move_tail(6, "a2"))
+        assert stopped.pending == 0
+        stopped.end("s")
+        await asyncio.wait_for(stopped.settled(), 5)
+        kv = await store.get(keys.route("s"))
+        assert decode_route(kv).ranges == adopted.ranges and kv.version == 2
+        stopped.put(before)  # a new life of the sequence, here: taken over in turn
+        await eventually(routes, lambda: routes.current["s"].weight_node == "w1")
+        adopter.put(adopted.move_tail(20, "a0"))
+        await asyncio.wait_for(adopter.settled(), 5)
+        adopter.end("s")
+        await asyncio.wait_for(adopter.settled(), 5)
+        assert decode_route(await store.get(keys.route("s"))).weight_node == "w1"

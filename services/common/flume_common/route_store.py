@@ -1,7 +1,8 @@
 """Routes in etcd: written by the weight node that owns them, watched by whoever is curious.
 
 A route's key is bound to its owner's lease and written under its owner's epoch: the transaction
-compares the owner's member key, so a node that was replaced changes nothing. No step waits for this.
+compares the owner's member key, so a node that was replaced changes nothing. A sequence's first write takes
+it over from whoever owned it before; who lost one so leaves it alone. No step waits for this.
 """
 
 from __future__ import annotations
@@ -102,6 +103,8 @@ class RouteWriter:
         self._dirty: dict[str, None] = {}  # ordered: the longest waiting first
         # mod_revision of the keys we wrote, 0 for none; None when that has to be read.
         self._revisions: dict[str, int | None] = {}
+        self._claimed: set[str] = set()  # written at least once
+        self._lost: set[str] = set()  # to another owner, and not ended here yet
         self._poked = asyncio.Event()
         self._settled = asyncio.Event()
         self._settled.set()
@@ -124,12 +127,18 @@ class RouteWriter:
         await self._settled.wait()
 
     def put(self, route: Route) -> None:
-        """Write this route, soon. Its epoch is replaced by the one we are registered under then."""
+        """Write this route, soon. Its epoch is replaced by the one we are registered under then.
+
+        Ignored once another owner took the sequence over, until `end` is called.
+        """
+        if route.sequence in self._lost:
+            return
         self._wanted[route.sequence] = route
         self._mark(route.sequence)
 
     def end(self, sequence: str) -> None:
         """Delete this sequence's route, soon. Unknown ones are ignored."""
+        self._lost.discard(sequence)
         if self._wanted.pop(sequence, None) is not None:
             self._mark(sequence)
 
@@ -189,9 +198,9 @@ class RouteWriter:
             self._revisions |= dict.fromkeys(batch)
             return
         for sequence, route in batch.items():
-            if route is None:
+            if route is None or sequence in self._lost:
                 self._revisions.pop(sequence, None)
-            if self._wanted.get(sequence) is route:
+            if self._wanted.get(sequence) is route or sequence in self._lost:
                 self._dirty.pop(sequence, None)
         if not self._dirty:
             self._settled.set()
@@ -211,9 +220,28 @@ class RouteWriter:
         for index, sequence in enumerate(sequences):
             kv = result.kv(index)
             self._revisions[sequence] = kv.mod_revision if kv else 0
-            if _is_done(ops[sequence], kv):
+            if self._is_lost(sequence, ops[sequence], kv):
+                self._lose(sequence)
+                done.add(sequence)
+            elif _is_done(ops[sequence], kv):
+                self._settle(sequence, ops[sequence])
                 done.add(sequence)
         return done
+
+    def _is_lost(self, sequence: str, op: Put | Delete, kv: KeyValue | None) -> bool:
+        """The key is another owner's, and we don't mean to take it over."""
+        if kv is None or not (sequence in self._claimed or isinstance(op, Delete)):
+            return False
+        try:
+            return decode_route(kv).weight_node != self._registration.member.id
+        except msgspec.DecodeError:
+            return False
+
+    def _lose(self, sequence: str) -> None:
+        if self._wanted.pop(sequence, None) is not None:
+            self._lost.add(sequence)
+        self._claimed.discard(sequence)
+        log.info("route_taken_over", sequence=sequence)
 
     async def _transact(self, ops: Mapping[str, Put | Delete], life: Life) -> None:
         """All or nothing, and only if we are who we think and nobody touched the keys.
@@ -231,6 +259,14 @@ class RouteWriter:
             raise NotWritten(self._registration.key, life.epoch, result.kv(0))
         for sequence, op in ops.items():
             self._revisions[sequence] = result.revision if isinstance(op, Put) else 0
+            self._settle(sequence, op)
+
+    def _settle(self, sequence: str, op: Put | Delete) -> None:
+        """The key is as we want it."""
+        if isinstance(op, Put):
+            self._claimed.add(sequence)
+        else:
+            self._claimed.discard(sequence)
 
 
 def _is_done(op: Put | Delete, kv: KeyValue | None) -> bool:
