@@ -3,7 +3,8 @@
 A capture records tensor operations; a replay does them again on the memory they were recorded with. No
 Python of the captured function runs again: what it read when it was captured is baked in, as on a device.
 Reading a value back during a capture is an error, as there. Work that was launched moves on only inside
-`run_some`, so a test decides how host and device interleave; `running` gives the device a thread instead.
+`run_some`, and a little when a graph is asked whether it is done, so a test decides how host and device
+interleave; `running` gives the device a thread instead.
 
 Signals and waits count as the kernels in `flume_kernels.gpu.signals` do.
 """
@@ -38,6 +39,7 @@ class SimulatedGraph:
         self._device.queue.extend(self._operations)
 
     def done(self):
+        self._device.move_on()
         return not self._device.queue
 
 
@@ -46,6 +48,7 @@ class SimulatedDevice:
         self.queue = deque()  # operations; each answers False while it cannot pass
         self.captures = 0
         self._recording = None
+        self._by_itself = False
 
     def tensor(self, *size, dtype):
         return torch.zeros(size, dtype=dtype)
@@ -89,6 +92,11 @@ class SimulatedDevice:
             if not self.run_some(len(self.queue)):
                 raise RuntimeError("the device waits for ever")
 
+    def move_on(self):
+        """Do a few operations, where no thread does them."""
+        if not self._by_itself:
+            self.run_some(4)
+
     def run_some(self, count):
         """Do up to `count` operations; returns how many passed."""
         with torch.inference_mode():
@@ -109,12 +117,14 @@ class SimulatedDevice:
                     time.sleep(0)
 
         thread = threading.Thread(target=work)
+        self._by_itself = True
         thread.start()
         try:
             yield
         finally:
             ended.set()
             thread.join()
+            self._by_itself = False
 
 
 def _signal(flags, number):

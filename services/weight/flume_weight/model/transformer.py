@@ -28,6 +28,11 @@ class Transformer:
         self._query_shape = (-1, config.num_query_heads, config.head_dim)
         self._kv_shape = (-1, 2 * config.num_kv_heads, config.head_dim)
 
+    @property
+    def weights(self) -> Weights:
+        """The parameters themselves: a step that is captured computes with them in an order of its own."""
+        return self._weights
+
     def layout(self, block_tokens: int = 16) -> KvLayout:
         """How the KV of this model lies in memory."""
         return self.config.layout(str(self.dtype).removeprefix("torch."), block_tokens)

@@ -1,0 +1,17 @@
+"""The decode step of a weight node on a GPU: captured once per size, replayed for every token.
+
+    buckets        which captured size a batch runs in
+    microbatches   how many parts a step is cut into, from measured times
+    step_buffers   the memory a captured step works on
+    device_weights a model's parameters in device memory
+    ops            the small operations between the projections, as Triton kernels
+    decode_step    one decode step in the order that sends queries first: what is captured
+    captured_steps captured steps by size, counted
+    driver         the host's side of a replay: flags on one hand, messages on the other
+    lane_exchange  those messages over lanes
+
+A captured step knows no attention node: it leaves queries in memory, raises a flag, and waits at another for
+partials. Which node is asked is the driver's business, so a change of route is no concern of the graph.
+Prefill is not here. Nothing in this package but `ops.TritonOps` needs triton, and nothing but
+`flume_kernels.gpu.cuda_device` calls CUDA.
+"""

@@ -1,0 +1,144 @@
+"""One decode step, queries first: what a captured step records.
+
+Per layer and microbatch
+
+    norm, Q, RoPE into the send buffer, signal        the queries leave
+    K, V, RoPE; K and V into their buffer             while the queries are under way
+    wait, merge, O, norm, gate and up, SiLU, down     once the partials are here
+
+K and V of a layer are in place when the next signal is given, so they travel with the next layer's queries;
+one more signal follows the last layer's. With several microbatches each asks about its next layer as soon as
+its answer is worked in, so that the others' turn comes while it waits.
+
+Each row is one token of one sequence. Its part of attention that lies in no range is the token itself.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from flume_kernels.gpu.device import Device
+from torch import Tensor
+from torch.nn import functional as F
+
+from flume_weight.cuda.ops import Angles, Ops
+from flume_weight.cuda.step_buffers import MicrobatchBuffers, StepBuffers
+from flume_weight.model.config import ModelConfig
+from flume_weight.model.linear import Linear
+from flume_weight.model.weights import Layer, Weights
+
+
+@dataclass(slots=True)
+class _Stream:
+    """A microbatch on its way through the layers. `hidden` is the residual stream, without `added`."""
+
+    number: int
+    buffers: MicrobatchBuffers
+    positions: Tensor
+    hidden: Tensor
+    added: Tensor | None = None  # what the last block gave
+    asked: tuple[Tensor, Tensor, Tensor] | None = None  # q, k, v of the layer under way
+
+
+class DecodeStep:
+    """The dense path over one set of buffers. Calling it queues a step on the device's stream."""
+
+    def __init__(
+        self,
+        device: Device,
+        ops: Ops,
+        config: ModelConfig,
+        weights: Weights,
+        angles: Angles,
+        buffers: StepBuffers,
+    ) -> None:
+        self._device = device
+        self._ops = ops
+        self._config = config
+        self._weights = weights
+        self._angles = angles
+        self._buffers = buffers
+        self._flags = buffers.flags
+        self._ended = 2 * buffers.size.microbatches  # the number of the last flag
+
+    @torch.inference_mode()
+    def __call__(self) -> None:
+        streams = self._begin()
+        for stream in streams:
+            self._ask(stream, 0)
+        for layer in range(self._config.num_layers):
+            for stream in streams:
+                self._answer(stream, layer)
+                if layer + 1 < self._config.num_layers:
+                    self._ask(stream, layer + 1)
+        self._finish(streams)
+
+    def _begin(self) -> list[_Stream]:
+        where = self._weights.embedding.device
+        ids = self._buffers.token_ids.to(where, non_blocking=True)
+        positions = self._buffers.positions.to(where, non_blocking=True)
+        hidden = F.embedding(ids, self._weights.embedding)
+        return [
+            _Stream(number, microbatch, positions[microbatch.rows], hidden[microbatch.rows])
+            for number, microbatch in enumerate(self._buffers.microbatches)
+        ]
+
+    def _ask(self, stream: _Stream, number: int) -> None:
+        layer, buffers = self._weights.layers[number], stream.buffers
+        x = self._norm_next(stream, layer.input_norm)
+        q = self._heads(layer.query, x, layer.query_norm)
+        self._ops.rope(q, stream.positions, self._angles, buffers.queries)
+        self._signal(stream)
+        # Turned a second time for the merge: reading it back from host memory would cost more.
+        turned = torch.empty_like(q)
+        self._ops.rope(q, stream.positions, self._angles, turned)
+        k, v = self._keys(stream, layer, x)
+        buffers.keys[number, 0].copy_(k, non_blocking=True)
+        buffers.keys[number, 1].copy_(v, non_blocking=True)
+        if number + 1 == self._config.num_layers:
+            self._signal(stream)
+        stream.asked = turned, k, v
+
+    def _keys(self, stream: _Stream, layer: Layer, x: Tensor) -> tuple[Tensor, Tensor]:
+        kv_heads, dim = self._config.num_kv_heads, self._config.head_dim
+        k, v = layer.kv(x).view(-1, 2 * kv_heads, dim).chunk(2, dim=1)
+        if layer.key_norm is not None:
+            k = self._norm_heads(k, layer.key_norm)
+        turned = torch.empty(k.shape, dtype=k.dtype, device=k.device)
+        self._ops.rope(k, stream.positions, self._angles, turned)
+        return turned, v
+
+    def _answer(self, stream: _Stream, number: int) -> None:
+        layer, buffers = self._weights.layers[number], stream.buffers
+        assert stream.asked is not None
+        self._device.await_(self._flags, stream.number)
+        scale = self._config.head_dim**-0.5
+        mixed = self._ops.merge(*stream.asked, buffers.part_o, buffers.part_lse, scale)
+        stream.added = layer.output(mixed.flatten(1))
+        x = self._norm_next(stream, layer.post_norm)
+        stream.added = layer.down(self._ops.silu_mul(layer.gate_up(x)))
+
+    def _finish(self, streams: list[_Stream]) -> None:
+        x = torch.cat([self._norm_next(stream, self._weights.final_norm) for stream in streams])
+        self._buffers.logits.copy_(self._weights.head(x))
+        self._device.signal(self._flags, self._ended)
+
+    def _signal(self, stream: _Stream) -> None:
+        self._device.signal(self._flags, self._buffers.size.microbatches + stream.number)
+
+    def _norm_next(self, stream: _Stream, weight: Tensor) -> Tensor:
+        """The norm of the residual stream, with what the last block gave taken into it."""
+        eps = self._config.rms_norm_eps
+        if stream.added is None:
+            return self._ops.rms_norm(stream.hidden, weight, eps)
+        added, stream.added = stream.added, None
+        return self._ops.rms_norm(added, weight, eps, stream.hidden)
+
+    def _heads(self, project: Linear, x: Tensor, norm: Tensor | None) -> Tensor:
+        q = project(x).view(-1, self._config.num_query_heads, self._config.head_dim)
+        return q if norm is None else self._norm_heads(q, norm)
+
+    def _norm_heads(self, x: Tensor, weight: Tensor) -> Tensor:
+        flat = x.reshape(-1, self._config.head_dim)
+        return self._ops.rms_norm(flat, weight, self._config.rms_norm_eps).view(x.shape)

@@ -1,0 +1,291 @@
+"""Captured steps over real lanes to real attention nodes, which run in threads: the device is simulated."""
+
+import random
+import threading
+from contextlib import contextmanager
+
+import pytest
+import torch
+from flume_attention.lane_session import LaneSession
+from flume_attention.messages import Attach
+from flume_attention.node import Node
+from flume_common.lanes import Port, Side
+from flume_common.wire import LaneShape, sequence_key
+from flume_kernels.gpu.watchdog import Watchdog
+from flume_weight.cuda.buckets import StepSize
+from flume_weight.cuda.captured_steps import CapturedSteps
+from flume_weight.cuda.driver import StepDriver
+from flume_weight.cuda.errors import RouteTooWide, StepTimedOut
+from flume_weight.cuda.lane_exchange import LaneExchange
+from flume_weight.errors import PeerLost
+from flume_weight.model import LocalAttention, Transformer
+from flume_weight.peer import Peer
+from flume_weight.range_attention import Exchange, RangeAttention
+from simulated_device import SimulatedDevice
+from step_fakes import ReferenceOps, random_weights, small_config
+
+TIMEOUT_S = 20.0
+CONFIG = small_config(num_layers=4)
+LAYOUT = CONFIG.layout("float32", block_tokens=16)
+SHAPE = LaneShape(
+    LAYOUT, max_step_tokens=16, max_step_sequences=4, kv_frame_bytes=48 * LAYOUT.layer_token_bytes
+)
+SIZE = StepSize(4)
+PROMPTS = [[5, 9, 2, 33], [7, 12], [1, 2, 3, 4, 5, 6, 7, 8]]
+
+
+class AttentionThread:
+    """One attention node with one lane, as its engine runs it, beside the test."""
+
+    def __init__(self, name, lane_number):
+        self.name = name
+        self.lane_number = lane_number
+        self.silent = threading.Event()
+        self._weight_address = None
+        self._addressed, self._connected = threading.Event(), threading.Event()
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run, name=name)
+
+    def attach(self, port):
+        """The weight node's end."""
+        self._thread.start()
+        assert self._addressed.wait(TIMEOUT_S)
+        lane = port.connect(
+            self.name,
+            self.address,
+            SHAPE,
+            Side.WEIGHT,
+            send_lane=self.lane_number,
+            receive_lane=100 + self.lane_number,
+        )
+        self._weight_address = port.address
+        self._connected.set()
+        return Peer(self.name, lane, self.node_blocks)
+
+    def stop(self):
+        self._stop.set()
+        self._connected.set()
+        self._thread.join(TIMEOUT_S)
+
+    @torch.inference_mode()
+    def _run(self):
+        node = Node(64 * LAYOUT.block_bytes)
+        with Port(spin_s=0) as port:
+            self.address, self.node_blocks = port.address, 64
+            self._addressed.set()
+            self._connected.wait(TIMEOUT_S)
+            if self._weight_address is None:
+                return
+            session = self._session(node, port)
+            while not self._stop.is_set():
+                port.wait(lambda: not self.silent.is_set() and session.advance(), 0.02)
+                if node.grant():
+                    session.credit_due = True
+
+    def _session(self, node, port):
+        request = Attach(
+            request=1, weight_node="weight-1", epoch=1, layout=LAYOUT, worker_address=self._weight_address,
+            lane=100 + self.lane_number, max_step_tokens=SHAPE.max_step_tokens,
+            max_step_sequences=SHAPE.max_step_sequences, kv_frame_bytes=SHAPE.kv_frame_bytes,
+        )  # fmt: skip
+        holdings = node.add("weight-1", node.admit(request))
+        lane = port.connect(
+            "weight-1", self._weight_address, SHAPE, Side.ATTENTION,
+            send_lane=100 + self.lane_number, receive_lane=self.lane_number,
+        )  # fmt: skip
+        return LaneSession(node, "weight-1", 1, lane, holdings)
+
+
+class WeightNode:
+    """Sequences whose tokens lie on attention nodes; decoded by captured steps over lanes."""
+
+    def __init__(self, port, peers, watchdog, parts=2):
+        weights = random_weights(CONFIG)
+        self.model = Transformer(CONFIG, weights)
+        self.port, self.peers = port, peers
+        self.device = SimulatedDevice()
+        self.steps = CapturedSteps(self.device, ReferenceOps(), CONFIG, weights, parts)
+        self.driver = StepDriver(watchdog, TIMEOUT_S)
+        self.eager = RangeAttention(port, LAYOUT, LAYOUT.head_dim**-0.5, TIMEOUT_S)
+        self.eager.epoch = 1
+        self.oracle = LocalAttention(CONFIG.num_layers)
+        self.random = random.Random(3)
+        self.number = 0
+        self.tokens = [list(prompt) for prompt in PROMPTS]
+        self.held = {}  # (sequence, peer) -> tokens
+        self.tails = {}  # sequence -> (peer, start of its open range)
+        for peer in peers:
+            peer.want_blocks = 32
+            self.eager.send_plan(Exchange(peer))
+            assert port.wait(lambda peer=peer: peer.hear() and peer.ledger.unused_blocks >= 32, TIMEOUT_S)
+
+    def move_tail(self, sequence, peer):
+        """From the next token on it grows on this node."""
+        position = len(self.tokens[sequence]) - 1
+        if sequence in self.tails:
+            old, start = self.tails[sequence]
+            old.close(sequence, start, position - start)
+        peer.open(sequence, position if sequence in self.tails else 0, sequence_key(str(sequence)))
+        self.tails[sequence] = peer, position if sequence in self.tails else 0
+        self.held.setdefault((sequence, peer), 0)
+
+    def exchanges(self, rows):
+        """rows: (sequence, its tokens in this step, its first position), those of one tail side by side."""
+        found = []
+        for peer in self.peers:
+            exchange = Exchange(peer)
+            at, asked, appended = 0, [], []
+            for sequence, tokens, position in rows:
+                here = range(at, at + tokens)
+                at += tokens
+                held, grows = self.held.get((sequence, peer), 0), self.tails[sequence][0] is peer
+                if held:
+                    asked += here
+                if grows:
+                    appended += here
+                if held or grows:
+                    exchange.rows.append((sequence, tokens * bool(held), tokens * grows, held, position))
+            exchange.queries, exchange.num_queries = torch.tensor(asked, dtype=torch.int64), len(asked)
+            if appended:
+                exchange.append = slice(appended[0], appended[-1] + 1)
+                exchange.layers_per_kv = SHAPE.layers_per_kv(len(appended))
+            if exchange.rows:
+                found.append(exchange)
+        return found
+
+    def prefill(self):
+        for sequence, tokens in enumerate(self.tokens):
+            self.move_tail(sequence, self.peers[sequence % len(self.peers)])
+            prompt = tokens[:-1]
+            self.number += 1
+            ids, positions = torch.tensor(prompt), torch.arange(len(prompt))
+            self.eager.begin(
+                self.number, self.exchanges([(sequence, len(prompt), 0)]), [slice(0, len(prompt))]
+            )
+            self.model.forward(ids, positions, self.eager, torch.arange(1))
+            assert self.eager.finish() == []
+            self.commit([(sequence, len(prompt), 0)])
+            self.oracle.next_pass([(sequence, len(prompt))])
+            self.model.forward(ids, positions, self.oracle, torch.arange(1))
+
+    def commit(self, rows):
+        for sequence, tokens, _ in rows:
+            self.held[sequence, self.tails[sequence][0]] += tokens
+
+    def rows(self):
+        order = sorted(
+            range(len(self.tokens)), key=lambda sequence: self.peers.index(self.tails[sequence][0])
+        )
+        return [(sequence, 1, len(self.tokens[sequence]) - 1) for sequence in order]
+
+    def step(self, rows, size=SIZE):
+        step = self.steps.of(size)
+        ids = torch.tensor([self.tokens[sequence][position] for sequence, _, position in rows])
+        positions = torch.tensor([position for *_, position in rows])
+        step.buffers.fill(ids, positions)
+        self.number += 1
+        exchanges = self.exchanges(rows)
+        exchange = LaneExchange(self.port, LAYOUT, self.number, 1, exchanges, step.buffers)
+        self.eager.begin(self.number, exchanges, [])
+        self.exchange = WithDevice(exchange, self.device, self.random)
+        self.driver.run(step, self.exchange)
+        assert exchange.finish(TIMEOUT_S) == []
+        self.commit(rows)
+        return step.buffers.logits[: len(rows)].clone()
+
+    def expect(self, rows):
+        self.oracle.next_pass([(sequence, 1) for sequence, *_ in rows])
+        ids = torch.tensor([self.tokens[sequence][position] for sequence, _, position in rows])
+        positions = torch.tensor([position for *_, position in rows])
+        return self.model.forward(ids, positions, self.oracle, torch.arange(len(rows)))
+
+
+class WithDevice:
+    """The exchange, with the device moving on in every round of the driver's loop."""
+
+    def __init__(self, exchange, device, random):
+        self._exchange, self._device, self._random = exchange, device, random
+
+    def progress(self):
+        self._device.run_some(self._random.randint(0, 16))
+        self._exchange.progress()
+
+    def __getattr__(self, name):
+        return getattr(self._exchange, name)
+
+
+@contextmanager
+def cluster(nodes, parts=2):
+    torch.set_num_threads(1)
+    threads = [AttentionThread(f"attention-{number}", number) for number in range(1, nodes + 1)]
+    try:
+        with Port(spin_s=0) as port, Watchdog() as watchdog:
+            peers = [thread.attach(port) for thread in threads]
+            weight = WeightNode(port, peers, watchdog, parts)
+            weight.prefill()
+            yield weight, threads
+    finally:
+        for thread in threads:
+            thread.stop()
+
+
+def test_tokens_over_lanes_are_the_models_own_while_tails_move_and_nothing_is_captured_again():
+    with cluster(2) as (weight, _):
+        for turn in range(8):
+            if turn in (2, 5):
+                for sequence in range(len(PROMPTS)):
+                    weight.move_tail(sequence, weight.peers[(sequence + turn) % 2])
+            rows = weight.rows()
+            want, got = weight.expect(rows), weight.step(rows)
+            torch.testing.assert_close(got, want, atol=3e-5, rtol=3e-5)
+            for (sequence, *_), token in zip(rows, got.argmax(-1).tolist(), strict=True):
+                weight.tokens[sequence].append(token)
+        assert weight.steps.captures == 1
+        assert weight.steps.replays == 8
+
+
+def test_a_node_that_says_nothing_fails_the_step_by_name_and_the_step_can_be_repeated():
+    with cluster(2) as (weight, threads):
+        rows = weight.rows()
+        want = weight.expect(rows)
+        threads[1].silent.set()
+        weight.driver.timeout_s = 0.3
+        with pytest.raises(StepTimedOut) as failed:
+            weight.step(rows)
+        assert failed.value.layers == [0]
+        assert [peer.node for peer in weight.exchange.silent] == ["attention-2"]
+        threads[1].silent.clear()
+        weight.driver.timeout_s = TIMEOUT_S
+        torch.testing.assert_close(weight.step(rows), want, atol=3e-5, rtol=3e-5)
+
+
+def test_a_node_whose_process_ends_during_a_step_is_looked_for_and_lost_by_name(monkeypatch):
+    with cluster(2) as (weight, threads):
+        threads[1].silent.set()
+        look = weight.port.wait
+
+        def finds_it_gone(ready, timeout_s, fds=()):
+            if timeout_s == 0.0:
+                weight.peers[1].lane.fail("its process ended")
+            return look(ready, timeout_s, fds)
+
+        monkeypatch.setattr(weight.port, "wait", finds_it_gone)
+        with pytest.raises(PeerLost, match=r"attention-2.*its process ended"):
+            weight.step(weight.rows())
+        assert not weight.device.queue
+
+
+def test_a_sequence_on_more_nodes_than_a_step_merges_is_refused_before_anything_is_sent():
+    with cluster(2, parts=1) as (weight, _):
+        weight.step(weight.rows())
+        weight.tokens = [[*tokens, 1] for tokens in weight.tokens]
+        weight.move_tail(0, weight.peers[1])
+        weight.step(weight.rows())
+        weight.tokens = [[*tokens, 1] for tokens in weight.tokens]
+        with pytest.raises(RouteTooWide, match="2 attention nodes, captured steps merge 1"):
+            weight.step(weight.rows())
+
+
+def test_lanes_carry_one_microbatch():
+    with cluster(1) as (weight, _), pytest.raises(ValueError, match="one microbatch, not 2"):
+        weight.step(weight.rows(), StepSize(4, 2))
