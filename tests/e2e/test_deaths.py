@@ -1,4 +1,4 @@
-"""Processes die under a stream; the stream does not notice. `tests/soak` does this many times over."""
+"""Nodes die or leave under a stream, which does not notice. `tests/soak` does this many times over."""
 
 from __future__ import annotations
 
@@ -11,23 +11,57 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
 import oracle
-from streams import Stream
+from clusters import Cluster
+from streams import RetryingStream, Stream
 
 pytestmark = pytest.mark.e2e
-TOKENS = 120
+PROMPT = oracle.PLAIN["500 tokens"]
+TOKENS = 90
+
+
+def streamed(cluster: Cluster) -> Stream:
+    return Stream(cluster.router(), PROMPT, TOKENS)
 
 
 @pytest.fixture(scope="module")
 def undisturbed(cluster):
     cluster.scale(2, "--wait-drained")
-    return Stream(cluster, oracle.PLAIN["500 tokens"], TOKENS).result()
+    return streamed(cluster).result()
+
+
+def nothing_is_left(cluster: Cluster) -> None:
+    cluster.until(lambda: cluster.held_blocks() == 0, 15, "every block free")
+    cluster.until(lambda: not cluster.routes(), 15, "no route left")
+    cluster.until(cluster.settled, 60, "as many nodes as desired")
 
 
 @pytest.mark.parametrize("role", ["attention", "weight", "controller"])
 def test_a_stream_goes_on_with_the_same_tokens_when_a_process_is_killed(cluster, undisturbed, role):
-    stream = Stream(cluster, oracle.PLAIN["500 tokens"], TOKENS)
+    stream = streamed(cluster)
     stream.wait_for(30)
-    os.kill(cluster.pid_in_use(role), signal.SIGKILL)
+    os.kill(cluster.in_use(role)[0].pid, signal.SIGKILL)
     assert stream.result() == undisturbed
-    cluster.until(lambda: cluster.held_blocks() == 0, 15, "every block free")
-    cluster.until(cluster.settled, 60, "as many nodes as desired")
+    nothing_is_left(cluster)
+
+
+def test_a_stream_goes_on_with_the_same_tokens_when_its_node_is_drained(cluster, undisturbed):
+    stream = streamed(cluster)
+    stream.wait_for(30)
+    node = cluster.in_use("attention")[0].id
+    cluster.flumectl("drain", node, "--timeout", "0")
+    assert stream.result() == undisturbed
+    cluster.until(lambda: node not in {n.id for n in cluster.nodes()}, 15, f"{node} is gone")
+    nothing_is_left(cluster)
+
+
+def test_a_client_that_asks_again_gets_the_same_answer_when_the_router_is_killed(cluster):
+    def ask() -> RetryingStream:
+        return RetryingStream(cluster.url, "smollm2-135m", oracle.PLAIN["a question"], 40)
+
+    answer = "".join(ask().result())
+    stream = ask()
+    stream.wait_for(5)
+    os.kill(cluster.nodes("router")[0].pid, signal.SIGKILL)
+    assert "".join(stream.result()) == answer and answer
+    assert stream.attempts > 1
+    nothing_is_left(cluster)

@@ -90,7 +90,7 @@ def test_wrong_input_is_refused_clearly_and_leaves_nothing_behind(cluster, chang
     assert error["message"] and error["type"]
     if code:
         assert error["code"] == code
-    assert cluster.held_blocks() == 0 and cluster.get("requests") == []
+    assert cluster.held_blocks() == 0 and cluster.requests() == []
 
 
 def test_invalid_json_and_a_ten_megabyte_body_are_refused(cluster):
@@ -120,8 +120,8 @@ def open_stream(cluster, max_tokens=2000) -> socket.socket:
 
 def test_a_killed_client_frees_its_kv_on_every_node_within_a_second(cluster):
     stubs = [
-        attention_pb2_grpc.AttentionStub(grpc.insecure_channel(node["address"]))
-        for node in cluster.attention().values()
+        attention_pb2_grpc.AttentionStub(grpc.insecure_channel(node.address))
+        for node in cluster.nodes("attention")
     ]
 
     def held():
@@ -152,8 +152,8 @@ def test_two_hundred_requests_later_no_block_is_leaked(cluster, client):
     with ThreadPoolExecutor(8) as pool:
         assert sum(pool.map(ask, range(200))) > 0
     cluster.until(lambda: cluster.held_blocks() == 0, 5, "every block free")
-    assert cluster.get("requests") == []
-    assert cluster.get("routes") == []
+    assert cluster.requests() == []
+    assert cluster.routes() == []
     for stats in cluster.stats():
         assert all((lane.sequences, lane.ranges, lane.granted_blocks) == (0, 0, 0) for lane in stats.lanes)
 

@@ -1,106 +1,249 @@
-"""Faults, many times over, against a real cluster: `make soak ARGS="--rounds 20 --only scale"`.
+"""Faults, many times over, against real processes and three real etcds, with the counts printed.
 
-Each round of a fault runs greedy streams on a cluster of its own kind, does the fault while they run and
-holds the tokens against an undisturbed run; afterwards nothing may be held, listed or running that should
-not be. Prints a line per round and a table of counts, and exits with 1 when any round failed.
+Each round runs greedy float32 streams on a running cluster, does the fault while they run, begins another
+stream then, and holds every token against an undisturbed run. Afterwards nothing may be left: no KV block,
+range, route, request, lane, lease or process; nor may long-lived processes grow from round to round. A round
+that failed says all that is needed to find out why and keeps the cluster's files; the next one gets a new
+cluster.
 """
 
 from __future__ import annotations
 
 import argparse
-import os
-import signal
+import json
+import random
+import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "e2e"))
-from conftest import Cluster, running
-from streams import Stream
+import faults
+import load
+import processes
+from clusters import running
+from etcd_members import three_etcds
+from memory import LEAST_SAMPLES, Growth, Memory
+from report import failure_report
+from rounds import ATTENTION, WEIGHTS, Fault, Pieces, Round, World
 
-PROMPTS = [
-    "The harbour town woke early. " * 20,
-    "Question: what is a lighthouse for?\nAnswer:",
-    "1. apples\n2. pears\n3.",
-    "Once upon a time there was a clockmaker who " * 6,
-]
-TOKENS = 200
+CLEAN_S = 40.0
+"""Until nothing is left and every node is back; an election alone may take 15 s."""
+SCALING = "scaling"
 
-
-def scale(cluster: Cluster) -> None:
-    """1 -> 4 -> 1."""
-    cluster.scale(4)
-    cluster.scale(1)
-
-
-def kill(role: str) -> Callable[[Cluster], None]:
-    def fault(cluster: Cluster) -> None:
-        os.kill(cluster.pid_in_use(role), signal.SIGKILL)
-
-    return fault
-
-
-def stop(role: str, seconds: float) -> Callable[[Cluster], None]:
-    def fault(cluster: Cluster) -> None:
-        pid = cluster.pid_in_use(role)
-        os.kill(pid, signal.SIGSTOP)
-        time.sleep(seconds)
-        os.kill(pid, signal.SIGCONT)
-
-    return fault
+EXAMPLES = f"""
+examples:
+  make soak                                        everything, 20 rounds each: about two hours on two cores
+  make soak ARGS='--only kill-weight stop-weight --rounds 5'
+  make soak ARGS='--only etcd-outage --rounds 1 --outage-s 600'
+  make soak ARGS='--only {SCALING} --minutes 10'   scaled every 15 s at 70 % load: failed requests and p99 ITL
+  make soak ARGS='--json counts.json'              the counts for other programs, too
+  make soak ARGS='--list'                          what there is
+"""
 
 
-FAULTS: dict[str, Callable[[Cluster], None]] = {
-    "scale": scale,
-    "kill attention": kill("attention"),
-    "kill weight": kill("weight"),
-    "kill controller": kill("controller"),
-    "stop attention": stop("attention", 20),
-    "stop controller": stop("controller", 20),
-}
+@dataclass
+class Tally:
+    """What came of one fault."""
+
+    failures: list[str] = field(default_factory=list)  # one a round, empty for none
+    seconds: list[float] = field(default_factory=list)
+    growths: list[Growth] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def failed(self) -> int:
+        return sum(map(bool, self.failures))
+
+    @property
+    def leaks(self) -> list[Growth]:
+        return [growth for growth in self.growths if growth.is_leak]
 
 
-def one_round(cluster: Cluster, fault: Callable[[Cluster], None], expected: list[list[int]]) -> str:
-    """What went wrong; empty when nothing did."""
-    streams = [Stream(cluster, prompt, TOKENS) for prompt in PROMPTS]
-    for stream in streams:
-        stream.wait_for(5)
-    fault(cluster)
-    wrong = [number for number, stream in enumerate(streams) if stream.result() != expected[number]]
-    cluster.until(lambda: cluster.held_blocks() == 0, 15, "every block free")
-    cluster.until(lambda: cluster.get("routes") == [], 15, "no route left")
-    cluster.until(cluster.settled, 60, "as many nodes as desired")
-    return f"streams {wrong} differ" if wrong else ""
+class Soak:
+    def __init__(self, args: argparse.Namespace, chosen: list[str]) -> None:
+        self._args = args
+        self._chosen = chosen
+        self._faults = faults.table(faults.Waits(stop_s=args.stop_s, outage_s=args.outage_s))
+        self._expected: dict[tuple, Pieces] = {}
+        self._folders: list[Path] = []
+        self.tallies: dict[str, Tally] = {}
+
+    def run(self) -> None:
+        """All rounds of all faults; a new cluster after each failure."""
+        todo = [(name, number) for name in self._chosen for number in range(1, self._rounds(name) + 1)]
+        while todo:
+            with self._world() as world:
+                todo = self._until_failure(world, todo)
+
+    def _rounds(self, name: str) -> int:
+        return 1 if name == SCALING else self._args.rounds
+
+    def _until_failure(self, world: World, todo: list[tuple[str, int]]) -> list[tuple[str, int]]:
+        """What is left to do."""
+        memory = Memory()
+        for index, (name, number) in enumerate(todo):
+            if number == 1:
+                memory = Memory()
+            failure = self._one(world, name, number, memory)
+            rest = todo[index + 1 :]
+            if failure or not rest or rest[0][0] != name:
+                self._close(name, memory)
+            if failure:
+                return rest
+        return []
+
+    def _one(self, world: World, name: str, number: int, memory: Memory) -> str:
+        tally = self.tallies.setdefault(name, Tally())
+        began_s, began = time.monotonic(), datetime.now(UTC)
+        rng = random.Random(f"{self._args.seed}/{name}/{number}")
+        note = ""
+        try:
+            if name == SCALING:
+                failure, note = load.scaling(world, self._args.minutes * 60, rng)
+            else:
+                failure, note = one_round(world, self._faults[name], number, rng, memory)
+        except Exception as error:
+            failure = f"{type(error).__name__}: {error}"
+        took_s = time.monotonic() - began_s
+        tally.failures.append(failure)
+        tally.seconds.append(took_s)
+        tally.notes.append(note)
+        verdict = "FAILED" if failure else "ok"
+        print(f"{name} {number}/{self._rounds(name)}: {verdict} ({took_s:.1f} s; {note})", flush=True)
+        if failure:
+            kept = self._keep(name, number)
+            print(failure_report(failure, world.cluster, self._folders[-1], began, kept), flush=True)
+        return failure
+
+    def _close(self, name: str, memory: Memory) -> None:
+        """Judge the memory of a series of rounds on one cluster."""
+        growths = memory.growths()
+        self.tallies[name].growths += growths
+        for growth in growths:
+            if growth.is_leak:
+                print(f"{name}: MEMORY GROWS: {growth}", flush=True)
+        self.write()
+
+    @contextmanager
+    def _world(self) -> Iterator[World]:
+        with tempfile.TemporaryDirectory(prefix="flume-soak-") as folder:
+            path = Path(folder)
+            self._folders.append(path)
+            with three_etcds(path / "etcds") as etcds:
+                words = ("--dtype", "float32", "--kv-memory", "1GiB", "--etcd", etcds.endpoints)
+                with running(
+                    path / "cluster", *words, "--attention", str(ATTENTION), "--weight", str(WEIGHTS)
+                ) as cluster:
+                    yield World(cluster, etcds, self._expected)
+            left = processes.everything()
+            if left:
+                print(f"LEFT after `down`: {left}", flush=True)
+                self.tallies.setdefault("down", Tally()).failures.append(str(left))
+
+    def _keep(self, name: str, number: int) -> Path:
+        """Copy the cluster's files for whoever looks for the cause."""
+        folder = self._args.keep / f"{datetime.now(UTC):%Y%m%d-%H%M%S}-{name}-{number}"
+        ignore = shutil.ignore_patterns("member", "lock")
+        shutil.copytree(self._folders[-1], folder, ignore=ignore)
+        return folder
+
+    def write(self) -> None:
+        """The counts so far, as JSON."""
+        if self._args.json is None:
+            return
+        counts = {
+            name: {
+                "rounds": len(tally.failures),
+                "failed": tally.failed,
+                "seconds": [round(seconds, 1) for seconds in tally.seconds],
+                "notes": tally.notes,
+                "failures": list(filter(None, tally.failures)),
+                "memory": [str(growth) for growth in tally.growths],
+                "memory_leaks": len(tally.leaks),
+            }
+            for name, tally in self.tallies.items()
+        }
+        self._args.json.write_text(json.dumps(counts, indent=2) + "\n")
+
+
+def one_round(world: World, fault: Fault, number: int, rng: random.Random, memory: Memory) -> tuple[str, str]:
+    """What went wrong, empty when nothing did, and a note on what was done."""
+    if len(world.cluster.nodes("attention")) != fault.attention:
+        world.cluster.scale(fault.attention, "--wait-drained")
+    world.learn(fault.client)
+    this = Round(world, number, rng, fault.client)
+    this.begin()
+    fault.act(this)
+    failures = this.wrong()
+    ended_s = time.monotonic()
+    failures += world.clean(fault.attention, CLEAN_S)
+    this.notes += [
+        f"longest gap {this.longest_gap_s:.1f} s",
+        f"clean after {time.monotonic() - ended_s:.1f} s",
+    ]
+    memory.sample(processes.everything())
+    return "\n".join(failures), ", ".join(this.notes)
+
+
+def print_table(tallies: dict[str, Tally]) -> None:
+    print(f"\n{'fault':<18}{'rounds':>8}{'failed':>8}{'grows':>8}{'seconds a round':>18}")
+    for name, tally in tallies.items():
+        mean_s = sum(tally.seconds) / len(tally.seconds) if tally.seconds else 0.0
+        print(f"{name:<18}{len(tally.failures):>8}{tally.failed:>8}{len(tally.leaks):>8}{mean_s:>18.1f}")
+    print(f"\nmemory, where a process lived for {LEAST_SAMPLES} rounds or more; most grown first")
+    for name, tally in tallies.items():
+        for growth in tally.growths[:4]:
+            print(f"  {name:<16} {growth}")
+
+
+def parse(names: list[str]) -> argparse.Namespace:
+    flags = argparse.ArgumentParser(
+        prog="make soak", description=__doc__, epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    flags.add_argument("--rounds", type=int, default=20, help="of each fault (default: %(default)s)")
+    flags.add_argument("--only", nargs="+", choices=names, metavar="FAULT", help="these; by default all")
+    flags.add_argument("--skip", nargs="+", choices=names, metavar="FAULT", default=[], help="all but these")
+    flags.add_argument(
+        "--stop-s", type=float, default=20.0, help="how long SIGSTOP lasts (default: %(default)s)"
+    )
+    flags.add_argument(
+        "--outage-s", type=float, default=60.0, help="how long etcd is gone (default: %(default)s)"
+    )
+    flags.add_argument("--minutes", type=float, default=10.0, help=f"of {SCALING} (default: %(default)s)")
+    flags.add_argument("--seed", default="1", help="of what is left to chance (default: %(default)s)")
+    flags.add_argument("--json", type=Path, metavar="FILE", help="write the counts there, too")
+    flags.add_argument(
+        "--keep", type=Path, metavar="DIR", default=Path(tempfile.gettempdir()) / "flume-soak-failures",
+        help="where the files of failed rounds go (default: %(default)s)",
+    )  # fmt: skip
+    flags.add_argument("--list", action="store_true", help="say what each fault is, and do nothing")
+    return flags.parse_args()
 
 
 def main() -> int:
-    flags = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    flags.add_argument("--rounds", type=int, default=20, help="of each fault")
-    flags.add_argument("--only", nargs="*", default=list(FAULTS), choices=list(FAULTS), metavar="FAULT")
-    args = flags.parse_args()
-    counts: dict[str, list[str]] = {name: [] for name in args.only}
-    with (
-        tempfile.TemporaryDirectory() as folder,
-        running(Path(folder), "--dtype", "float32", "--attention", "2", "--weight", "2") as cluster,
-    ):
-        expected = [Stream(cluster, prompt, TOKENS).result() for prompt in PROMPTS]
-        for name in args.only:
-            for number in range(1, args.rounds + 1):
-                cluster.scale(1 if name == "scale" else 2, "--wait-drained")
-                started_s = time.monotonic()
-                try:
-                    failure = one_round(cluster, FAULTS[name], expected)
-                except Exception as error:
-                    failure = f"{type(error).__name__}: {error}"
-                counts[name].append(failure)
-                took_s = time.monotonic() - started_s
-                print(f"{name} {number}/{args.rounds}: {failure or 'ok'} ({took_s:.1f} s)", flush=True)
-    print(f"\n{'fault':<20}{'rounds':>8}{'failed':>8}")
-    for name, failures in counts.items():
-        print(f"{name:<20}{len(failures):>8}{sum(map(bool, failures)):>8}")
-    return int(any(any(failures) for failures in counts.values()))
+    table = faults.table(faults.Waits())
+    args = parse([*table, SCALING])
+    if args.list:
+        for fault in faults.table(faults.Waits(args.stop_s, args.outage_s)).values():
+            print(f"{fault.name:<16} {fault.about}")
+        print(f"{SCALING:<16} scaled every {load.EVERY_S:g} s at 70 % load, for {args.minutes:g} minutes")
+        return 0
+    processes.adopt_orphans()
+    soak = Soak(args, [name for name in args.only or [*table, SCALING] if name not in args.skip])
+    try:
+        soak.run()
+    except KeyboardInterrupt:
+        print("interrupted")
+    soak.write()
+    print_table(soak.tallies)
+    return int(any(tally.failed or tally.leaks for tally in soak.tallies.values()))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,165 @@
+"""The faults, by name. Each is done while streams run; what to expect of them is the same for all."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+
+import processes
+from report import Logs
+from rounds import Fault, Round, group_of
+
+PARTS = ("node", "engine", "supervisor")
+"""Of a weight or attention node: both its processes, or one; in turn."""
+SLACK_S = 3.0
+"""By which a deadline may be missed on a busy machine."""
+
+
+@dataclass(frozen=True)
+class Waits:
+    """How long the faults that last, last."""
+
+    stop_s: float = 20.0
+    outage_s: float = 60.0
+
+
+def scale(round: Round) -> None:
+    round.cluster.scale(4)
+    round.late()
+    round.cluster.scale(1)
+
+
+def drain(round: Round) -> None:
+    """In turn: until it is gone, and taken back."""
+    node = round.rng.choice(round.cluster.in_use("attention")).id
+    round.notes.append(node)
+    round.cluster.flumectl("drain", node, "--timeout", "0")
+    round.late()
+    if round.number % 2 == 0:
+        round.notes.append("taken back")
+        round.cluster.flumectl("undrain", node)
+
+
+def drain_by(deadline_s: float) -> Callable[[Round], None]:
+    """Its ranges are moved, none is recomputed, and it is gone in time, well before their sequences end."""
+
+    def fault(round: Round) -> None:
+        logs = Logs(round.cluster.data_dir)
+        node = round.rng.choice(round.cluster.in_use("attention")).id
+        began_s = time.monotonic()
+        round.cluster.flumectl("drain", node, "--deadline", f"{deadline_s:g}s", "--timeout", "0")
+        round.late()
+        round.cluster.until(lambda: node not in _ids(round), deadline_s + SLACK_S, f"{node} is gone")
+        took_s = time.monotonic() - began_s
+        running = sum(stream.is_alive() for _, stream in round.streams)
+        moved = sum(int(str(line["tokens"])) for line in logs.since("ranges_moved"))
+        lost = [line for line in logs.since("lane_lost") if line["lost_tokens"]]
+        round.notes.append(
+            f"{node} gone after {took_s:.1f} s, {moved} tokens moved, {running} streams ran on"
+        )
+        assert running, "every stream ended before it was gone: nothing was shown"
+        assert not lost, f"tokens were lost rather than moved: {lost}"
+
+    return fault
+
+
+def _ids(round: Round) -> set[str]:
+    return {node.id for node in round.cluster.nodes("attention")}
+
+
+def kill(role: str) -> Callable[[Round], None]:
+    def fault(round: Round) -> None:
+        for pid in _targets(round, role):
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        round.late()
+
+    return fault
+
+
+def stop(role: str, seconds: float) -> Callable[[Round], None]:
+    def fault(round: Round) -> None:
+        pids = _targets(round, role)
+        for pid in pids:
+            os.kill(pid, signal.SIGSTOP)
+        try:
+            round.late()
+            time.sleep(seconds)
+        finally:
+            for pid in pids:
+                with suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGCONT)
+
+    return fault
+
+
+def _targets(round: Round, role: str) -> list[int]:
+    """Processes of a node that streams go through; says which."""
+    node = round.rng.choice(round.cluster.in_use(role))
+    group = group_of(node.pid)
+    part = PARTS[round.number % len(PARTS)] if len(group) > 1 else "process"
+    round.notes.append(f"{part} of {node.id}")
+    return [item.pid for item in group if part in ("node", "process") or part in item.kind]
+
+
+def etcd_leader(round: Round, times: int = 3, every_s: float = 4.0) -> None:
+    etcds = round.world.etcds
+    for _ in range(times):
+        began_s = time.monotonic()
+        leader = etcds.leader()
+        round.notes.append(leader.name)
+        leader.kill()
+        round.late()
+        time.sleep(1.0)
+        etcds.start()
+        time.sleep(max(0.0, began_s + every_s - time.monotonic()))
+
+
+def etcd_outage(seconds: float, ask_every_s: float = 10.0) -> Callable[[Round], None]:
+    def fault(round: Round) -> None:
+        before = _ours()
+        round.world.etcds.kill()
+        ends_s = time.monotonic() + seconds
+        try:
+            round.cluster.until(lambda: not round.cluster.status().store_connected, 15, "status says so")
+            while time.monotonic() < ends_s:
+                asked_s = time.monotonic()
+                round.fresh()
+                time.sleep(max(0.0, min(asked_s + ask_every_s, ends_s) - time.monotonic()))
+        finally:
+            round.world.etcds.start()
+        assert _ours() == before, f"processes came or went: {_ours() ^ before}"
+
+    return fault
+
+
+def _ours() -> set[tuple[str, int]]:
+    return {(item.name, item.pid) for item in processes.everything() if item.kind != "etcd"}
+
+
+def table(waits: Waits) -> dict[str, Fault]:
+    roles = ("attention", "weight", "controller", "router")
+    parts = dict.fromkeys(roles[:2], " (node, engine, supervisor in turn)")
+    faults = [
+        Fault("scale", scale, "1 -> 4 -> 1 attention nodes", attention=1),
+        Fault("drain", drain, "an attention node drained; every other time taken back"),
+        Fault("drain-deadline", drain_by(5.0), "drained with a deadline of 5 s: its ranges move"),
+        *(
+            # Nothing can bring a connection back: the client asks again.
+            Fault(f"kill-{role}", kill(role), "kill -9" + parts.get(role, ""),
+                  client="http" if role == "router" else "grpc")
+            for role in roles
+        ),
+        Fault("etcd-leader", etcd_leader, "etcd's leader killed every 4 s, three times"),
+        *(
+            Fault(f"stop-{role}", stop(role, waits.stop_s),
+                  f"SIGSTOP for {waits.stop_s:g} s" + parts.get(role, ""))
+            for role in roles
+        ),
+        Fault("etcd-outage", etcd_outage(waits.outage_s), f"all of etcd gone for {waits.outage_s:g} s"),
+    ]  # fmt: skip
+    return {fault.name: fault for fault in faults}
