@@ -74,8 +74,8 @@ def _look(process: psutil.Process) -> Seen | None:
             if process.status() == psutil.STATUS_ZOMBIE:
                 return _zombie(process)
             words = process.cmdline()
-            kind = _kind(words)
-            node = _node(words)
+            kind = kind_of(words)
+            node = node_of(words)
             name = f"{kind} {node}".strip()
             group = os.getpgid(process.pid)
             return Seen(process.pid, kind, name, group, process.memory_info().rss, process.create_time())
@@ -90,11 +90,12 @@ def _zombie(process: psutil.Process) -> Seen | None:
         with suppress(ChildProcessError):
             os.waitpid(process.pid, os.WNOHANG)
         return None
-    kind = f"zombie of {_kind(psutil.Process(parent).cmdline())}"
+    kind = f"zombie of {kind_of(psutil.Process(parent).cmdline())}"
     return Seen(process.pid, kind, kind, 0, 0, process.create_time())
 
 
-def _kind(words: list[str]) -> str:
+def kind_of(words: list[str]) -> str:
+    """What a command line runs."""
     line = " ".join(words)
     if words and words[0].endswith("/etcd"):
         return "etcd"
@@ -104,7 +105,8 @@ def _kind(words: list[str]) -> str:
     return line[:60]
 
 
-def _node(words: list[str]) -> str:
+def node_of(words: list[str]) -> str:
+    """The node, or etcd's member, that it names; empty when none."""
     line = " ".join(words).replace("--node=", "--node ").replace("--name=", "--name ")
     for flag in ("--node ", "--name "):
         if flag in line and not line.split(flag)[0].endswith("foreground"):
