@@ -8,7 +8,7 @@ def test_the_engine_gets_what_the_command_line_says():
     args = engine_args(config, 4096)
     wanted = {"--kv-bytes": "4096", "--dtype": "bfloat16", "--threads": "2"}
     wanted |= {"--prefill-threads": "3", "--spin-us": "7.0", "--device": "cpu"}
-    wanted |= {"--orphan-grace-s": "30.0"}
+    wanted |= {"--orphan-grace-s": "30.0", "--pull-tokens-per-step": "64"}
     assert dict(zip(args[::2], args[1::2], strict=True)) == wanted
 
 
@@ -25,6 +25,7 @@ def test_any_dtype_is_taken_unless_one_is_named():
         ("--spin-us", "-1"),
         ("--lease-ttl-s", "1"),
         ("--orphan-grace-s", "-1"),
+        ("--pull-tokens-per-step", "0"),
     ],
 )
 def test_values_out_of_range_are_refused_by_the_flags_name(flag, value):

@@ -19,7 +19,7 @@ from flume_common.keys import Keys
 from flume_common.membership import Member, Registration, Role, State, register
 from flume_common.serving import CannotListen, Server, serve, until_signalled
 from flume_common.standby import until_called
-from flume_common.store import StoreConfig, connect
+from flume_common.store import connect
 from flume_common.tasks import background
 from flume_common.telemetry import configure_logging, version
 from flume_common.wire import PROTOCOL_VERSION
@@ -52,7 +52,7 @@ def main() -> int:
 
 async def run(config: Config, budget_bytes: int) -> None:
     """Serve until SIGTERM or SIGINT. Raises CannotListen, and ValueError for names that cannot be."""
-    keys, etcd = Keys(config.cluster), StoreConfig.parse(config.etcd)
+    keys = Keys(config.cluster)
     keys.member(Role.ATTENTION, config.node)
     log.info("imported", elapsed_ms=elapsed_ms(), kv_bytes=budget_bytes)
     supervisor = Supervisor(engine_args(config, budget_bytes), zygote=os.environ.get(ENGINE_ZYGOTE))
@@ -63,7 +63,7 @@ async def run(config: Config, budget_bytes: int) -> None:
     async with (
         # First, as it takes longest; last to stop, so that ranges are served until we are out of the list.
         background(engine=supervisor.keep_engine()),
-        connect(etcd) as store,
+        connect(config.store) as store,
         serve(config.listen, lambda server: _add(server, servicer), [SERVICE]) as server,
         _joining(config, supervisor) as config,
         register(store, keys, _member(config, server), ttl_s=config.lease_ttl_s) as registration,

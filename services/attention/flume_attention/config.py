@@ -8,7 +8,9 @@ import socket
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from flume_common.etcd_flags import add_etcd_flags, store_config
 from flume_common.layout import DTYPE_BYTES
+from flume_common.store import StoreConfig
 
 from flume_attention.errors import ConfigRefused
 
@@ -26,7 +28,7 @@ Drain it first (flumectl scale, or the Drain call) to lose nothing.
 class Config:
     cluster: str
     node: str
-    etcd: str
+    store: StoreConfig
     listen: str
     advertise_host: str
     kv_memory: str
@@ -36,6 +38,7 @@ class Config:
     prefill_threads: int
     spin_us: float
     orphan_grace_s: float
+    pull_tokens_per_step: int
     lease_ttl_s: float
     standby: str  # empty: join at once
     log_level: str
@@ -53,7 +56,7 @@ def flags() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--cluster", default="default", help="name under which etcd holds this cluster")
     add("--node", default=f"attention-{socket.gethostname()}", help="this node's id, unique in it")
-    add("--etcd", default="127.0.0.1:2379", help="endpoints, comma-separated")
+    add_etcd_flags(add)
     add("--listen", default="127.0.0.1:0", help="gRPC address; port 0 takes a free one")
     add("--advertise-host", default="", help="host that peers dial; default: that of --listen")
     add(
@@ -75,6 +78,13 @@ def flags() -> argparse.ArgumentParser:
         default=30.0,
         help="how long to keep what a weight node left when it died, for another one to take over; 0: not",
     )
+    add(
+        "--pull-tokens-per-step",
+        type=int,
+        default=64,
+        help="most tokens to read from another node, or let it read, between two steps, so that decode does "
+        "not notice when ranges move off a node that drains by a deadline; default %(default)s",
+    )
     add("--lease-ttl-s", type=float, default=10.0, help="how long a silent node stays listed")
     add(
         "--standby",
@@ -89,9 +99,14 @@ def flags() -> argparse.ArgumentParser:
 def parse(argv: Sequence[str] | None = None) -> Config:
     """Raises ConfigRefused naming the flag and what it may be; argparse exits for what it can tell itself."""
     values = vars(flags().parse_args(argv))
+    etcd = {name: values.pop(name) for name in list(values) if name.startswith("etcd")}
+    try:
+        values["store"] = store_config(etcd)
+    except ValueError as error:
+        raise ConfigRefused(str(error)) from error
     values["dtype"] = None if values["dtype"] == "auto" else values["dtype"]
     config = Config(**values)
-    for name in ("threads", "prefill_threads"):
+    for name in ("threads", "prefill_threads", "pull_tokens_per_step"):
         if getattr(config, name) < 1:
             raise ConfigRefused(f"{_flag(name)} must be at least 1, got {getattr(config, name)}")
     if config.spin_us < 0:
@@ -110,6 +125,7 @@ def engine_args(config: Config, kv_bytes: int) -> list[str]:
         *("--kv-bytes", str(kv_bytes), *dtype, "--device", config.device, "--threads", str(config.threads)),
         *("--prefill-threads", str(config.prefill_threads), "--spin-us", str(config.spin_us)),
         *("--orphan-grace-s", str(config.orphan_grace_s)),
+        *("--pull-tokens-per-step", str(config.pull_tokens_per_step)),
     ]
 
 
