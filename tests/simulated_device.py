@@ -81,11 +81,15 @@ class SimulatedDevice:
         finally:
             self._recording = None
 
-    def beside(self):
+    def on_stream(self):
         return nullcontext()
+
+    beside = on_stream
 
     def join(self):
         pass
+
+    wait_beside = join
 
     def synchronize(self):
         while self.queue:

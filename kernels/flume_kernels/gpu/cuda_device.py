@@ -43,13 +43,17 @@ class CudaDevice:
     Raises DeviceUnusable where the host may reorder stores: a gate could then open before its data is there.
     """
 
-    def __init__(self, name: str = "cuda:0") -> None:
+    def __init__(self, name: str = "cuda:0", beside: torch.cuda.Stream | None = None) -> None:
         if platform.machine() != "x86_64":
             raise DeviceUnusable(f"flags need the ordered stores of x86-64, this is {platform.machine()}")
         self.name = torch.device(name)
         torch.cuda.set_device(self.name)
         self._stream = torch.cuda.Stream(self.name)
-        self._beside = torch.cuda.Stream(self.name)
+        self._beside = beside or torch.cuda.Stream(self.name)
+
+    def with_stream(self) -> CudaDevice:
+        """The same GPU with another stream for steps; what runs beside is common to both."""
+        return CudaDevice(str(self.name), self._beside)
 
     def tensor(self, *size: int, dtype: torch.dtype) -> Tensor:
         return torch.zeros(size, dtype=dtype, device=self.name)
@@ -65,7 +69,7 @@ class CudaDevice:
 
     def warm_up(self, run: Callable[[], None]) -> None:
         torch.cuda.synchronize(self.name)
-        with torch.cuda.stream(self._stream):
+        with self.on_stream():
             run()
         torch.cuda.synchronize(self.name)
 
@@ -77,12 +81,20 @@ class CudaDevice:
         return CudaGraph(graph, self._stream)
 
     @contextmanager
+    def on_stream(self) -> Iterator[None]:
+        with torch.cuda.stream(self._stream):
+            yield
+
+    @contextmanager
     def beside(self) -> Iterator[None]:
         with torch.cuda.stream(self._beside):
             yield
 
     def join(self) -> None:
         self._stream.wait_stream(self._beside)
+
+    def wait_beside(self) -> None:
+        self._beside.synchronize()
 
     def synchronize(self) -> None:
         torch.cuda.synchronize(self.name)

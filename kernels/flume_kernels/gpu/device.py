@@ -51,12 +51,19 @@ class Device(Protocol):
         """Record what `run` queues without running it."""
         ...
 
+    def on_stream(self) -> AbstractContextManager[None]:
+        """What is queued inside runs on the device's stream, after all that was queued there."""
+        ...
+
     def beside(self) -> AbstractContextManager[None]:
-        """What is queued inside runs beside the stream: it waits for neither's earlier work. See `join`."""
+        """What is queued inside runs beside the stream, in order, and waits for nothing on it. See `join`."""
         ...
 
     def join(self) -> None:
         """What is queued from here on waits for all that was queued beside."""
+
+    def wait_beside(self) -> None:
+        """Wait until all that was queued beside is over."""
 
     def synchronize(self) -> None:
         """Wait until nothing runs any more."""

@@ -1,0 +1,14 @@
+"""An attention node's memory and its answers on a GPU.
+
+    paging          which blocks hold a row's past, as tables that kernels read
+    ops             the kernels an answer is made of
+    device_pool     keys and values in device memory
+    captured_steps  one graph per number of rows: waits for a query, attends, signals, layer after layer
+    eager           the same for what no graph fits: chunks of prompts, sequences whose ranges do not join
+    answers         the host's side of both, for one lane
+    session         a lane's state machine with such answers
+
+A captured step reads queries where a lane receives them and writes partials where it sends them; between
+replays only tables and lengths change. Nothing here but `ops.TritonAttention` needs triton, and nothing but
+`flume_kernels.gpu.cuda_device` calls CUDA.
+"""

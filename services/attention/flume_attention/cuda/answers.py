@@ -1,0 +1,125 @@
+"""One lane's answers on a GPU, layer by layer, without waiting: ask, then look whether it is answered.
+
+A decode step is a captured one, launched when its PLAN is in: from then on the device waits for queries, and
+`ask` only opens its gate. Steps that no graph fits are computed in `ask`.
+"""
+
+from __future__ import annotations
+
+import time
+
+from flume_kernels.gpu.device import Device
+from torch import Tensor
+
+from flume_attention.cuda.captured_steps import CapturedStep, CapturedSteps, LaneBuffers
+from flume_attention.cuda.device_pool import DevicePool
+from flume_attention.cuda.eager import EagerStep
+from flume_attention.cuda.ops import AttentionOps
+from flume_attention.cuda.paging import Segment, segments
+from flume_attention.holdings import Step
+
+DRAIN_TIMEOUT_S = 5.0
+
+
+class DeviceStuck(Exception):
+    """The device did not end a step although its wait was released: the engine must go."""
+
+    def __init__(self, timeout_s: float) -> None:
+        super().__init__(f"the device did not end a released step within {timeout_s:g} s")
+        self.timeout_s = timeout_s
+
+
+class Answers:
+    """`buffers` are the lane's; the device's streams are used by no other lane. At most `max_rows` rows are
+    captured, of at most `max_length` tokens each.
+
+    Every call but `ask` and `answered` may raise DeviceStuck.
+    """
+
+    def __init__(
+        self,
+        device: Device,
+        ops: AttentionOps,
+        pool: DevicePool,
+        buffers: LaneBuffers,
+        *,
+        max_rows: int,
+        max_length: int,
+    ) -> None:
+        self.steps = CapturedSteps(device, ops, pool, buffers, max_rows, max_length)
+        self._device = device
+        self._ops = ops
+        self._pool = pool
+        self._buffers = buffers
+        self._max_rows = max_rows
+        self._max_length = max_length
+        self._captured: CapturedStep | None = None
+        self._eager: EagerStep | None = None
+        self._queries = 0
+        self._lse: Tensor | None = None  # where that of the layer under way belongs
+        self._layers_left = 0
+
+    @property
+    def busy(self) -> bool:
+        """Whether something was asked and not answered: nobody but the device's flag will say when it is."""
+        return self._lse is not None
+
+    def begin(self, step: Step) -> None:
+        """A step's PLAN is in, and the memory holds all that its queries ask about."""
+        self.end()
+        if not step.query_tokens:
+            return
+        self._device.join()
+        self._queries, self._layers_left = step.query_tokens, self._pool.layout.num_layers
+        rows = [(segments(row.past, self._pool.layout.block_tokens), row.queries) for row in step.asking]
+        if len(rows) <= self._max_rows and all(_is_simple(*row, self._max_length) for row in rows):
+            self._captured = self.steps.of(len(rows))
+            self._captured.tables.fill([each[0] if each else Segment([], 0) for each, _ in rows])
+            self._captured.launch()
+        else:
+            self._eager = EagerStep(self._device, self._ops, rows, self._pool.where)
+
+    def ask(self, layer: int, lse: Tensor) -> None:
+        """The queries of this layer are in the lane's buffer. lse float32 [queries, query_heads] is where
+        theirs will be; o will be in the lane's buffer."""
+        self._lse = lse
+        if self._captured is not None:
+            self._captured.flags.host.gates[0].open()
+        else:
+            assert self._eager is not None, "asked about a step without queries"
+            count = self._queries
+            q, o = self._buffers.queries[:count], self._buffers.o[:count]
+            self._eager.attend(self._pool.layers[layer], q, o, lse)
+
+    def answered(self) -> bool:
+        """Whether what was asked is answered now."""
+        assert self._lse is not None
+        if self._captured is not None:
+            if not self._captured.flags.host.signals[0].take():
+                return False
+            self._lse.copy_(self._captured.lse[: self._queries])
+        self._lse = None
+        self._layers_left -= 1
+        return True
+
+    def end(self) -> None:
+        """Leave the step under way, complete or not, with the device idle and its flags as new."""
+        captured, self._captured, self._eager, self._lse = self._captured, None, None, None
+        if captured is None:
+            return
+        if self._layers_left:
+            captured.flags.host.poison()
+        self._drain(captured)
+        if self._layers_left:
+            captured.flags.rearm()
+
+    def _drain(self, step: CapturedStep) -> None:
+        deadline = time.monotonic() + DRAIN_TIMEOUT_S
+        while not step.graph.done():
+            if time.monotonic() > deadline:
+                raise DeviceStuck(DRAIN_TIMEOUT_S)
+
+
+def _is_simple(row: list[Segment], queries: int, max_length: int) -> bool:
+    """Whether a captured step can answer this row: one query, one table that is not too long."""
+    return queries == 1 and len(row) <= 1 and sum(segment.tokens for segment in row) <= max_length

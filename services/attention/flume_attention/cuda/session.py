@@ -1,0 +1,72 @@
+"""A lane seen from an attention node on a GPU: the same state machine, with answers that take a while.
+
+The lane has one QUERY and one PARTIAL frame, in host memory that the device sees, as captured steps read and
+write at fixed addresses. That is enough: a weight node asks about a layer when it has the answer to the one
+before.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from flume_common.lanes import Frame
+from flume_common.wire import Header, Plan
+
+from flume_attention.cuda.answers import Answers
+from flume_attention.cuda.captured_steps import LaneBuffers
+from flume_attention.frame_tensors import FrameTensors
+from flume_attention.lane_session import LaneSession
+
+
+class GpuLaneSession(LaneSession):
+    """Raises DeviceStuck from `advance`, too. While `busy`, its engine must poll and not sleep."""
+
+    def __init__(self, *args: Any, answers: Answers, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self._answers = answers
+        self._asked = False
+
+    @property
+    def busy(self) -> bool:
+        return self._answers.busy
+
+    def close(self) -> None:
+        """Leave the device idle. The lane's memory may go only after this."""
+        self._answers.end()
+
+    def _run_plan(self, plan: Plan) -> None:
+        self._answers.end()
+        self._asked = False
+        super()._run_plan(plan)
+        step = self.holdings.step
+        if step is not None and len(plan.rows):
+            self._answers.begin(step)
+
+    def _answer(self) -> bool:
+        frame = self._queries.peek()
+        step = self._step_of(frame, self._queries) if frame is not None else None
+        if frame is None or step is None:
+            return False
+        answer = self._partials.frame()
+        if answer is None:
+            return False
+        if not self._asked:
+            self._require_query(step, frame)
+            _, lse = self._tensors.partial(answer, step.query_tokens)
+            self._answers.ask(step.layers_answered, lse)
+            self._asked = True
+        if not self._answers.answered():
+            return False
+        self._asked = False
+        self._queries.drop()  # before the answer goes out: the next query may follow at once
+        header = answer.header
+        header[Header.STEP], header[Header.LAYER] = step.number, step.layers_answered
+        header[Header.EPOCH] = self._node_epoch
+        self._partials.send(answer, self._tensors.partial_bytes(step.query_tokens))
+        step.layers_answered += 1
+        return True
+
+
+def lane_buffers(tensors: FrameTensors, queries: Frame, partial: Frame, tokens: int) -> LaneBuffers:
+    """The two frames as a captured step sees them; `tokens` is the most of a step."""
+    return LaneBuffers(tensors.queries(queries, tokens), tensors.queries(partial, tokens))

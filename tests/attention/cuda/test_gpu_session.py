@@ -1,0 +1,105 @@
+"""An attention node with a GPU against a fake weight node over real lanes: every partial is checked against
+the definition over exactly the tokens the node should hold."""
+
+import pytest
+import torch
+from fake_weight_node import FakeWeightNode
+from flume_common.lanes import Port, frames
+from flume_common.wire import Kind, LaneShape
+from gpu_node import LAYOUT, GpuNode
+
+
+@pytest.fixture(autouse=True)
+def rings_of_one_frame(monkeypatch):
+    torch.set_num_threads(1)
+    for kind in (Kind.QUERY, Kind.PARTIAL):
+        monkeypatch.setitem(frames.RING_FRAMES, kind, 1)
+
+
+@pytest.fixture
+def weight_node():
+    with Port(spin_s=0) as port:
+        node = FakeWeightNode(port, LaneShape(LAYOUT, 64, 8, 64 * LAYOUT.layer_token_bytes))
+        node.want = 40
+        yield node
+
+
+def test_a_sequence_is_decoded_token_by_token_by_one_captured_step(weight_node):
+    with GpuNode() as node:
+        w = node.attach(weight_node)
+        w.step((0, 0, 10), ops=[w.open(0)])
+        for _ in range(6):
+            w.step((0, 1, 1), kv_layers=3)
+        assert (node.steps.captures, node.steps.of(1).replays) == (1, 6)
+
+
+def test_batches_of_other_rows_lengths_and_routes_are_answered_without_another_capture(weight_node):
+    with GpuNode() as node:
+        w = node.attach(weight_node)
+        w.step(*[(slot, 0, 2 + 3 * slot) for slot in range(5)], ops=[w.open(slot) for slot in range(5)])
+        w.step(*[(slot, 1, 1) for slot in range(5)])
+        w.step((3, 1, 1), (0, 1, 0), (4, 1, 0), (1, 1, 1), (2, 1, 0))
+        moved = [w.close(1), w.release(0), w.open(0)]
+        w.step((1, 1, 0), (2, 1, 1), (0, 1, 1), (4, 1, 1), (3, 1, 1), ops=moved)
+        w.step((4, 1, 1), (3, 1, 0), (2, 1, 1), (0, 1, 2), (1, 1, 0))
+        assert (node.steps.captures, node.steps.of(5).replays) == (1, 4)
+        w.step((2, 1, 1))
+        assert node.steps.captures == 2, "a smaller bucket is its own"
+
+
+def test_chunks_and_ranges_that_do_not_join_are_answered_outside_of_graphs(weight_node):
+    with GpuNode() as node:
+        w = node.attach(weight_node)
+        w.step((0, 0, 6), ops=[w.open(0)])
+        w.step((0, 7, 7))
+        w.step((0, 1, 0), ops=[w.close(0)])
+        captures = node.steps.captures
+        w.step((0, 1, 3), ops=[w.open(0)])
+        w.step((0, 1, 1))
+        w.step((0, 4, 4), (1, 0, 2), ops=[w.open(1)])
+        w.step((0, 2, 2), (1, 1, 1))
+        assert node.steps.captures == captures == 1
+
+
+def test_queries_on_a_slot_that_holds_nothing_get_zero_and_minus_infinity(weight_node):
+    with GpuNode() as node:
+        w = node.attach(weight_node)
+        running = w.begin((0, 1, 1), ops=[w.open(0)])
+        for layer in range(LAYOUT.num_layers):
+            running.ask(layer)
+            o, lse = w.partial(running.number, layer, 1)
+            assert not o.any() and bool((lse == -torch.inf).all())
+        running.send_kv()
+
+
+@pytest.mark.parametrize("answered", range(LAYOUT.num_layers + 1))
+def test_a_step_abandoned_after_any_layer_leaves_the_device_ready_for_the_next(weight_node, answered):
+    with GpuNode() as node:
+        w = node.attach(weight_node)
+        w.step((0, 0, 9), ops=[w.open(0)])
+        running = w.begin((0, 1, 1))
+        for layer in range(answered):
+            running.ask(layer)
+            running.check(layer)
+        w.step((0, 1, 1))
+        w.step((0, 1, 1))
+        assert node.steps.captures == 1
+
+
+def test_a_step_abandoned_with_its_query_on_the_way_is_not_answered_later(weight_node):
+    with GpuNode() as node:
+        w = node.attach(weight_node)
+        w.step((0, 0, 9), ops=[w.open(0)])
+        w.begin((0, 1, 1)).ask(0)
+        w.step((0, 1, 1))
+        w.step((0, 1, 1))
+
+
+def test_rows_longer_than_a_graph_was_captured_for_are_answered_outside_of_it(weight_node):
+    with GpuNode(max_length=2 * LAYOUT.block_tokens) as node:
+        w = node.attach(weight_node)
+        w.step((0, 0, 2 * LAYOUT.block_tokens), ops=[w.open(0)])
+        w.step((0, 1, 1))
+        assert node.steps.captures == 1
+        w.step((0, 1, 1))
+        assert node.steps.of(1).replays == 1

@@ -1,0 +1,169 @@
+"""An attention node with a GPU in a thread: real lanes, a device that is simulated where there is none."""
+
+from __future__ import annotations
+
+import random
+import threading
+from types import SimpleNamespace
+
+import torch
+from flume_attention.cuda.answers import Answers
+from flume_attention.cuda.device_pool import DevicePool
+from flume_attention.cuda.session import GpuLaneSession, lane_buffers
+from flume_attention.frame_tensors import FrameTensors
+from flume_attention.messages import Attached
+from flume_attention.node import Node
+from flume_common.lanes import Port, Side
+from flume_common.layout import KvLayout
+from flume_common.wire import Kind
+from flume_kernels.gpu import reference
+from simulated_device import SimulatedDevice
+
+ON_GPU = torch.cuda.is_available()
+LAYOUT = KvLayout(3, 4, 2, 64, "float32", 16) if ON_GPU else KvLayout(3, 4, 2, 16, "float32", 4)
+WAIT_S = 20.0
+
+
+class ReferenceAttention:
+    """`flume_attention.cuda.ops.AttentionOps` by the definitions of the kernels, queued as kernels are."""
+
+    def __init__(self, device):
+        self._device = device
+
+    def plan(self, rows, tokens, max_length):
+        return SimpleNamespace(most=(rows, tokens, max_length))
+
+    def update(self, plan, lengths, query_starts=None):
+        def run():
+            assert lengths.numel() <= plan.most[0] and int(lengths.max()) <= plan.most[2]
+            plan.lengths, plan.starts = lengths.clone(), query_starts
+
+        self._device.call(run)
+
+    def attend(self, plan, q, pool, tables, o, lse):
+        def run():
+            starts = plan.starts
+            got = reference.paged_attention(q, pool, tables, plan.lengths, starts, q.shape[-1] ** -0.5)
+            o.copy_(got[0])
+            lse.copy_(got[1])
+
+        self._device.call(run)
+
+    def merge(self, o, lse, out, out_lse):
+        got = reference.merge_partials(o, lse)
+        out.copy_(got[0])
+        out_lse.copy_(got[1])
+
+    def append(self, pool, k, v, slots):
+        pool.kv.copy_(reference.kv_append(pool, k, v, slots))
+
+
+def attention_device(layout):
+    """(device, operations): a GPU if there is one, else a simulated device."""
+    if not ON_GPU:
+        device = SimulatedDevice()
+        return device, ReferenceAttention(device)
+    from flume_attention.cuda.ops import TritonAttention
+    from flume_kernels.gpu.cuda_device import CudaDevice
+
+    class Gpu(CudaDevice):
+        """It moves on by itself."""
+
+        def run_some(self, count):
+            pass
+
+    device = Gpu()
+    return device, TritonAttention(layout, device.name)
+
+
+class GpuNode:
+    """One node with one lane. Memory that nothing was written to holds NaN."""
+
+    def __init__(self, layout=LAYOUT, blocks=48, max_rows=8, max_length=None):
+        self.layout, self.blocks = layout, blocks
+        self.max_rows, self.max_length = max_rows, max_length or blocks * layout.block_tokens
+        self.random = random.Random(5)
+        self.error = None
+        self._ready, self._stop = threading.Event(), threading.Event()
+        self._thread = threading.Thread(target=self._run)
+
+    def attach(self, weight_node):
+        """The fake weight node's lane to this one."""
+        self._request = weight_node.attach_request()
+        self._thread.start()
+        assert self._ready.wait(WAIT_S) and self.error is None, self.error
+        weight_node.connect(self.attached)
+        weight_node.plan()
+        weight_node.await_credit(lambda credit: credit.granted_blocks >= weight_node.want)
+        return weight_node
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exception):
+        self._stop.set()
+        if self._thread.ident:
+            self._thread.join(WAIT_S)
+        assert self.error is None or exception[0], self.error
+
+    @property
+    def steps(self):
+        """The lane's captured steps."""
+        return self._answers.steps
+
+    def _run(self):
+        try:
+            with torch.inference_mode(), Port(spin_s=0) as port:
+                self._serve(port)
+        except Exception as error:
+            self.error = error
+        finally:
+            self._ready.set()
+
+    def _serve(self, port):
+        torch.set_num_threads(1)
+        self.node = Node(self.blocks * self.layout.block_bytes)
+        self.device, self._ops = attention_device(self.layout)
+        session = self._session(port)
+        self._ready.set()
+
+        def work():
+            self.device.run_some(self.random.randint(0, 3))
+            return session.advance()
+
+        while not self._stop.is_set():
+            port.wait(work, 0.0 if session.busy else 0.02)
+            if self.node.grant() or session.changed:
+                session.changed, session.credit_due = False, True
+        session.close()
+
+    def _session(self, port):
+        request, node = self._request, self.node
+        shape = node.admit(request)
+        holdings = node.add(request.weight_node, shape)
+        lane = port.connect(
+            request.weight_node, request.worker_address, shape, Side.ATTENTION,
+            send_lane=request.lane, receive_lane=1, allocate=self._allocate,
+        )  # fmt: skip
+        self.attached = Attached(
+            request=request.request, worker_address=port.address, lane=1, capacity_blocks=self.blocks
+        )
+        pool = DevicePool(self.device, self._ops, self.layout, self.blocks, shape.kv_frame_bytes)
+        for layer in pool.layers:
+            layer.kv.fill_(torch.nan)
+        node.pool = pool
+        queries, partial = lane.receiver(Kind.QUERY)._posted, lane.sender(Kind.PARTIAL).frame()
+        assert len(queries) == 1, "captured steps need rings of one frame"
+        buffers = lane_buffers(FrameTensors(self.layout), queries[0], partial, shape.max_step_tokens)
+        self._answers = Answers(
+            self.device, self._ops, pool, buffers, max_rows=self.max_rows, max_length=self.max_length
+        )
+        return GpuLaneSession(node, request.weight_node, request.epoch, lane, holdings, answers=self._answers)
+
+    def _allocate(self, size_bytes):
+        """Page-aligned, as pinned memory is."""
+        if ON_GPU:
+            return self.device.host_tensor(size_bytes, dtype=torch.uint8).numpy()
+        from flume_common.lanes.frames import allocate_pages
+
+        return allocate_pages(size_bytes)
