@@ -228,7 +228,8 @@ def test_what_is_not_ready_in_time_is_named(local):
     )
     done = local.flumectl("up", "--timeout", "4s")
     assert done.returncode == 1
-    assert "Error: not ready after 4 s: router-1 (--timeout waits longer)" in done.stderr
+    (said,) = (line for line in done.stderr.splitlines() if line.startswith("Error: not ready after 4 s: "))
+    assert said.endswith("router-1 (--timeout waits longer)")  # on a busy machine others may be late, too
     assert "router-1| still thinking" in done.stderr
     assert local.running() == []
 

@@ -110,6 +110,20 @@ class EmbeddedEtcd:
         await self.process.wait()
 
 
+def etcd_command(
+    binary: Path, data: Path, *, client: str, peer: str, name: str = "default", args: Sequence[str] = ()
+) -> list[str]:
+    """The command line of an etcd of one member; `client` and `peer` are the URLs it listens on."""
+    return [
+        str(binary), "--name", name, "--data-dir", str(data),
+        "--listen-client-urls", client, "--advertise-client-urls", client,
+        "--listen-peer-urls", peer, "--initial-advertise-peer-urls", peer,
+        "--initial-cluster", f"{name}={peer}",
+        "--auto-compaction-mode=periodic", "--auto-compaction-retention=1h",
+        "--logger=zap", "--log-level=warn", *args,
+    ]  # fmt: skip
+
+
 @asynccontextmanager
 async def embedded_etcd(
     data_dir: Path,
@@ -136,16 +150,8 @@ async def embedded_etcd(
         require_free(port, host)
     binary = find_etcd()
     log_path = _prepare(data_dir, log_file)
-    command = [
-        str(binary), "--name", name, "--data-dir", str(data_dir / "data"),
-        "--listen-client-urls", f"{scheme}://{host}:{client_port}",
-        "--advertise-client-urls", f"{scheme}://{host}:{client_port}",
-        "--listen-peer-urls", f"http://{host}:{peer_port}",
-        "--initial-advertise-peer-urls", f"http://{host}:{peer_port}",
-        "--initial-cluster", f"{name}=http://{host}:{peer_port}",
-        "--auto-compaction-mode=periodic", "--auto-compaction-retention=1h",
-        "--logger=zap", "--log-level=warn", *args,
-    ]  # fmt: skip
+    client, peer = f"{scheme}://{host}:{client_port}", f"http://{host}:{peer_port}"
+    command = etcd_command(binary, data_dir / "data", client=client, peer=peer, name=name, args=args)
     with log_path.open("ab") as log:
         etcd = EmbeddedEtcd(await _spawn(command, log), host, client_port, peer_port)
     try:

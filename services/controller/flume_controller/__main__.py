@@ -10,10 +10,12 @@ from typing import Any
 
 import click
 from flume_common.election import Timing
+from flume_common.etcd_flags import ENDPOINTS, store_config
 from flume_common.serving import until_signalled
 from flume_common.telemetry import LEVELS, configure_logging
 
 from flume_controller.config import ControllerConfig
+from flume_controller.etcd_options import etcd_option, etcd_security_options
 from flume_controller.flumectl.duration import DURATION
 from flume_controller.serve import run
 
@@ -21,7 +23,8 @@ from flume_controller.serve import run
 @click.command()
 @click.option("--cluster", default="default", show_default=True, help="Name of the cluster in etcd.")
 @click.option("--node", default="controller-1", show_default=True, help="Id of this controller.")
-@click.option("--etcd", required=True, metavar="HOST:PORT[,…]", help="etcd endpoints.")
+@etcd_option(ENDPOINTS, required=True)
+@etcd_security_options
 @click.option("--listen", default="127.0.0.1:9400", show_default=True, help="Address of the admin API.")
 @click.option("--provider", type=click.Choice(["local"]), default="local", show_default=True)
 @click.option(
@@ -86,14 +89,16 @@ def main(
 
     Several may run side by side: one leads, the others serve the admin API and wait.
     """
+    etcd = {name: settings.pop(name) for name in list(settings) if name.startswith("etcd")}
     try:
-        election = Timing(lease_s, renew_deadline_s, retry_s)
+        election, store = Timing(lease_s, renew_deadline_s, retry_s), store_config(etcd)
     except ValueError as error:
         raise click.UsageError(str(error)) from None
     config = ControllerConfig(
         attention_command=tuple(shlex.split(attention_command)),
         attention_args=tuple(shlex.split(attention_args)),
         election=election,
+        store=store,
         **settings,
     )
     configure_logging("controller", config.node, log_level)

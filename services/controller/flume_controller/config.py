@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 
 import msgspec
 from flume_common.election import Timing
+from flume_common.store import StoreConfig
 
 STANDARD_COMMAND = (sys.executable, "-m", "flume_attention")
 Positive = Annotated[float, msgspec.Meta(gt=0)]
@@ -16,7 +17,7 @@ Positive = Annotated[float, msgspec.Meta(gt=0)]
 class ControllerConfig(msgspec.Struct, frozen=True, kw_only=True):
     cluster: str
     node: str
-    etcd: str  # comma-separated host:port
+    store: StoreConfig
     listen: str = "127.0.0.1:9400"
 
     provider: Literal["local"] = "local"

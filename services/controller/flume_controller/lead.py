@@ -11,6 +11,7 @@ from typing import NoReturn
 
 from flume_common.autoscale import Settings
 from flume_common.election import Candidate, Deposed, Fenced, Term
+from flume_common.etcd_flags import etcd_arguments
 from flume_common.keys import Keys
 from flume_common.membership import Members
 from flume_common.store import Store, StoreError
@@ -174,7 +175,8 @@ def autoscale_settings(config: ControllerConfig) -> Settings:
 def attention_command(config: ControllerConfig, node: str) -> Sequence[str]:
     return (
         *config.attention_command,
-        *("--cluster", config.cluster, "--node", node, "--etcd", config.etcd, "--listen", "127.0.0.1:0"),
+        *("--cluster", config.cluster, "--node", node, "--listen", "127.0.0.1:0"),
+        *etcd_arguments(config.store),
         *config.attention_args,
     )
 

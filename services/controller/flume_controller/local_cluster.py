@@ -27,7 +27,8 @@ from urllib.parse import urlsplit
 
 import grpc
 import msgspec
-from flume_common.etcd_binary import PortInUse, find_etcd, free_port, require_free
+from flume_common.etcd_binary import PortInUse, etcd_command, find_etcd, free_port, require_free
+from flume_common.etcd_flags import etcd_arguments, store_config
 from flume_common.keys import Keys
 from flume_common.membership import Members, Role, State, watch_members
 from flume_common.model_source import ModelSource, resolve_model
@@ -82,6 +83,10 @@ class ClusterConfig(msgspec.Struct, frozen=True, kw_only=True):
     admin_port: Port = 9400
     etcd_port: Port = 2379
     etcd: str = ""  # endpoints of an existing one; empty: run our own
+    etcd_ca: str = ""  # how to get in there; see flume_common.etcd_flags
+    etcd_cert: str = ""
+    etcd_key: str = ""
+    etcd_user: str = ""
     timeout_s: float = 120.0
 
     @property
@@ -91,6 +96,13 @@ class ClusterConfig(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def endpoints(self) -> str:
         return self.etcd or f"{LOOPBACK}:{self.etcd_port}"
+
+    @property
+    def store(self) -> StoreConfig:
+        """Raises ValueError naming --etcd."""
+        if not self.etcd:
+            return StoreConfig.parse(self.endpoints)
+        return store_config(msgspec.structs.asdict(self))
 
     @property
     def admin_address(self) -> str:
@@ -283,7 +295,7 @@ class _Start:
             self._files.forget()
 
     async def _everything(self) -> None:
-        async with connect(StoreConfig.parse(self._config.endpoints)) as store:
+        async with connect(self._config.store) as store:
             await self._start_store(store)
             self._start_controller()
             self._start_models()
@@ -300,7 +312,7 @@ class _Start:
         if self._config.etcd:
             await _require_unused(store, self._config)
         else:
-            self._supervisor.start("etcd", "etcd", etcd_command(self._files.etcd, self._config.etcd_port))
+            self._supervisor.start("etcd", "etcd", own_etcd(self._files.etcd, self._config.etcd_port))
             await _until_store_answers(store)
         self._is_ready("etcd")
 
@@ -334,7 +346,7 @@ class _Start:
         return ["--dtype", self._config.dtype, "--device", self._config.device, *memory]
 
     def _python(self, module: str, *args: str) -> list[str]:
-        common = ("--cluster", self._config.name, "--etcd", self._config.endpoints)
+        common = ("--cluster", self._config.name, *etcd_arguments(self._config.store))
         return [sys.executable, "-m", module, *common, *args]
 
     async def _until_ready(self, members: Members, report: AttentionReport, nodes: Iterable[str]) -> None:
@@ -392,16 +404,10 @@ class _Start:
         )
 
 
-def etcd_command(directory: Path, port: int) -> list[str]:
+def own_etcd(directory: Path, port: int) -> list[str]:
     """etcd for one laptop: its data lives as long as the cluster does, so it need not reach the disk."""
     client, peer = f"http://{LOOPBACK}:{port}", f"http://{LOOPBACK}:{free_port()}"
-    return [
-        *(str(find_etcd()), "--name", "local", "--data-dir", str(directory)),
-        *("--listen-client-urls", client, "--advertise-client-urls", client),
-        *("--listen-peer-urls", peer, "--initial-advertise-peer-urls", peer),
-        *("--initial-cluster", f"local={peer}", "--unsafe-no-fsync", "--log-level", "warn"),
-        *("--auto-compaction-mode", "periodic", "--auto-compaction-retention", "1h"),
-    ]
+    return etcd_command(find_etcd(), directory, client=client, peer=peer, args=["--unsafe-no-fsync"])
 
 
 async def _until_store_answers(store: Store) -> None:

@@ -17,7 +17,7 @@ from flume_common.election import Candidate
 from flume_common.keys import Keys
 from flume_common.membership import Member, Members, Role, State, register, watch_members
 from flume_common.serving import Server, serve
-from flume_common.store import StoreConfig, connect
+from flume_common.store import connect
 from flume_common.tasks import background
 from flume_common.telemetry import level, version
 from flume_common.wire import PROTOCOL_VERSION
@@ -37,7 +37,7 @@ async def run(config: ControllerConfig) -> NoReturn:
     """The controller, until cancelled. Attention nodes go on without it."""
     keys = Keys(config.cluster)
     async with (
-        connect(StoreConfig.parse(config.etcd)) as store,
+        connect(config.store) as store,
         watch_members(store, keys) as members,
         watch_spec(store, keys) as wish,
         watch_status(store, keys) as report,

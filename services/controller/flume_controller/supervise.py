@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import structlog
+from flume_common.etcd_flags import VARIABLES
 
 from flume_controller import processes
 from flume_controller.cluster_files import ClusterFiles
@@ -88,7 +89,7 @@ class Supervisor:
             self._spawn(id, role, argv)
 
     def _spawn(self, id: str, role: str, argv: Sequence[str]) -> None:
-        child = processes.spawn(argv, self._log(id), env={**os.environ, "PYTHONUNBUFFERED": "1"})
+        child = processes.spawn(argv, self._log(id), env=_environment())
         self._children[id] = child
         self._files.records.save(processes.record_of(child.pid, id=id, role=role, log=self._log(id)))
 
@@ -101,6 +102,12 @@ class Supervisor:
 
     def _log(self, id: str) -> Path:
         return self._files.logs / f"{id}.log"
+
+
+def _environment() -> dict[str, str]:
+    """Ours; but how to reach etcd is said on command lines, and must not be said twice."""
+    inherited = {name: value for name, value in os.environ.items() if name not in VARIABLES}
+    return inherited | {"PYTHONUNBUFFERED": "1"}
 
 
 async def sweep(records: RecordDir, grace_s: float) -> list[str]:

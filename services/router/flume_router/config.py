@@ -5,9 +5,9 @@ from __future__ import annotations
 import argparse
 import socket
 from collections.abc import Sequence
-from pathlib import Path
 
 import msgspec
+from flume_common.etcd_flags import add_etcd_flags, store_config
 from flume_common.store import StoreConfig
 from flume_common.telemetry import LEVELS
 
@@ -76,15 +76,7 @@ def _require_address(name: str, address: str) -> None:
 def parse(arguments: Sequence[str] | None = None) -> RouterConfig:
     """Raises ValueError naming the flag; argparse ends the process for what it finds itself."""
     given = _parser().parse_args(arguments)
-    try:
-        store = StoreConfig(
-            tuple(part.strip() for part in given.etcd.split(",") if part.strip()),
-            ca_file=given.etcd_ca,
-            cert_file=given.etcd_cert,
-            key_file=given.etcd_key,
-        )
-    except ValueError as error:
-        raise ValueError(f"--etcd: {error}") from error
+    store = store_config(vars(given))
     plain = {name: value for name, value in vars(given).items() if not name.startswith("etcd")}
     return RouterConfig(store=store, **plain)
 
@@ -105,10 +97,7 @@ def _add_cluster_flags(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("cluster").add_argument
     add("--cluster", default="default", help="cluster name, part of every etcd key (default: %(default)s)")
     add("--node", default=f"router-{socket.gethostname()}", help="this router's id (default: %(default)s)")
-    add("--etcd", default="127.0.0.1:2379", help="host:port[,host:port…] of etcd (default: %(default)s)")
-    add("--etcd-ca", type=Path, metavar="FILE", help="trust etcd servers signed by this CA (PEM)")
-    add("--etcd-cert", type=Path, metavar="FILE", help="client certificate for etcd (PEM)")
-    add("--etcd-key", type=Path, metavar="FILE", help="its key (PEM)")
+    add_etcd_flags(add)
     add("--lease-ttl-s", type=float, default=10.0, help="membership lease, seconds (default: %(default)s)")
 
 

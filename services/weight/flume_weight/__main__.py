@@ -14,12 +14,13 @@ import grpc
 import structlog
 from flume_common.config_schema import Scope
 from flume_common.config_watch import watch_config
+from flume_common.etcd_flags import store_config
 from flume_common.keys import Keys
 from flume_common.membership import Member, Role, State, register, watch_members
 from flume_common.model_source import ModelSource, ModelSourceError, resolve_model
 from flume_common.route_store import RouteWriter
 from flume_common.serving import CannotListen, Server, serve, until_signalled
-from flume_common.store import StoreConfig, connect
+from flume_common.store import connect
 from flume_common.tasks import background
 from flume_common.telemetry import configure_logging, version
 from flume_common.wire import PROTOCOL_VERSION
@@ -51,7 +52,7 @@ async def run(args: argparse.Namespace, source: ModelSource) -> None:
     """Serve until SIGTERM or SIGINT. Raises ConfigRefused when the engine cannot start, CannotListen."""
     keys = Keys(args.cluster)
     async with (
-        connect(StoreConfig(endpoints=tuple(args.etcd.split(",")))) as store,
+        connect(store_config(vars(args))) as store,
         watch_members(store, keys) as members,
         watch_config(store, keys, Scope.WEIGHT, settings.base(args)) as config,
     ):

@@ -6,6 +6,8 @@ import argparse
 import os
 import socket
 
+from flume_common.etcd_flags import add_etcd_flags
+
 from flume_weight.errors import ConfigRefused
 
 _EXAMPLES = """examples:
@@ -25,7 +27,7 @@ def supervisor_flags() -> argparse.ArgumentParser:
     flags.add_argument(
         "--node", default=f"weight-{socket.gethostname()}", help="this node's id, unique in it"
     )
-    flags.add_argument("--etcd", default="127.0.0.1:2379", help="endpoints, comma-separated")
+    add_etcd_flags(flags.add_argument)
     flags.add_argument("--listen", default="127.0.0.1:0", help="gRPC address; port 0 takes a free one")
     flags.add_argument("--advertise-host", default="", help="host that peers dial; default: that of --listen")
     flags.add_argument("--model-name", default="", help="name it is served under; default: that of --model")

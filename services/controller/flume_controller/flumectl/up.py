@@ -13,6 +13,7 @@ import click
 
 from flume_controller import foreground
 from flume_controller.cluster_files import ClusterState
+from flume_controller.etcd_options import etcd_security_options
 from flume_controller.flumectl.duration import DURATION
 from flume_controller.flumectl.errors import CommandError
 from flume_controller.flumectl.options import data_dir_option, name_option
@@ -61,6 +62,7 @@ PORT = click.IntRange(1, 65535)
 @click.option("--admin-port", type=PORT, default=9400, show_default=True, help="Of the admin API.")
 @click.option("--etcd-port", type=PORT, default=2379, show_default=True, help="Of the etcd it runs.")
 @click.option("--etcd", default="", metavar="HOST:PORT[,…]", help="Use this etcd rather than running one.")
+@etcd_security_options
 @click.option(
     "--timeout", "timeout_s", type=DURATION, default="2m", show_default=True, help="Until it must be ready."
 )
@@ -78,8 +80,13 @@ def up(detach: bool, dry_run: bool, **settings: Any) -> None:
       flumectl up --attention 2 --detach
       flumectl up --model ./Llama-3.2-1B-Instruct --http-port 8080
       flumectl up --name two --http-port 8001 --admin-port 9401 --etcd-port 2380
+      flumectl up --etcd https://etcd-0:2379,https://etcd-1:2379 --etcd-ca ca.pem
     """
     config = ClusterConfig(**settings)
+    try:
+        _ = config.store
+    except ValueError as error:
+        raise click.UsageError(str(error)) from error
     try:
         model = check(config)
         if dry_run:
