@@ -25,6 +25,7 @@ PROMPTS = (
 TOKENS = 48
 CLIENTS = 16
 """Enough that more of them give no more tokens."""
+WARM_UP_S = 10.0
 CAPACITY_S = 30.0
 STEADY_S = 60.0
 LOAD = 0.7
@@ -65,6 +66,7 @@ class Client:
     def __init__(self, router: router_pb2_grpc.RouterStub, expected: dict[str, list[int]]) -> None:
         self._router = router
         self._expected = expected
+        self.tokens = 0  # that came, of all requests
 
     async def ask(self, prompt: str, served: Served) -> None:
         """One answer, token by token, held against the right one."""
@@ -76,6 +78,7 @@ class Client:
             async for reply in self._router.Generate(request, timeout=REQUEST_S):
                 at_s += [time.monotonic()] * len(reply.token_ids)
                 tokens += reply.token_ids
+                self.tokens += len(reply.token_ids)
         except grpc.aio.AioRpcError as error:
             served.failures.append(f"{error.code().name}: {error.details()}")
             return
@@ -98,22 +101,25 @@ async def at_rate(client: Client, rate: float, until: Callable[[], bool], rng: r
     return served
 
 
-async def capacity(client: Client, seconds: float) -> float:
-    """Requests a second that so many clients get answered who ask one after the other."""
-    ends_s, served, done = time.monotonic() + seconds, Served(), 0
-    prompts = cycle(PROMPTS)
+async def capacity(client: Client) -> float:
+    """Requests a second that the cluster answers to many clients who each ask one after the other."""
+    served, prompts = Served(), cycle(PROMPTS)
+    stop = asyncio.Event()
 
     async def keep_asking() -> None:
-        nonlocal done
-        while time.monotonic() < ends_s:
+        while not stop.is_set():
             await client.ask(next(prompts), served)
-            done += time.monotonic() < ends_s
 
     async with asyncio.TaskGroup() as tasks:
         for _ in range(CLIENTS):
             tasks.create_task(keep_asking())
+        await asyncio.sleep(WARM_UP_S)
+        began_s, tokens = time.monotonic(), client.tokens
+        await asyncio.sleep(CAPACITY_S)
+        rate = (client.tokens - tokens) / TOKENS / (time.monotonic() - began_s)
+        stop.set()
     assert not served.failures, served.failures[0]
-    return done / seconds
+    return rate
 
 
 async def scale_for_ever(admin: admin_pb2_grpc.AdminStub, sizes: list[int]) -> None:
@@ -142,7 +148,7 @@ async def _scaling(cluster: Cluster, seconds: float, rng: random.Random) -> tupl
         client = Client(router, {})
         for prompt in PROMPTS:  # alone: what all others are held against
             await client.ask(prompt, Served())
-        most = await capacity(client, CAPACITY_S)
+        most = await capacity(client)
         rate = LOAD * most
         print(f"  at most {most:.2f} requests/s of {TOKENS} tokens; from here on {rate:.2f}", flush=True)
         steady = await at_rate(client, rate, _after(STEADY_S), rng)

@@ -17,9 +17,15 @@ LIMIT_RATIO = 0.03
 @dataclass(frozen=True)
 class Growth:
     name: str
-    samples: int
-    first_bytes: float  # median of the first third
-    last_bytes: float
+    series: tuple[int, ...]  # bytes after each round
+
+    @property
+    def first_bytes(self) -> float:
+        return median(self.series[: len(self.series) // 3])
+
+    @property
+    def last_bytes(self) -> float:
+        return median(self.series[-(len(self.series) // 3) :])
 
     @property
     def grown_bytes(self) -> float:
@@ -36,7 +42,7 @@ class Growth:
     def __str__(self) -> str:
         return (
             f"{self.name}: {self.first_bytes / MIB:.1f} -> {self.last_bytes / MIB:.1f} MiB over "
-            f"{self.samples} rounds (limit +{self.limit_bytes / MIB:.0f})"
+            f"{len(self.series)} rounds (limit +{self.limit_bytes / MIB:.0f})"
         )
 
 
@@ -53,13 +59,8 @@ class Memory:
     def growths(self) -> list[Growth]:
         """Of the processes that can be judged, most grown first."""
         found = [
-            growth_of(name, series)
+            Growth(name, tuple(series))
             for (name, _, _), series in self._series.items()
             if len(series) >= LEAST_SAMPLES
         ]
         return sorted(found, key=lambda growth: -growth.grown_bytes)
-
-
-def growth_of(name: str, series: list[int]) -> Growth:
-    third = max(1, len(series) // 3)
-    return Growth(name, len(series), median(series[:third]), median(series[-third:]))

@@ -164,7 +164,13 @@ class Soak:
                 "seconds": [round(seconds, 1) for seconds in tally.seconds],
                 "notes": tally.notes,
                 "failures": list(filter(None, tally.failures)),
-                "memory": [str(growth) for growth in tally.growths],
+                "memory": [
+                    {
+                        "process": growth.name,
+                        "rss_mib": [round(rss / processes.MIB, 1) for rss in growth.series],
+                    }
+                    for growth in tally.growths
+                ],
                 "memory_leaks": len(tally.leaks),
             }
             for name, tally in self.tallies.items()

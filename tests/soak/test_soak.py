@@ -37,7 +37,7 @@ def test_a_process_that_was_started_anew_is_judged_anew():
     memory = sampled(*[100] * 9)
     for _ in range(9):
         memory.sample([Seen(8, "router", "router router-1", 8, 300 * MIB, 2.0)])
-    assert [growth.samples for growth in memory.growths()] == [9, 9]
+    assert [len(growth.series) for growth in memory.growths()] == [9, 9]
     assert not any(growth.is_leak for growth in memory.growths())
 
 
