@@ -4,21 +4,27 @@ from __future__ import annotations
 
 import asyncio
 import os
+import subprocess
 import sys
 import threading
 import uuid
 from pathlib import Path
 
+import hypothesis
 import pytest
 import pytest_asyncio
 from flume_common.etcd_binary import embedded_etcd, find_etcd
 from flume_common.keys import Keys
 from flume_common.store import StoreConfig, connect
+from flume_common.zygote import abstract_name, bind
 
 sys.path.insert(0, str(Path(__file__).parent))
 from etcd_container import docker_answers, etcd_container
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# An example that takes long says that the machine is busy, and nothing of the code.
+hypothesis.settings.register_profile("flume", deadline=None)
+hypothesis.settings.load_profile("flume")
 
 
 @pytest.fixture(scope="session")
@@ -52,6 +58,20 @@ def etcd_endpoint(tmp_path_factory):
 async def store(etcd_endpoint):
     async with connect(StoreConfig((etcd_endpoint,))) as opened:
         yield opened
+
+
+@pytest.fixture(scope="session")
+def engine_zygote(tmp_path_factory):
+    """Forks attention engines in milliseconds, as on a real machine; a name for `run_engine(zygote=...)`."""
+    folder = tmp_path_factory.mktemp("zygote")
+    supervisors, engines = (abstract_name(kind, folder) for kind in ("supervisors", "engines"))
+    with bind(supervisors) as one, bind(engines) as other:
+        fds = one.fileno(), other.fileno()
+        flags = ["--supervisors-fd", str(fds[0]), "--engines-fd", str(fds[1])]
+        process = subprocess.Popen([sys.executable, "-m", "flume_attention.zygote", *flags], pass_fds=fds)
+    yield engines
+    process.terminate()
+    process.wait(timeout=10)
 
 
 @pytest.fixture

@@ -169,7 +169,6 @@ async def test_a_dead_lender_leaves_nothing_held(engines, port):
         await puller.attach(at_puller)
         at_lender.step((0, 0, TOKENS), ops=[at_lender.open(0, "s")])
         at_lender.step((0, 1, 0), ops=[at_lender.close(0)])
-        lender.engine.process.suspend() if hasattr(lender.engine.process, "suspend") else None
         prepared, lent = await prepare(lender, puller)
         lender.engine.process.kill()
         puller.engine.send(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import importlib.util
 import itertools
+import os
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,6 +13,7 @@ from pathlib import Path
 import pytest
 from flume_attention import messages as attention
 from flume_common.engine_link import Engine, LinkClosed, run_engine
+from flume_common.zygote import ENGINE_ZYGOTE
 from flume_weight import messages as m
 from flume_weight.attachments import layout_of
 from flume_weight.sampling import SamplingParams
@@ -64,7 +66,7 @@ class Rig:
         except LinkClosed:
             pass
 
-    async def until(self, found, timeout_s=20):
+    async def until(self, found, timeout_s=60):
         deadline = asyncio.get_running_loop().time() + timeout_s
         while True:
             for message in list(self.said):
@@ -114,7 +116,7 @@ class Rig:
         produced = [message for message in self.said if isinstance(message, m.Produced)]
         return [token.token_id for message in produced for token in message.tokens if token.sequence == name]
 
-    async def end_of(self, name, timeout_s=20):
+    async def end_of(self, name, timeout_s=60):
         return await self.until(
             lambda message: isinstance(message, m.Finished | m.Failed) and message.sequence == name, timeout_s
         )
@@ -150,10 +152,20 @@ class Rig:
         return {name: (await node.report()).used_blocks for name, node in self.nodes.items()}
 
 
+@pytest.fixture(scope="module", autouse=True)
+def quick_attention_nodes(engine_zygote):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(ENGINE_ZYGOTE, engine_zygote)
+        yield
+
+
 @asynccontextmanager
 async def attention_node(name: str, capacity_tokens: int):
     args = ["--kv-bytes", str(capacity_tokens * TOKEN_BYTES), "--dtype", "float32"]
-    async with run_engine("flume_attention.engine", args, inbox=attention.FromEngine) as engine:
+    zygote = os.environ[ENGINE_ZYGOTE]
+    async with run_engine(
+        "flume_attention.engine", args, inbox=attention.FromEngine, zygote=zygote
+    ) as engine:
         assert isinstance(await engine.receive(), attention.Started)
         yield AttentionNode(name, engine)
 

@@ -1,5 +1,5 @@
 import pytest
-from flume_weight.placement import Balance, NodeView, TailView, never_fits, place, relieve
+from flume_weight.placement import Balance, NodeView, TailView, fits_empty, place, relieve
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -107,6 +107,7 @@ def test_moving_to_and_fro_opens_few_ranges(start_tokens, margin):
     assert ranges <= 64 or margin < 128
 
 
-def test_a_sequence_larger_than_all_nodes_never_fits():
-    assert never_fits(321, [10, 10], 16)
-    assert not never_fits(320, [10, 10], 16)
+def test_every_node_but_one_may_end_in_a_block_that_is_not_full():
+    assert fits_empty([10, 10], 16) == 304
+    assert fits_empty([10], 16) == 160
+    assert fits_empty([], 16) == 0

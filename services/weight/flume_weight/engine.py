@@ -8,7 +8,6 @@ supervisor does waits for a step.
 from __future__ import annotations
 
 import time
-from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 
@@ -20,15 +19,17 @@ from flume_common.wire import LaneShape
 from flume_weight import messages as m
 from flume_weight.batch import Batch, build, commit
 from flume_weight.errors import PeerLost, RequestRefused
+from flume_weight.evacuation import Evacuation
 from flume_weight.fleet import Fleet
 from flume_weight.model import Transformer
-from flume_weight.moves import RETRY_S
-from flume_weight.moves import Batch as Moves
 from flume_weight.peer import Peer
-from flume_weight.placement import Balance, never_fits
+from flume_weight.placement import Balance
 from flume_weight.range_attention import Exchange, RangeAttention
-from flume_weight.sampling import FinishReason, Sampler, sample_rows
-from flume_weight.scheduler import StepLimits, admits, schedule
+from flume_weight.reports import Reports
+from flume_weight.requests import new_sequence
+from flume_weight.roster import Roster
+from flume_weight.sampling import FinishReason, sample_rows
+from flume_weight.scheduler import StepLimits, schedule
 from flume_weight.sequence import Cause, Recovery, Sequence
 from flume_weight.storage import Part
 from flume_weight.threads import Threads
@@ -60,16 +61,11 @@ class WeightEngine:
         self._threads = threads
         self._fleet = Fleet(shape.layout, balance, node)
         self._attention = RangeAttention(port, shape.layout, shape.layout.head_dim**-0.5, step_timeout_s)
-        self._running: list[Sequence] = []  # in order of arrival
-        self._waiting: deque[Sequence] = deque()
-        self._moving: tuple[Moves, Peer] | None = None  # what is under way, and its target
-        self._move_at_s = 0.0
+        self._roster = Roster(self._fleet, shape.layout.block_tokens)
+        self._evacuation = Evacuation(self._fleet)
+        self._reports = Reports(link)
         self._step = 0
-        self._told_capacity: tuple[int, int, int] | None = None
-        self._recomputed = m.Recomputed()
-        self._recomputed_told = True
         self._epoch_rejected = 0  # on lanes that are gone
-        self._epoch_rejected_told = 0
         self._handlers: dict[type, Callable[..., None]] = {
             m.Submit: self._submit,
             m.Cancel: self._cancel,
@@ -100,14 +96,15 @@ class WeightEngine:
         _, lost = self._fleet.hear()
         for error in lost:
             self._lose(error)
-        self._admit()
-        for sequence in (*self._fleet.house(self._running), *self._fleet.move_tails(self._running)):
-            self._tell_route(sequence)
-        self._move_ranges()
-        self._fleet.set_wants(self._running)
-        self._tell_capacity()
-        self._tell_recomputed()
-        self._tell_epoch_rejected()
+        for sequence in self._roster.admit(self._limits):
+            self._reports.route(sequence)
+        running = self._roster.running
+        for sequence in (*self._fleet.house(running), *self._fleet.move_tails(running)):
+            self._reports.route(sequence)
+        if (moves := self._evacuation.next(running)) is not None:
+            self._link.send(moves)
+        self._fleet.set_wants(running)
+        self._report()
         stepped = self._try_step()
         try:
             self._fleet.flush(lambda peer: self._attention.send_plan(Exchange(peer)))
@@ -115,6 +112,13 @@ class WeightEngine:
             self._lose(error)
             return True
         return stepped or self._make_room()
+
+    def _report(self) -> None:
+        capacity_tokens = self._fleet.capacity_blocks * self._shape.layout.block_tokens
+        self._reports.capacity(capacity_tokens, len(self._roster.running), len(self._roster.waiting))
+        self._reports.recomputed()
+        peers = self._fleet.peers.values()
+        self._reports.epoch_rejected(self._epoch_rejected + sum(peer.epoch_rejected for peer in peers))
 
     def _idle(self) -> None:
         """Sleep until someone speaks: the supervisor, or an attention node."""
@@ -127,15 +131,15 @@ class WeightEngine:
         return heard or bool(lost)
 
     def _try_step(self) -> bool:
-        by_name = {sequence.name: sequence for sequence in self._running}
+        by_name = self._roster.by_name()
         shares = schedule(
-            self._fleet.candidates(self._running),
+            self._fleet.candidates(self._roster.running),
             self._fleet.unused_blocks(),
             self._shape.layout.block_tokens,
             self._limits,
         )
         scheduled = {share.sequence for share in shares}
-        for sequence in self._running:
+        for sequence in self._roster.running:
             sequence.stalled = sequence.name not in scheduled
         if not shares:
             return False
@@ -188,34 +192,24 @@ class WeightEngine:
         for row in batch.rows:
             sequence = row.sequence
             if self._fleet.close_filled_hole(sequence):
-                self._tell_route(sequence)
+                self._reports.route(sequence)
             if again[sequence.name]:
-                self._count_recomputed(sequence, again[sequence.name])
+                self._reports.count_recomputed(sequence, again[sequence.name])
             if sequence.recovery is not None and not sequence.recovering:
-                self._end_recovery(sequence, sequence.recovery)
-
-    def _count_recomputed(self, sequence: Sequence, tokens: int) -> None:
-        assert sequence.recovery is not None
-        sequence.recovery.tokens += tokens
-        name = sequence.recovery.cause.value
-        setattr(self._recomputed, name, getattr(self._recomputed, name) + tokens)
-        self._recomputed_told = False
-
-    def _end_recovery(self, sequence: Sequence, recovery: Recovery) -> None:
-        elapsed_s = time.monotonic() - recovery.since_s
-        self._tell_recomputed()
-        self._link.send(m.Recovered(sequence.name, recovery.cause, recovery.tokens, elapsed_s))
-        sequence.recovery = None
+                self._reports.recovered(sequence)
 
     # -- sequences -------------------------------------------------------------------------------
 
     def _submit(self, message: m.Submit) -> None:
         try:
-            sequence = self._new_sequence(message)
+            if self._roster.find(message.sequence) is not None:
+                raise RequestRefused("ALREADY_EXISTS", f"a sequence named {message.sequence} is live")
+            sequence = new_sequence(message, self._model.config, time.monotonic())
         except RequestRefused as refused:
             self._link.send(m.Failed(message.sequence, refused.code, str(refused)))
             return
-        self._waiting.append(sequence)
+        _recover(sequence, Cause.WEIGHT_NODE_LOST)
+        self._roster.waiting.append(sequence)
         if sequence.completion_tokens >= sequence.max_tokens:
             self._end(sequence, _finished(sequence, "length"))
         elif message.kept:
@@ -229,128 +223,34 @@ class WeightEngine:
             parts.setdefault(item.node, []).append(Part(item.start, item.tokens))
         if self._fleet.adopt(sequence, parts):
             sequence.computed_tokens = max(sequence.computed_tokens, sequence.committed_tokens)
-            self._recover(sequence, Cause.WEIGHT_NODE_LOST)
+            _recover(sequence, Cause.WEIGHT_NODE_LOST)
             tokens = sum(slot.held_tokens for slot in sequence.slots.values())
             self._link.send(m.Adopted(sequence.name, tokens))
-            self._waiting.remove(sequence)
-            self._start(sequence)
-
-    def _new_sequence(self, message: m.Submit) -> Sequence:
-        config = self._model.config
-        prompt, said = message.prompt_token_ids, message.output_token_ids
-        if not prompt:
-            raise RequestRefused("INVALID_ARGUMENT", "prompt_token_ids is empty")
-        for field, ids in ("prompt_token_ids", prompt), ("output_token_ids", said):
-            if any(not 0 <= token < config.vocab_size for token in ids):
-                raise RequestRefused(
-                    "INVALID_ARGUMENT", f"{field} has an id outside 0..{config.vocab_size - 1}"
-                )
-        room = config.context_tokens - len(prompt)
-        wanted = message.sampling.max_tokens
-        if room < max(wanted, len(said), 1):
-            raise RequestRefused(
-                "INVALID_ARGUMENT",
-                f"the context holds {config.context_tokens} tokens; the prompt has {len(prompt)} and"
-                f" max_tokens asks for {wanted or 'at least 1'}",
-            )
-        if any(sequence.name == message.sequence for sequence in (*self._running, *self._waiting)):
-            raise RequestRefused("ALREADY_EXISTS", f"a sequence named {message.sequence} is live")
-        try:
-            message.sampling.validate(config.vocab_size)
-        except ValueError as error:
-            raise RequestRefused("INVALID_ARGUMENT", str(error)) from error
-        sequence = Sequence(
-            name=message.sequence,
-            tokens=[*prompt, *said],
-            prompt_tokens=len(prompt),
-            max_tokens=wanted or room,
-            sampler=Sampler(message.sampling, prompt, config.vocab_size, config.eos_token_ids, said),
-            arrived_s=time.monotonic(),
-            # Whoever said the newest token had computed all before it.
-            computed_tokens=len(prompt) + len(said) - 1 if said else 0,
-        )
-        self._recover(sequence, Cause.WEIGHT_NODE_LOST)
-        return sequence
+            self._roster.run(sequence)
+            self._reports.route(sequence)
 
     def _cancel(self, message: m.Cancel) -> None:
-        for sequence in (*self._running, *self._waiting):
-            if sequence.name == message.sequence:
-                self._end(sequence, _finished(sequence, "abort"))
-                return
+        sequence = self._roster.find(message.sequence)
+        if sequence is not None:
+            self._end(sequence, _finished(sequence, "abort"))
 
     def _end(self, sequence: Sequence, message: m.Finished | m.Failed) -> None:
         had_route = sequence.route is not None
-        if sequence in self._running:
-            self._running.remove(sequence)
-        else:
-            self._waiting.remove(sequence)
-        self._fleet.release(sequence)
+        self._roster.remove(sequence)
         self._link.send(message)
         if had_route:
-            self._tell_route(sequence)
-
-    def _admit(self) -> None:
-        """Start waiting sequences, oldest first, while their tokens fit beside the running ones'.
-
-        Those that wait for room to be recovered in come before all of them.
-        """
-        if any(sequence.node not in self._fleet.peers for sequence in self._running):
-            return
-        while self._waiting and len(self._running) < self._limits.max_sequences:
-            sequence = self._waiting[0]
-            views = [view for view in self._fleet.views(self._running) if not view.draining]
-            available = sum(view.available_blocks for view in views)
-            block_tokens = self._shape.layout.block_tokens
-            if not admits(sequence.pending_tokens, available, len(self._running), block_tokens):
-                return
-            if not self._fleet.start(sequence, self._running):
-                return
-            self._start(self._waiting.popleft())
-
-    def _start(self, sequence: Sequence) -> None:
-        self._running.append(sequence)
-        self._running.sort(key=lambda sequence: sequence.arrived_s)
-        sequence.ran_here = True
-        self._tell_route(sequence)
+            self._reports.route(sequence)
 
     def _refuse_impossible(self) -> None:
-        """Waiting sequences that all attached nodes together could never hold.
-
-        One that ran before, here or elsewhere, did fit when all nodes were there: it waits for them.
-        """
-        capacities = [peer.ledger.capacity_blocks for peer in self._fleet.peers.values() if not peer.draining]
-        if not capacities:
-            return
-        block_tokens = self._shape.layout.block_tokens
-        # Every node but one may end in a block that its range does not fill.
-        held = (sum(capacities) - (len(capacities) - 1)) * block_tokens
-        for sequence in [sequence for sequence in self._waiting if not sequence.ran_here]:
-            asked = sequence.sampler.params.max_tokens
-            total = sequence.prompt_tokens + max(asked, 1)
-            if never_fits(total, [held // block_tokens], block_tokens) and not sequence.computed_tokens:
-                what = f"{sequence.prompt_tokens} prompt tokens and max_tokens {max(asked, 1)}"
-                message = (
-                    f"{what} need {total} tokens of KV; {len(capacities)} attention nodes hold {held}."
-                    " Lower max_tokens, or add nodes: flumectl scale attention --replicas N"
-                )
-                self._end(sequence, m.Failed(sequence.name, "RESOURCE_EXHAUSTED", message))
-            elif not asked:
-                sequence.max_tokens = min(sequence.max_tokens, held - sequence.prompt_tokens)
+        for sequence, message in self._roster.impossible():
+            self._end(sequence, m.Failed(sequence.name, "RESOURCE_EXHAUSTED", message))
 
     def _make_room(self) -> bool:
-        """Nobody could step: if it is for want of memory, the youngest gives way. Whether one did.
-
-        It is computed again from its tokens once there is room; its stream only pauses.
-        """
-        stuck = self._running and all(
-            peer.ledger.exhausted for peer in self._fleet.peers.values() if not peer.leaving
-        )
-        if not stuck or not self._fleet.peers:
+        """Nobody could step: if it is for want of memory, the youngest gives way. Whether one did."""
+        youngest = self._roster.to_give_way()
+        if youngest is None:
             return False
-        youngest = self._running[-1]
-        if len(self._running) == 1 and youngest.preempted_at_tokens == len(youngest.tokens):
-            if self._fleet.capacity_blocks * self._shape.layout.block_tokens > len(youngest.tokens):
-                return False  # others hold the memory: wait for them
+        if self._roster.gave_way_in_vain(youngest):
             message = f"KV memory is full at {len(youngest.tokens)} tokens and nothing else can be freed"
             self._end(youngest, m.Failed(youngest.name, "RESOURCE_EXHAUSTED", message))
             return True
@@ -359,11 +259,8 @@ class WeightEngine:
         return True
 
     def _send_back(self, sequence: Sequence, cause: Cause) -> None:
-        """From running to the head of the waiting line, holding nothing."""
-        self._running.remove(sequence)
-        self._fleet.release(sequence)
-        self._recover(sequence, cause)
-        self._waiting.appendleft(sequence)
+        self._roster.send_back(sequence)
+        _recover(sequence, cause)
 
     # -- attention nodes -------------------------------------------------------------------------
 
@@ -391,61 +288,30 @@ class WeightEngine:
         if peer is not None:
             peer.leaving, peer.evacuating = message.draining, message.evacuating
 
-    def _move_ranges(self) -> None:
-        """Have closed ranges pulled away from nodes that must be empty soon, one batch at a time."""
-        if self._moving is not None or time.monotonic() < self._move_at_s:
-            return
-        batch = self._fleet.next_moves(self._running)
-        if batch is not None:
-            self._moving = batch, self._fleet.peers[batch.target]
-            ranges = [m.MovedRange(item.sequence, item.start, item.tokens) for item in batch.ranges]
-            self._link.send(m.MoveRanges(batch.source, batch.target, ranges))
-
     def _ranges_moved(self, message: m.RangesMoved) -> None:
-        """This is a token boundary: swap the routes of what is whole on its new node."""
-        assert self._moving is not None
-        (batch, target), self._moving = self._moving, None
-        here = {(item.sequence, item.start) for item in message.ranges}
-        if self._fleet.peers.get(batch.target) is not target:
-            return  # another process by now, or none
-        by_name = {sequence.name: sequence for sequence in self._running}
-        for item in batch.ranges:
-            if (item.sequence, item.start) in here:
-                sequence = by_name.get(item.sequence)
-                if self._fleet.swap(sequence, item, batch.target) and sequence is not None:
-                    self._tell_route(sequence)
-        if not here:
-            self._move_at_s = time.monotonic() + RETRY_S
+        """This is a token boundary: the routes of what is whole on its new node are swapped."""
+        for sequence in self._evacuation.moved(message, self._roster.by_name()):
+            self._reports.route(sequence)
 
     def _lose(self, error: PeerLost) -> None:
         """A lane is gone: tokens that were stored there are computed again, nothing else is.
 
         Sequences that had none there do not notice. One of which nothing is left starts over.
         """
-        peer, affected = self._fleet.drop(error.node, self._running)
+        peer, affected = self._fleet.drop(error.node, self._roster.running)
         if peer is None:
             return
         peer.lane.close()
         self._attention.forget(peer)
         self._epoch_rejected += peer.epoch_rejected
-        for sequence in [sequence for sequence in self._running[::-1] if sequence.name in affected]:
+        for sequence in [sequence for sequence in self._roster.running[::-1] if sequence.name in affected]:
             if any(slot.held_tokens for slot in sequence.slots.values()):
-                self._recover(sequence, Cause.NODE_LOST)
+                _recover(sequence, Cause.NODE_LOST)
             else:
                 self._send_back(sequence, Cause.NODE_LOST)
         self._link.send(m.LaneLost(error.node, error.reason, len(affected), sum(affected.values())))
 
-    def _recover(self, sequence: Sequence, cause: Cause) -> None:
-        """From now on the sequence catches up with where it was, if it lost anything.
-
-        More may be lost meanwhile: the tokens that follow count under the newest cause.
-        """
-        if sequence.recovery is not None:
-            sequence.recovery.cause = cause
-        elif sequence.recovering:
-            sequence.recovery = Recovery(cause, time.monotonic())
-
-    # -- what the supervisor hears ---------------------------------------------------------------
+    # -- settings and questions ------------------------------------------------------------------
 
     def _set_epoch(self, message: m.Epoch) -> None:
         self._fleet.epoch = self._attention.epoch = message.epoch
@@ -455,44 +321,19 @@ class WeightEngine:
         self._fleet.balance = replace(self._fleet.balance, margin_tokens=message.tail_margin_tokens)
         self._attention.timeout_s = message.step_timeout_s
 
-    def _tell_route(self, sequence: Sequence) -> None:
-        self._link.send(m.RouteChanged(sequence.name, _ranges(sequence)))
-
-    def _tell_capacity(self) -> None:
-        capacity = (
-            self._fleet.capacity_blocks * self._shape.layout.block_tokens,
-            len(self._running),
-            len(self._waiting),
-        )
-        if capacity != self._told_capacity:
-            self._told_capacity = capacity
-            self._link.send(m.Capacity(*capacity))
-
-    def _tell_recomputed(self) -> None:
-        if not self._recomputed_told:
-            self._recomputed_told = True
-            self._link.send(self._recomputed)
-
-    def _tell_epoch_rejected(self) -> None:
-        total = self._epoch_rejected + sum(peer.epoch_rejected for peer in self._fleet.peers.values())
-        if total != self._epoch_rejected_told:
-            self._epoch_rejected_told = total
-            self._link.send(m.EpochRejected(total))
-
     def _tell_sequences(self, message: m.AskSequences) -> None:
-        now = time.monotonic()
-        states = [
-            m.SequenceState(
-                sequence=sequence.name,
-                state=sequence.state,
-                prompt_tokens=sequence.prompt_tokens,
-                completion_tokens=sequence.completion_tokens,
-                age_s=now - sequence.arrived_s,
-                ranges=_ranges(sequence),
-            )
-            for sequence in (*self._running, *self._waiting)
-        ]
-        self._link.send(m.Sequences(message.number, states))
+        self._reports.sequences(message.number, self._roster)
+
+
+def _recover(sequence: Sequence, cause: Cause) -> None:
+    """From now on the sequence catches up with where it was, if it lost anything.
+
+    More may be lost meanwhile: the tokens that follow count under the newest cause.
+    """
+    if sequence.recovery is not None:
+        sequence.recovery.cause = cause
+    elif sequence.recovering:
+        sequence.recovery = Recovery(cause, time.monotonic())
 
 
 def _reason_to_end(sequence: Sequence) -> str | None:
@@ -500,12 +341,6 @@ def _reason_to_end(sequence: Sequence) -> str | None:
     if reason is FinishReason.STOP:
         return "stop"
     return "length" if sequence.completion_tokens >= sequence.max_tokens else None
-
-
-def _ranges(sequence: Sequence) -> list[m.RangeInfo]:
-    if sequence.route is None:
-        return []
-    return [m.RangeInfo(item.start, item.end, item.node) for item in sequence.route.ranges]
 
 
 def _finished(sequence: Sequence, reason: str) -> m.Finished:

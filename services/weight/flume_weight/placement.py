@@ -85,6 +85,9 @@ def relieve(
     return moves
 
 
-def never_fits(total_tokens: int, capacities_blocks: Iterable[int], block_tokens: int) -> bool:
-    """Whether a sequence of `total_tokens` exceeds all nodes together, even when they are empty."""
-    return total_tokens > sum(capacities_blocks) * block_tokens
+def fits_empty(capacities_blocks: Sequence[int], block_tokens: int) -> int:
+    """Tokens of one sequence that all nodes together are sure to hold while nothing else is there.
+
+    Every node but one may end in a block that its range does not fill.
+    """
+    return max(0, sum(capacities_blocks) - max(0, len(capacities_blocks) - 1)) * block_tokens

@@ -1,0 +1,81 @@
+"""What the engine tells its supervisor of its state, each thing when it changes. No decisions."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable
+
+from flume_common.engine_link import EngineLink
+
+from flume_weight import messages as m
+from flume_weight.sequence import Sequence
+
+
+class Reports:
+    """Counts of this engine and what was last said of them. May be called as often as one likes."""
+
+    def __init__(self, link: EngineLink[m.Inbound]) -> None:
+        self._link = link
+        self._capacity: tuple[int, int, int] | None = None
+        self._recomputed = m.Recomputed()
+        self._recomputed_told = True
+        self._epoch_rejected = 0
+
+    def route(self, sequence: Sequence) -> None:
+        """Where the sequence's tokens are, from now on."""
+        self._link.send(m.RouteChanged(sequence.name, _ranges(sequence)))
+
+    def capacity(self, tokens: int, running: int, waiting: int) -> None:
+        """KV capacity of all nodes, and how many sequences there are."""
+        capacity = (tokens, running, waiting)
+        if capacity != self._capacity:
+            self._capacity = capacity
+            self._link.send(m.Capacity(*capacity))
+
+    def count_recomputed(self, sequence: Sequence, tokens: int) -> None:
+        """`tokens` of a recovering sequence were computed again."""
+        assert sequence.recovery is not None
+        sequence.recovery.tokens += tokens
+        name = sequence.recovery.cause.value
+        setattr(self._recomputed, name, getattr(self._recomputed, name) + tokens)
+        self._recomputed_told = False
+
+    def recomputed(self) -> None:
+        if not self._recomputed_told:
+            self._recomputed_told = True
+            self._link.send(self._recomputed)
+
+    def recovered(self, sequence: Sequence) -> None:
+        """The sequence is where it was before it lost something."""
+        recovery, sequence.recovery = sequence.recovery, None
+        assert recovery is not None
+        self.recomputed()
+        elapsed_s = time.monotonic() - recovery.since_s
+        self._link.send(m.Recovered(sequence.name, recovery.cause, recovery.tokens, elapsed_s))
+
+    def epoch_rejected(self, total: int) -> None:
+        if total != self._epoch_rejected:
+            self._epoch_rejected = total
+            self._link.send(m.EpochRejected(total))
+
+    def sequences(self, number: int, live: Iterable[Sequence]) -> None:
+        """The answer to AskSequences."""
+        now = time.monotonic()
+        states = [
+            m.SequenceState(
+                sequence=sequence.name,
+                state=sequence.state,
+                prompt_tokens=sequence.prompt_tokens,
+                completion_tokens=sequence.completion_tokens,
+                age_s=now - sequence.arrived_s,
+                ranges=_ranges(sequence),
+            )
+            for sequence in live
+        ]
+        self._link.send(m.Sequences(number, states))
+
+
+def _ranges(sequence: Sequence) -> list[m.RangeInfo]:
+    if sequence.route is None:
+        return []
+    return [m.RangeInfo(item.start, item.end, item.node) for item in sequence.route.ranges]
