@@ -3,8 +3,9 @@ import os
 import signal
 import sys
 
+import psutil
 import pytest
-from flume_controller.processes import RecordDir
+from flume_controller.processes import Intent, RecordDir
 from flume_controller.providers.local import local_provider
 from flume_controller.supervise import kill_all
 
@@ -134,3 +135,45 @@ async def test_a_command_that_does_not_exist_is_an_os_error(directory):
         with pytest.raises(OSError, match="no/such/program"):
             await provider.start("attention-1")
         assert await provider.instances() == []
+
+
+DIES_BEFORE_THE_RECORD = """
+import asyncio, os, signal, sys
+from pathlib import Path
+from flume_controller import processes
+from flume_controller.providers.local import local_provider
+
+directory, *command = sys.argv[1:]
+
+async def main():
+    async with local_provider(lambda node: command, Path(directory)) as provider:
+        processes.record_of = lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL)
+        await provider.start("attention-1")
+
+asyncio.run(main())
+"""
+
+
+@pytest.mark.parametrize("before", [(), ("env", "A=b")], ids=["as it is", "behind another program"])
+async def test_a_process_whose_starter_died_before_writing_its_record_is_found(directory, before):
+    command = (*before, *SLEEP, str(directory))
+    starter = [sys.executable, "-c", DIES_BEFORE_THE_RECORD, str(directory), *command]
+    died = await asyncio.create_subprocess_exec(*starter)
+    assert await died.wait() == -signal.SIGKILL
+    assert list((directory / "run").glob("*.json")) == []
+    await printed(directory / "logs" / "attention-1.log")
+    async with local_provider(lambda node: command, directory) as provider:
+        (instance,) = await provider.instances()
+        assert instance.id == "attention-1" and instance.running
+        assert psutil.Process(instance.pid).cmdline()[-1] == str(directory)
+        await provider.stop("attention-1")
+        await ended(provider)
+
+
+async def test_a_start_that_was_begun_and_came_to_nothing_is_forgotten(directory):
+    RecordDir(directory / "run").begin(
+        Intent(id="attention-1", role="attention", argv=("no", "such", "process"))
+    )
+    async with local_provider(sleeping, directory) as provider:
+        assert await provider.instances() == []
+        assert list((directory / "run").iterdir()) == []

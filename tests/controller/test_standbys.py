@@ -7,8 +7,10 @@ import sys
 import textwrap
 
 import pytest
+from flume_common.standby import call
+from flume_common.zygote import abstract_name
 from flume_controller import processes
-from flume_controller.processes import RecordDir
+from flume_controller.processes import Intent, RecordDir
 from flume_controller.providers import standby
 from flume_controller.providers.local import local_provider
 from flume_controller.supervise import kill_all
@@ -160,3 +162,22 @@ async def test_standbys_end_with_the_rest_of_the_cluster(directory, provider):
         waiting = await one_standby(local, directory)
         kill_all(RecordDir(directory / "run"))
         await until(lambda: not processes.is_alive(waiting))
+
+
+@pytest.mark.parametrize("called", [True, False], ids=["called", "not called yet"])
+async def test_a_standby_whose_taker_died_before_writing_its_record_is_the_node(directory, provider, called):
+    async with provider() as local:
+        waiting = await one_standby(local, directory)
+    records = RecordDir(directory / "run")
+    log_file = str(directory / "logs" / "attention-1.log")
+    records.begin(Intent(id="attention-1", role="attention", argv=("x",), log=log_file, standby=waiting.id))
+    if called:
+        await call(abstract_name(waiting.id, records.path), "attention-1")
+    async with provider() as local:
+        (node,) = await local.instances()
+        assert (node.id, node.pid, node.running) == ("attention-1", waiting.pid, True)
+        await until(lambda: "called attention-1" in log(directory))
+        assert record(directory) is None and record(directory, "attention-1").pid == waiting.pid
+        await local.start("attention-2")
+        assert {item.pid for item in await local.instances() if item.id == "attention-1"} == {waiting.pid}
+        assert processes.is_alive(waiting), "it is not taken for a standby that does not answer"

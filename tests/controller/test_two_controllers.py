@@ -131,6 +131,13 @@ async def test_a_stopped_leader_is_replaced_and_writes_nothing_when_it_wakes(
 async def test_a_leader_that_is_asked_to_end_hands_over_at_once(two_controllers, store, keys):
     first, second = two_controllers
     pid = second.nodes()["attention-1"].pid
+    second.scale(2)
+    second.until_states(a1="READY", a2="READY")
+    os.kill(second.nodes()["attention-2"].pid, signal.SIGKILL)
+    # The follower knows as the leader does that it is gone, long before its lease has run out.
+    second.until(lambda: "attention-2" not in second.states(), timeout_s=1.5)
+    second.scale(1)
+    second.until_states(a1="READY")
     assert first.end() == 0
 
     async def led_by_second():

@@ -25,8 +25,9 @@ from flume_controller.event_writer import EventWriter, event_writer
 from flume_controller.events import Correlator
 from flume_controller.fleet import ActionsFailed, AttentionFleet, SpecMoved
 from flume_controller.nodes import GrpcNodes
+from flume_controller.processes import RecordDir
 from flume_controller.providers.base import Instance, Provider
-from flume_controller.providers.local import local_provider
+from flume_controller.providers.local import RECORDS, local_provider, recorded
 from flume_controller.reconcile import Reconciler, Result, TerminalError
 from flume_controller.spec import AttentionSpec
 from flume_controller.views import Wish
@@ -47,13 +48,14 @@ class Surroundings:
 
 
 class LedProvider:
-    """The provider's instances while we lead. A follower has none: they are the leader's."""
+    """The provider's instances while we lead; else what a leader of this machine has written down."""
 
-    def __init__(self) -> None:
+    def __init__(self, records: RecordDir) -> None:
+        self._records = records
         self._current: Provider | None = None
 
     async def instances(self) -> Sequence[Instance]:
-        return await self._current.instances() if self._current else ()
+        return await self._current.instances() if self._current else recorded(self._records)
 
     @contextmanager
     def held(self, provider: Provider) -> Iterator[None]:
@@ -68,7 +70,7 @@ class Leader:
     """Leads whenever the candidate is elected."""
 
     def __init__(self, config: ControllerConfig, around: Surroundings, candidate: Candidate) -> None:
-        self.provider = LedProvider()
+        self.provider = LedProvider(RecordDir(config.data_dir / RECORDS))
         self.reconciler: Reconciler | None = None  # of this term; None while another one leads
         self.settings: Callable[[], Settings] = lambda: autoscale_settings(config)
         """Asked for before each decision of the autoscaler."""

@@ -2,7 +2,8 @@
 
 A pid alone may have gone to someone else; a pid with its start time and the machine's boot is one
 process. Each is recorded in a file, so that a restarted controller, or `flumectl down` after a crash,
-finds what runs and signals nothing else. Linux only: it reads /proc and uses pidfds.
+finds what runs and signals nothing else. That a start was begun is written before: whoever dies between
+the two leaves a process that can be found by its command line. Linux only: it reads /proc and uses pidfds.
 
 Not here: when to start or restart anything (`providers/local.py`, `supervise.py`).
 """
@@ -14,11 +15,14 @@ import os
 import signal
 import subprocess
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import msgspec
+
+LEAST_WORDS = 3
+"""By which a command line that is cut off in front is still known."""
 
 KILL_S = 5.0
 """How long what was killed may take to be gone; longer only in an uninterruptible call."""
@@ -40,6 +44,16 @@ class ProcessRecord(msgspec.Struct, frozen=True, kw_only=True):
     ended: bool = False
     exit_code: int | None = None
     """Negative for a signal, None when unknown or still running."""
+
+
+class Intent(msgspec.Struct, frozen=True, kw_only=True):
+    """A start that was begun. It is over with the process's record, or when there is none."""
+
+    id: str
+    role: str
+    argv: tuple[str, ...]
+    log: str = ""
+    standby: str = ""  # id of the process that is to become it; empty: a new one
 
 
 def spawn(
@@ -73,6 +87,27 @@ def record_of(pid: int, *, id: str, role: str, log: Path | str = "") -> ProcessR
         started_at_s=time.time(),
         log=str(log),
     )
+
+
+def find(argv: Sequence[str], known: Iterable[int] = ()) -> int | None:
+    """The pid of our process that runs this command line and leads its process group, but for `known` ones.
+
+    What stands before a program that replaces itself by it, like numactl, need not be there any more.
+    """
+    wanted, others = " ".join(argv), set(known)
+    for path in Path("/proc").iterdir():
+        if not path.name.isdecimal() or (pid := int(path.name)) in others:
+            continue
+        try:
+            line, uid = (path / "cmdline").read_bytes(), path.stat().st_uid
+        except (FileNotFoundError, ProcessLookupError):
+            continue
+        words = line.replace(b"\0", b" ").decode(errors="replace").strip()
+        tail = wanted.endswith(f" {words}") and len(words.split()) >= LEAST_WORDS
+        stat = _stat(pid)
+        if (words == wanted or tail) and uid == os.getuid() and stat and int(stat[2]) == pid:
+            return pid
+    return None
 
 
 def is_alive(record: ProcessRecord) -> bool:
@@ -127,7 +162,7 @@ async def stop(record: ProcessRecord, *, grace_s: float) -> None:
 
 
 class RecordDir:
-    """The process records of one cluster, one file per node."""
+    """The process records of one cluster: `ID.json` for each node, and `ID.begun` before there is one."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -138,6 +173,20 @@ class RecordDir:
         draft = self.path / f".{record.id}.{os.getpid()}"
         draft.write_bytes(msgspec.json.encode(record))
         draft.replace(self._file(record.id))
+        self._begun(record.id).unlink(missing_ok=True)
+
+    def begin(self, intent: Intent) -> None:
+        """To be called before the process is started."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        self._begun(intent.id).write_bytes(msgspec.json.encode(intent))
+
+    def begun(self) -> list[Intent]:
+        """Starts of which nobody knows how they went. Half-written ones were not begun yet."""
+        found = []
+        for path in sorted(self.path.glob("*.begun")):
+            with suppress(FileNotFoundError, msgspec.DecodeError):
+                found.append(msgspec.json.decode(path.read_bytes(), type=Intent))
+        return found
 
     def load(self, id: str) -> ProcessRecord | None:
         with suppress(FileNotFoundError, msgspec.DecodeError):
@@ -150,6 +199,10 @@ class RecordDir:
 
     def remove(self, id: str) -> None:
         self._file(id).unlink(missing_ok=True)
+        self._begun(id).unlink(missing_ok=True)
+
+    def _begun(self, id: str) -> Path:
+        return self.path / f"{id}.begun"
 
     def _file(self, id: str) -> Path:
         return self.path / f"{id}.json"

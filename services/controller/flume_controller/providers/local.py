@@ -19,7 +19,7 @@ import structlog
 from flume_common.tasks import background
 
 from flume_controller import processes
-from flume_controller.processes import ProcessRecord, RecordDir
+from flume_controller.processes import Intent, ProcessRecord, RecordDir
 from flume_controller.providers import standby
 from flume_controller.providers.base import Instance
 from flume_controller.providers.launch import Child, Launcher
@@ -29,6 +29,7 @@ from flume_controller.providers.zygote import Zygote
 log = structlog.get_logger()
 
 ROLE = "attention"
+RECORDS = "run"
 
 Command = Callable[[str], Sequence[str]]
 """The command line that runs the node of a given id."""
@@ -64,14 +65,46 @@ class LocalProvider:
 
     def adopt(self) -> None:
         """Take over what an earlier controller left, running or ended meanwhile."""
-        for record in self._dir.all():
-            if record.role == standby.ROLE:
+        self._finish_starts()
+        records = self._dir.all()
+        nodes = {record.pid for record in records if record.role == ROLE and processes.is_alive(record)}
+        for record in records:
+            if record.role == standby.ROLE and record.pid in nodes:
+                self._dir.remove(record.id)  # it became that node
+            elif record.role == standby.ROLE:
                 self._standbys.adopt(record)
             if record.role == ROLE:
                 log.info("node_adopted", node=record.id, pid=record.pid, running=processes.is_alive(record))
                 self._follow(record)
                 if record.stopping_at_s is not None:
                     self._spawn(self._end(record), f"stop {record.id}")
+
+    def _finish_starts(self) -> None:
+        """Write the records that an earlier controller died before writing."""
+        for intent in self._dir.begun():
+            record = self._begun(intent)
+            if record is None:
+                self._dir.remove(intent.id)
+                continue
+            log.warning("start_finished", node=intent.id, pid=record.pid, standby=intent.standby or None)
+            self._dir.save(record)
+
+    def _begun(self, intent: Intent) -> ProcessRecord | None:
+        if (found := self._dir.load(intent.id)) is not None:
+            return found  # only the mark of its beginning was left
+        waiting = self._dir.load(intent.standby) if intent.standby else None
+        if waiting is not None and processes.is_alive(waiting):
+            # It may have been called, or not yet: then it is now.
+            self._spawn(self._standbys.call_again(waiting.id, intent.id), f"call {intent.id}")
+            pid: int | None = waiting.pid
+        else:
+            pid = processes.find(intent.argv, [record.pid for record in self._dir.all()])
+        if pid is None:
+            return None
+        try:
+            return processes.record_of(pid, id=intent.id, role=intent.role, log=intent.log)
+        except ProcessLookupError:
+            return None
 
     async def keep_ready(self) -> NoReturn:
         """Keep what makes starts fast, zygote and standbys; only for whoever may start nodes at all."""
@@ -94,16 +127,27 @@ class LocalProvider:
             return
         logfile = self._logs / f"{node}.log"
         began_s = time.monotonic()
-        taken = await self._standbys.take(node, logfile)
+        intent = Intent(id=node, role=ROLE, argv=tuple(self._command(node)), log=str(logfile))
+        taken = await self._standbys.take(
+            node, logfile, lambda id: self._dir.begin(msgspec.structs.replace(intent, standby=id))
+        )
         if taken is not None:
             self._take_on(node, taken.pid, taken.child, logfile)
             self._dir.remove(taken.id)
         else:
-            child = await self._launcher.launch(self._command(node), logfile, node)
+            child = await self._launch(intent, logfile)
             self._take_on(node, child.pid, child, logfile)
         elapsed_ms = round(1e3 * (time.monotonic() - began_s))
         pid = self._records[node].pid
         log.info("node_started", node=node, pid=pid, standby=taken is not None, elapsed_ms=elapsed_ms)
+
+    async def _launch(self, intent: Intent, logfile: Path) -> Child:
+        self._dir.begin(intent)
+        try:
+            return await self._launcher.launch(intent.argv, logfile, intent.id)
+        except OSError:
+            self._dir.remove(intent.id)
+            raise
 
     async def stop(self, node: str) -> None:
         record = self._records.get(node)
@@ -159,6 +203,15 @@ class LocalProvider:
         self._changed.set()
 
 
+def recorded(records: RecordDir) -> list[Instance]:
+    """The nodes that whoever runs them has written down, as they are now."""
+    ours = [record for record in records.all() if record.role == ROLE]
+    return [
+        _instance(msgspec.structs.replace(record, ended=record.ended or not processes.is_alive(record)))
+        for record in ours
+    ]
+
+
 def _instance(record: ProcessRecord) -> Instance:
     return Instance(
         id=record.id,
@@ -186,7 +239,7 @@ async def local_provider(
     With `zygote` nodes are forked where that is possible. `standby_command` by default runs what
     `command` does, with --standby.
     """
-    records, logs = RecordDir(directory / "run"), directory / "logs"
+    records, logs = RecordDir(directory / RECORDS), directory / "logs"
     async with asyncio.TaskGroup() as tasks:
         provider = LocalProvider(
             command,

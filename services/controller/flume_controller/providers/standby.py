@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable, Coroutine, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -20,7 +21,7 @@ from flume_common.zygote import abstract_name
 
 from flume_controller import processes
 from flume_controller.observe import free_ids
-from flume_controller.processes import ProcessRecord, RecordDir
+from flume_controller.processes import Intent, ProcessRecord, RecordDir
 from flume_controller.providers.launch import Child, Launcher
 
 log = structlog.get_logger()
@@ -72,8 +73,8 @@ class Standbys:
         else:
             self._dir.remove(record.id)
 
-    async def take(self, node: str, logfile: Path) -> Taken | None:
-        """Have the oldest one become `node`; None when there is none.
+    async def take(self, node: str, logfile: Path, begin: Callable[[str], None]) -> Taken | None:
+        """Have the oldest one become `node`; None when there is none. `begin` is told its id before.
 
         One that does not answer is ended. What it logged so far goes into `logfile`. Its own record
         stays for whoever takes it to remove once there is one of the node.
@@ -83,6 +84,7 @@ class Standbys:
             del self._records[id]
             began_s = time.monotonic()
             _hand_over_log(Path(record.log), logfile)
+            begin(id)
             try:
                 pid = await call(self._socket(id), node)
             except StandbyGone as error:
@@ -96,6 +98,11 @@ class Standbys:
             log.info("standby_taken", standby=id, node=node, pid=pid, elapsed_ms=elapsed_ms)
             return Taken(id, pid, self._children.pop(id, None))
         return None
+
+    async def call_again(self, id: str, node: str) -> None:
+        """Have that one become `node`, unless it did so already."""
+        with suppress(StandbyGone):
+            await call(self._socket(id), node)
 
     async def keep(self) -> NoReturn:
         """Have `count` of them, most of the time."""
@@ -114,9 +121,12 @@ class Standbys:
         logfile = self._logs / f"{id}.log"
         logfile.unlink(missing_ok=True)
         began_s = time.monotonic()
+        argv = self._command(id, self._socket(id))
+        self._dir.begin(Intent(id=id, role=ROLE, argv=tuple(argv), log=str(logfile)))
         try:
-            child = await self._launcher.launch(self._command(id, self._socket(id)), logfile, id)
+            child = await self._launcher.launch(argv, logfile, id)
         except OSError as error:
+            self._dir.remove(id)
             log.warning("standby_not_started", reason=str(error))
             await asyncio.sleep(self._backoff.next_s())
             return
