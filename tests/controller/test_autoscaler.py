@@ -93,6 +93,17 @@ async def test_a_full_fleet_grows_and_says_why(world):
     assert told.reason == "Autoscaled" and told.message.startswith("from 1 to 2: 90% of 1 nodes' budget")
 
 
+async def test_nodes_it_lets_go_have_no_deadline_that_was_meant_for_others(world):
+    await desired.set_desired(
+        world.store, world.keys, 1, actor=Actor.USER, current=None, deadline_s=5, now_s=world.now_s
+    )
+    await desired.set_autoscale(world.store, world.keys, ON, now_s=world.now_s)
+    world.used, world.now_s = 900, 1100.0
+    await world.scaler.step()
+    spec = await world.spec()
+    assert (spec.desired, spec.scale_deadline) == (2, None)
+
+
 async def test_it_does_nothing_unless_it_is_asked_to(world):
     await world.want(1, Autoscale())
     world.used, world.now_s = 900, 1100.0

@@ -1,5 +1,5 @@
 from flume_controller.progress import progress, returned
-from flume_controller.spec import Actor, AttentionSpec, AttentionStatus, GaveUp
+from flume_controller.spec import Actor, AttentionSpec, AttentionStatus, Deadline, GaveUp
 
 DEADLINE_S = 60.0
 GAVE_UP = GaveUp(generation=1, wanted=9, returned_to=3, at_s=1.0)
@@ -45,7 +45,8 @@ def test_a_complete_fleet_is_never_overdue():
 
 def test_only_a_scale_up_returns_and_never_below_the_minimum():
     late = at(500, 1, status(1, last_good=1))
-    assert returned(spec(), late, 500)[0].desired == 1
+    back, _ = returned(spec(scale_deadline=Deadline(within_s=5, by_s=505)), late, 500)
+    assert (back.desired, back.scale_deadline) == (1, None), "who leaves now has all the time it needs"
     assert returned(spec(min=2), late, 500)[0].desired == 2
     assert returned(spec(min=3), late, 500) is None
     assert returned(spec(), at(500, 2, status(2, last_good=3)), 500) is None

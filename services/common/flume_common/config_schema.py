@@ -121,7 +121,7 @@ class Values(msgspec.Struct, frozen=True, kw_only=True):
         Meta(
             ge=1,
             le=1,
-            description="Parts a step is split into; more than 1 is not there yet.",
+            description="Parts a step is split into. Only 1 is possible so far, and no node reads it yet.",
             extra=_read_by(Scope.WEIGHT),
         ),
     ] = 1

@@ -116,6 +116,7 @@ class Autoscaler:
         after = msgspec.structs.replace(
             spec,
             desired=decision.desired,
+            scale_deadline=None,
             set_by=Actor.AUTOSCALER,
             generation=spec.generation + 1,
             updated_at_s=self._clock(),

@@ -60,6 +60,7 @@ def returned(spec: AttentionSpec, state: Progress, now_s: float) -> tuple[Attent
     back = msgspec.structs.replace(
         spec,
         desired=target,
+        scale_deadline=None,
         set_by=Actor.CONTROLLER,
         generation=spec.generation + 1,
         updated_at_s=now_s,

@@ -14,7 +14,7 @@ MODULES = {name: name for name in (
     *("up", "down", "generate", "logs"),
     *("status", "get", "describe", "top", "events"),
     *("scale", "autoscale", "rollout", "wait", "drain", "config"),
-    *("version", "completion"),
+    *("doctor", "version", "completion"),
 )} | {"undrain": "drain"}  # fmt: skip
 """Where each command is; it is called there as it is here."""
 

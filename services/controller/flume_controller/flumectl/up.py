@@ -14,6 +14,7 @@ import click
 from flume_controller import foreground
 from flume_controller.cluster_files import ClusterState
 from flume_controller.etcd_options import etcd_security_options
+from flume_controller.flumectl.doctor import require_gpus
 from flume_controller.flumectl.duration import DURATION
 from flume_controller.flumectl.errors import CommandError
 from flume_controller.flumectl.options import data_dir_option, name_option
@@ -51,6 +52,7 @@ PORT = click.IntRange(1, 65535)
     help="Of weights and KV. float32 gives the exact same tokens however the KV is split.",
 )  # fmt: skip
 @click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True)
+@click.option("--allow-time-slicing", is_flag=True, help="Let nodes share a GPU without MPS, slow as it is.")
 @click.option(
     "--kv-memory", default="", metavar="SIZE", help="KV memory of each attention node, like 512MiB or 25%."
 )
@@ -69,7 +71,7 @@ PORT = click.IntRange(1, 65535)
 @click.option("--dry-run", is_flag=True, help="Check all of it and say what would run; start nothing.")
 @name_option
 @data_dir_option
-def up(detach: bool, dry_run: bool, **settings: Any) -> None:
+def up(detach: bool, dry_run: bool, allow_time_slicing: bool, **settings: Any) -> None:
     """Run a whole cluster on this machine: etcd, controller, weight and attention nodes, router.
 
     It stops, all of it, on Ctrl-C or `flumectl down`. A process that dies meanwhile is started again.
@@ -83,6 +85,8 @@ def up(detach: bool, dry_run: bool, **settings: Any) -> None:
       flumectl up --etcd https://etcd-0:2379,https://etcd-1:2379 --etcd-ca ca.pem
     """
     config = ClusterConfig(**settings)
+    if config.device == "cuda":
+        require_gpus(allow_time_slicing=allow_time_slicing)
     try:
         _ = config.store
     except ValueError as error:
