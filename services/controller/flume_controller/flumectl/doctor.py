@@ -10,13 +10,13 @@ from flume_common.gpu.findings import Facts, Finding, Status, findings, obstacle
 
 from flume_controller.flumectl.errors import CommandError
 from flume_controller.flumectl.options import output_option
-from flume_controller.flumectl.output import column, render
+from flume_controller.flumectl.output import Column, column, render
 
 COLUMNS = (
     column("CHECK", "check"),
     column("STATUS", "status"),
     column("FOUND", "found"),
-    column("REMEDY", "remedy"),
+    Column("REMEDY", lambda row: str(row["remedy"])),
 )
 NOT_LOOKED_AT = "not looked at"
 

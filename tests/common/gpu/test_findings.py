@@ -1,0 +1,108 @@
+"""What facts mean, over machines that are made up."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from flume_common.gpu import findings as module
+from flume_common.gpu.findings import Facts, Status, findings, hop, obstacles
+from flume_common.gpu.limits import Limits
+from flume_common.gpu.mps import Mps
+from flume_common.gpu.nvml import Driver, Gpu
+from flume_common.gpu.round_trip import RoundTrip, Ucx
+
+H200 = Gpu(0, "NVIDIA H200", "GPU-1", 150 << 30, 0, "9.0", False)
+TRIPS = [RoundTrip("shared memory", 8192, 30.0, 60.0), RoundTrip("TCP", 8192, 80.0, 120.0)]
+HOST_UCX = Ucx("1.21.0", ["tcp/lo", "posix/memory"], TRIPS)
+CPU = Facts("no NVIDIA driver", Mps(False, False, Path("/x")), Limits(None, 8 << 30, 8 << 30), HOST_UCX)
+GPU = replace(CPU, driver=Driver("570", "12.8", (H200,)), mps=Mps(True, True, Path("/x")))
+
+
+@pytest.fixture
+def wired(monkeypatch):
+    """As if nodes could run on GPUs."""
+    monkeypatch.setattr(module, "ENGINES_RUN_ON_GPUS", True)
+
+
+def checks(facts, **options):
+    return {finding.check: finding for finding in findings(facts, **options)}
+
+
+def failed(facts, **options):
+    return [check for check, finding in checks(facts, **options).items() if finding.status is Status.FAILED]
+
+
+def test_a_machine_without_a_gpu_is_fine_for_nodes_on_cpus_and_not_for_others():
+    assert failed(CPU) == []
+    assert failed(CPU, for_gpus=True) == ["nodes on gpus"]
+    assert checks(CPU)["gpu"].found == "no NVIDIA driver"
+
+
+def test_nodes_cannot_run_on_gpus_yet_whatever_the_machine_has():
+    assert obstacles(GPU) == ["weight and attention nodes cannot run on a GPU yet: use --device cpu"]
+    assert len(obstacles(CPU)) == 2
+
+
+def test_one_card_with_mps_is_enough(wired):
+    assert obstacles(GPU) == []
+    assert failed(GPU, for_gpus=True) == []
+
+
+def test_one_card_without_mps_is_refused_with_what_it_costs_unless_that_is_allowed(wired):
+    alone = replace(GPU, mps=Mps(True, False, Path("/x")))
+    (why,) = obstacles(alone)
+    assert "4.4 ms" in why and "nvidia-cuda-mps-control -d" in why and "--allow-time-slicing" in why
+    assert obstacles(alone, allow_time_slicing=True) == []
+    assert checks(alone)["mps"].status is Status.WARNING
+
+
+def test_two_cards_need_no_mps(wired):
+    two = Driver("570", "12.8", (H200, replace(H200, index=1)))
+    assert obstacles(replace(GPU, driver=two, mps=Mps(False, False, Path("/x")))) == []
+
+
+def test_an_old_card_is_refused_by_name(wired):
+    old = Driver("570", "12.8", (replace(H200, name="Tesla V100", compute_capability="7.0"),))
+    (why,) = obstacles(replace(GPU, driver=old))
+    assert why.startswith("Tesla V100 has compute capability 7.0")
+
+
+def test_a_driver_without_a_card_is_no_gpu(wired):
+    (why,) = obstacles(replace(GPU, driver=Driver("570", "12.8", ())))
+    assert why == "no GPU can be used: the driver knows of none"
+
+
+def test_mps_is_said_to_share_a_fate():
+    assert "takes the others on its card down" in checks(GPU)["isolation"].found
+    assert "isolation" not in checks(CPU)
+
+
+def test_the_hop_on_a_host_is_shared_memory_with_its_measured_round_trip():
+    found = hop(CPU)
+    assert found.name == "shared memory" and found.measured == (TRIPS[0],)
+
+
+@pytest.mark.parametrize("ucx", [
+    Ucx("1", ["tcp/lo"], TRIPS),
+    Ucx("1", ["tcp/lo", "posix/memory"], TRIPS[1:], {"shared memory": "TimeoutError"}),
+], ids=["no such transport", "it does not work"])  # fmt: skip
+def test_without_shared_memory_the_hop_is_tcp(ucx):
+    assert hop(replace(CPU, ucx=ucx)).name == "TCP"
+
+
+def test_nodes_that_cannot_reach_each_other_are_a_failure():
+    assert failed(replace(CPU, ucx=Ucx("1", [], [], {"TCP": "refused"}))) == ["hop"]
+    assert failed(replace(CPU, ucx="no UCX here")) == ["ucx"]
+
+
+def test_little_shared_memory_is_a_warning_with_a_remedy():
+    finding = checks(replace(CPU, limits=Limits(None, 64 << 20, 64 << 20)))["shared memory"]
+    assert finding.status is Status.WARNING and "--shm-size" in finding.remedy
+
+
+@pytest.mark.parametrize("resources, status", [
+    (["tcp/lo"], Status.OK), (["rc_mlx5/mlx5_0:1"], Status.WARNING),
+], ids=str)  # fmt: skip
+def test_a_limit_on_locked_memory_matters_where_a_network_card_registers_it(resources, status):
+    limited = replace(CPU, limits=Limits(8192, 8 << 30, 8 << 30), ucx=Ucx("1", resources, TRIPS))
+    assert checks(limited)["locked memory"].status is status
