@@ -1,21 +1,35 @@
 #!/usr/bin/env bash
-# On a machine with an NVIDIA GPU: the kernels' tests, then configurations measured, then the bench. From the repository's root:
-#   bash bench/gpu_check.sh RESULTS_FOLDER [tests|tune|bench ...]     (all three when none is named)
-# Needs python3 with torch, triton, numpy and pytest; nothing of this project need be installed.
+# On a machine with an NVIDIA GPU: tests and measurements of the GPU data path. From the repository's root:
+#   bash bench/gpu_check.sh RESULTS_FOLDER [tests|tune|bench|paths|poller|step ...]     (all when none is named)
+#
+#   tests   the kernels against their definitions          tune    how decode attention runs best, kept in tuning.json
+#   bench   the kernels against others                     paths   captured steps on the GPU, over lanes, and their failures
+#   poller  the driver's jitter                            step    whole decode steps, one process against two under MPS
+#
+# Needs python3 with torch, triton, numpy and pytest; nothing of this project need be installed. `paths`, `poller` and
+# `step` need protobuf, msgspec and ucxx (ucxx-cu12 or -cu13), `step` nvidia-cuda-mps-control as well.
 set -uo pipefail
 out=${1:?a folder for the results}
 shift
-steps=${*:-tests tune bench}
+steps=${*:-tests tune bench paths poller step}
 mkdir -p "$out"
-export PYTHONPATH=kernels:services/common:protos${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1 FLUME_TUNING_FILE="$out/tuning.json"
+services=services/common:services/weight:services/attention
+export PYTHONPATH=kernels:$services:protos:tests:tests/attention${PYTHONPATH:+:$PYTHONPATH}
+export PYTHONUNBUFFERED=1 FLUME_TUNING_FILE="$out/tuning.json"
 status=0
+
+# The project's own settings need plugins that may not be here.
+run_tests() {
+  local log=$1
+  shift
+  timeout 300 python3 -m pytest -q --import-mode=importlib -p no:cacheprovider -c /dev/null --rootdir=. \
+    --confcutdir=tests/kernels/gpu -W ignore "$@" 2>&1 | tee "$out/$log" | tail -n 40 || status=1
+}
+
 nvidia-smi --query-gpu=name,driver_version,clocks.sm,clocks.mem,memory.used --format=csv || true
 for step in $steps; do
   case $step in
-    tests)
-      python3 -m pytest -q --import-mode=importlib -p no:cacheprovider -c /dev/null --rootdir=. -W ignore \
-        tests/kernels/gpu 2>&1 | tee "$out/tests.log" | tail -n 40 || status=1
-      ;;
+    tests) run_tests tests.log tests/kernels/gpu ;;
     tune)
       # Compiled side by side into triton's cache, measured one by one.
       for part in $(seq 0 11); do
@@ -29,6 +43,19 @@ for step in $steps; do
       python3 bench/kernels.py --tune-only 2>&1 | tee "$out/tune.log" | tail -n 90 || status=1
       ;;
     bench) python3 bench/kernels.py --out "$out/kernels.json" 2>&1 | tee "$out/bench.log" || status=1 ;;
+    paths)
+      run_tests paths.log tests/weight/cuda/test_captured_steps.py tests/weight/cuda/test_lane_exchange.py \
+        tests/attention/cuda/test_gpu_session.py
+      ;;
+    poller) python3 bench/gpu_poller.py --out "$out/poller.json" 2>&1 | tee "$out/poller.log" || status=1 ;;
+    step)
+      pipes=$(mktemp -d)
+      export CUDA_MPS_PIPE_DIRECTORY=$pipes CUDA_MPS_LOG_DIRECTORY=$pipes
+      nvidia-cuda-mps-control -d || status=1
+      timeout 500 python3 bench/gpu_step.py --out "$out/step.json" 2>&1 | tee "$out/step.log" || status=1
+      echo quit | nvidia-cuda-mps-control
+      unset CUDA_MPS_PIPE_DIRECTORY CUDA_MPS_LOG_DIRECTORY
+      ;;
     *) echo "no step $step" >&2; status=2 ;;
   esac
 done

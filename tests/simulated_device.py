@@ -18,6 +18,7 @@ from contextlib import contextmanager, nullcontext
 from functools import partial
 
 import torch
+from flume_kernels.gpu.device import on_page
 from flume_kernels.gpu.flags import POISON
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -53,7 +54,8 @@ class SimulatedDevice:
     def tensor(self, *size, dtype):
         return torch.zeros(size, dtype=dtype)
 
-    host_tensor = tensor
+    def host_tensor(self, *size, dtype):
+        return on_page(partial(torch.zeros, dtype=torch.uint8), size, dtype)
 
     def signal(self, flags, number):
         self.call(partial(_signal, flags, number))

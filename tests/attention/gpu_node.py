@@ -161,9 +161,4 @@ class GpuNode:
         return GpuLaneSession(node, request.weight_node, request.epoch, lane, holdings, answers=self._answers)
 
     def _allocate(self, size_bytes):
-        """Page-aligned, as pinned memory is."""
-        if ON_GPU:
-            return self.device.host_tensor(size_bytes, dtype=torch.uint8).numpy()
-        from flume_common.lanes.frames import allocate_pages
-
-        return allocate_pages(size_bytes)
+        return self.device.host_tensor(size_bytes, dtype=torch.uint8).numpy()

@@ -182,3 +182,12 @@ class TestWatchdog:
         with Watchdog() as watchdog, watchdog.guard(0.01, lambda: calls.append(1)):
             time.sleep(0.1)
         assert calls == [1]
+
+
+@pytest.mark.parametrize(
+    "size, dtype", [((3, 5), torch.bfloat16), ((0,), torch.int64), ((4097,), torch.uint8)], ids=str
+)
+def test_host_memory_starts_on_a_page(device, size, dtype):
+    tensor = device.host_tensor(*size, dtype=dtype)
+    assert tensor.shape == size and tensor.dtype is dtype
+    assert tensor.data_ptr() % 4096 == 0 or not tensor.numel()

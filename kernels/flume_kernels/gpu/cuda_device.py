@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from flume_kernels.gpu import signals
-from flume_kernels.gpu.device import Flags
+from flume_kernels.gpu.device import Flags, on_page
 
 
 class DeviceUnusable(Exception):
@@ -59,7 +59,10 @@ class CudaDevice:
         return torch.zeros(size, dtype=dtype, device=self.name)
 
     def host_tensor(self, *size: int, dtype: torch.dtype) -> Tensor:
-        return torch.zeros(size, dtype=dtype, pin_memory=True)
+        def pinned(size_bytes: int) -> Tensor:
+            return torch.zeros(size_bytes, dtype=torch.uint8, pin_memory=True)
+
+        return on_page(pinned, size, dtype)
 
     def signal(self, flags: Flags, number: int) -> None:
         signals.signal(*_words(flags, number))

@@ -6,6 +6,7 @@ operations, so that all of a step but the last call into CUDA runs on a CPU.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Protocol
@@ -90,6 +91,17 @@ class Flags:
         self.status.zero_()
         self._device.synchronize()
         self.host.rearm()
+
+
+PAGE_BYTES = 4096
+
+
+def on_page(allocate: Callable[[int], Tensor], size: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """A tensor that starts on a page, out of uint8 memory that `allocate(bytes)` gives."""
+    size_bytes = math.prod(size) * dtype.itemsize
+    raw = allocate(size_bytes + PAGE_BYTES)
+    start = -raw.data_ptr() % PAGE_BYTES
+    return raw[start : start + size_bytes].view(dtype).view(size)
 
 
 def capture(device: Device, flags: Flags, run: Callable[[], None]) -> Graph:

@@ -1,4 +1,4 @@
-"""Captured steps over real lanes to real attention nodes, which run in threads: the device is simulated."""
+"""Captured steps over real lanes to real attention nodes, which run in threads."""
 
 import random
 import threading
@@ -14,6 +14,7 @@ from flume_common.wire import LaneShape, sequence_key
 from flume_kernels.gpu.watchdog import Watchdog
 from flume_weight.cuda.buckets import StepSize
 from flume_weight.cuda.captured_steps import CapturedSteps
+from flume_weight.cuda.device_weights import on_device
 from flume_weight.cuda.driver import StepDriver
 from flume_weight.cuda.errors import RouteTooWide, StepTimedOut
 from flume_weight.cuda.lane_exchange import LaneExchange
@@ -21,8 +22,7 @@ from flume_weight.errors import PeerLost
 from flume_weight.model import LocalAttention, Transformer
 from flume_weight.peer import Peer
 from flume_weight.range_attention import Exchange, RangeAttention
-from simulated_device import SimulatedDevice
-from step_fakes import ReferenceOps, random_weights, small_config
+from step_fakes import random_weights, small_config, step_device
 
 TIMEOUT_S = 20.0
 CONFIG = small_config(num_layers=4)
@@ -103,8 +103,8 @@ class WeightNode:
         weights = random_weights(CONFIG)
         self.model = Transformer(CONFIG, weights)
         self.port, self.peers = port, peers
-        self.device = SimulatedDevice()
-        self.steps = CapturedSteps(self.device, ReferenceOps(), CONFIG, weights, parts)
+        self.device, ops, where = step_device()
+        self.steps = CapturedSteps(self.device, ops, CONFIG, on_device(weights, where), parts)
         self.driver = StepDriver(watchdog, TIMEOUT_S)
         self.eager = RangeAttention(port, LAYOUT, LAYOUT.head_dim**-0.5, TIMEOUT_S)
         self.eager.epoch = 1
@@ -191,7 +191,7 @@ class WeightNode:
         self.driver.run(step, self.exchange)
         assert exchange.finish(TIMEOUT_S) == []
         self.commit(rows)
-        return step.buffers.logits[: len(rows)].clone()
+        return step.buffers.logits[: len(rows)].cpu().clone()
 
     def expect(self, rows):
         self.oracle.next_pass([(sequence, 1) for sequence, *_ in rows])
@@ -272,7 +272,7 @@ def test_a_node_whose_process_ends_during_a_step_is_looked_for_and_lost_by_name(
         monkeypatch.setattr(weight.port, "wait", finds_it_gone)
         with pytest.raises(PeerLost, match=r"attention-2.*its process ended"):
             weight.step(weight.rows())
-        assert not weight.device.queue
+        assert weight.steps.of(SIZE).graph.done()
 
 
 def test_a_sequence_on_more_nodes_than_a_step_merges_is_refused_before_anything_is_sent():

@@ -43,7 +43,7 @@ class Ops(Protocol):
         ...
 
     def merge(self, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, scale: float) -> Tensor:
-        """Each row's attention to itself and to partials in host memory, new: `decode_merge`."""
+        """Each row's attention to itself and to partials, which may lie in host memory: `decode_merge`."""
         ...
 
 
@@ -74,5 +74,5 @@ class TritonOps:
 
     def merge(self, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, scale: float) -> Tensor:
         out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-        self._decode_merge(q, k, v, o, lse, out, scale, on_host=True)
+        self._decode_merge(q, k, v, o, lse, out, scale, on_host=o.device.type == "cpu")
         return out
