@@ -10,7 +10,6 @@ from contextlib import suppress
 from dataclasses import dataclass
 
 import processes
-from report import Logs
 from rounds import Fault, Round, group_of
 
 PARTS = ("node", "engine", "supervisor")
@@ -48,7 +47,6 @@ def drain_by(deadline_s: float) -> Callable[[Round], None]:
     """Its ranges are moved, none is recomputed, and it is gone in time, well before their sequences end."""
 
     def fault(round: Round) -> None:
-        logs = Logs(round.cluster.data_dir)
         node = round.rng.choice(round.cluster.in_use("attention")).id
         began_s = time.monotonic()
         round.cluster.flumectl("drain", node, "--deadline", f"{deadline_s:g}s", "--timeout", "0")
@@ -56,19 +54,58 @@ def drain_by(deadline_s: float) -> Callable[[Round], None]:
         round.cluster.until(lambda: node not in _ids(round), deadline_s + SLACK_S, f"{node} is gone")
         took_s = time.monotonic() - began_s
         running = sum(stream.is_alive() for _, stream in round.streams)
-        moved = sum(int(str(line["tokens"])) for line in logs.since("ranges_moved"))
-        lost = [line for line in logs.since("lane_lost") if line["lost_tokens"]]
+        moved = sum(_number(line["tokens"]) for line in round.logs.since("ranges_moved"))
         round.notes.append(
             f"{node} gone after {took_s:.1f} s, {moved} tokens moved, {running} streams ran on"
         )
         assert running, "every stream ended before it was gone: nothing was shown"
-        assert not lost, f"tokens were lost rather than moved: {lost}"
 
     return fault
 
 
 def _ids(round: Round) -> set[str]:
     return {node.id for node in round.cluster.nodes("attention")}
+
+
+def nothing_lost(round: Round) -> list[str]:
+    """No node went while it held tokens."""
+    lost = [line for line in round.logs.since("lane_lost") if line["lost_tokens"]]
+    return [
+        f"{line['node']} lost {line['lost_tokens']} tokens with {line['attention_node']}" for line in lost
+    ]
+
+
+def lost_recomputed(round: Round) -> list[str]:
+    """No more was computed again than was lost."""
+    lost = sum(_number(line["lost_tokens"]) for line in round.logs.since("lane_lost"))
+    again = sum(_recomputed(round, "node_lost"))
+    round.notes.append(f"{again} of {lost} lost tokens computed again")
+    return [f"{again} tokens computed again, {lost} were lost"] if again > lost else []
+
+
+def taken_over(round: Round) -> list[str]:
+    """What the attention nodes kept; how much of it had to be computed again is only noted."""
+    kept = sum(_number(line["adopted_tokens"]) for line in round.logs.since("sequence_adopted"))
+    again = sum(_recomputed(round, "weight_node_lost"))
+    round.notes.append(f"{kept} tokens taken over, {again} computed again")
+    return []
+
+
+def taken_over_whole(round: Round) -> list[str]:
+    """No sequence, all of which were decoding, lost more than its last step, thus one token."""
+    worst = max(_recomputed(round, "weight_node_lost"), default=0)
+    more = [f"a sequence computed {worst} tokens again"] if worst > 1 else []
+    return taken_over(round) + more
+
+
+def _recomputed(round: Round, cause: str) -> list[int]:
+    """Tokens of each recovery."""
+    lines = round.logs.since("recovery_done")
+    return [_number(line["recomputed_tokens"]) for line in lines if line["cause"] == cause]
+
+
+def _number(value: object) -> int:
+    return int(str(value))
 
 
 def kill(role: str) -> Callable[[Round], None]:
@@ -144,22 +181,26 @@ def _ours() -> set[tuple[str, int]]:
 def table(waits: Waits) -> dict[str, Fault]:
     roles = ("attention", "weight", "controller", "router")
     parts = dict.fromkeys(roles[:2], " (node, engine, supervisor in turn)")
+    checks = dict.fromkeys(roles, nothing_lost) | {"attention": lost_recomputed, "weight": taken_over}
     faults = [
-        Fault("scale", scale, "1 -> 4 -> 1 attention nodes", attention=1),
-        Fault("drain", drain, "an attention node drained; every other time taken back"),
-        Fault("drain-deadline", drain_by(5.0), "drained with a deadline of 5 s: its ranges move"),
+        Fault("scale", scale, "1 -> 4 -> 1 attention nodes", nothing_lost, attention=1),
+        Fault("drain", drain, "an attention node drained; every other time taken back", nothing_lost),
+        Fault("drain-deadline", drain_by(5.0), "drained with a deadline of 5 s: its ranges move",
+              nothing_lost),
         *(
             # Nothing can bring a connection back: the client asks again.
             Fault(f"kill-{role}", kill(role), "kill -9" + parts.get(role, ""),
+                  taken_over_whole if role == "weight" else checks[role],
                   client="http" if role == "router" else "grpc")
             for role in roles
         ),
-        Fault("etcd-leader", etcd_leader, "etcd's leader killed every 4 s, three times"),
+        Fault("etcd-leader", etcd_leader, "etcd's leader killed every 4 s, three times", nothing_lost),
         *(
             Fault(f"stop-{role}", stop(role, waits.stop_s),
-                  f"SIGSTOP for {waits.stop_s:g} s" + parts.get(role, ""))
+                  f"SIGSTOP for {waits.stop_s:g} s" + parts.get(role, ""), checks[role])
             for role in roles
         ),
-        Fault("etcd-outage", etcd_outage(waits.outage_s), f"all of etcd gone for {waits.outage_s:g} s"),
+        Fault("etcd-outage", etcd_outage(waits.outage_s), f"all of etcd gone for {waits.outage_s:g} s",
+              nothing_lost),
     ]  # fmt: skip
     return {fault.name: fault for fault in faults}

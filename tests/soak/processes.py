@@ -16,6 +16,8 @@ import psutil
 
 PR_SET_CHILD_SUBREAPER = 36
 MIB = 2**20
+KV_BYTES = 1024 * MIB
+"""Of an attention node."""
 KINDS = {
     "flume_weight.engine_process": "weight engine",
     "flume_attention.engine": "attention engine",
@@ -36,7 +38,7 @@ class Seen:
     kind: str
     name: str  # kind and node
     group: int
-    rss_bytes: int
+    rss_bytes: int  # without the KV pool, which is a budget and fills up as it is used
     started_at_s: float  # with the pid: which process this is
 
 
@@ -78,9 +80,23 @@ def _look(process: psutil.Process) -> Seen | None:
             node = node_of(words)
             name = f"{kind} {node}".strip()
             group = os.getpgid(process.pid)
-            return Seen(process.pid, kind, name, group, process.memory_info().rss, process.create_time())
+            rss_bytes = process.memory_info().rss
+            if kind == "attention engine":
+                rss_bytes -= _pool_bytes(process)
+            return Seen(process.pid, kind, name, group, rss_bytes, process.create_time())
     except (psutil.NoSuchProcess, ProcessLookupError):
         return None
+
+
+def _pool_bytes(process: psutil.Process) -> int:
+    """What is resident of its KV pool: the one mapping that is about as large."""
+    maps = process.memory_maps(grouped=False)
+    return sum(item.rss for item in maps if item.path == "[anon]" and _size_bytes(item.addr) > 0.9 * KV_BYTES)
+
+
+def _size_bytes(addresses: str) -> int:
+    start, end = (int(part, 16) for part in addresses.split("-"))
+    return end - start
 
 
 def _zombie(process: psutil.Process) -> Seen | None:

@@ -13,6 +13,7 @@ from clusters import Cluster
 from etcd_members import Etcds
 from flume_protos.v1 import router_pb2_grpc
 from leaks import Leaks
+from report import Logs
 from streams import RetryingStream, Running, Stream
 
 MODEL = "smollm2-135m"
@@ -85,7 +86,11 @@ class Round:
     client: Client
     streams: list[tuple[Key, Running]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    logs: Logs = field(init=False)
     _router: router_pb2_grpc.RouterStub | None = None
+
+    def __post_init__(self) -> None:
+        self.logs = Logs(self.cluster.data_dir)
 
     @property
     def cluster(self) -> Cluster:
@@ -139,6 +144,8 @@ class Fault:
     name: str
     act: Callable[[Round], None]
     about: str
+    check: Callable[[Round], list[str]] = lambda round: []
+    """What else must hold once the streams have ended; what is wrong."""
     attention: int = ATTENTION
     """Nodes before and after it."""
     client: Client = "grpc"

@@ -136,7 +136,14 @@ class Soak:
             path = Path(folder)
             self._folders.append(path)
             with three_etcds(path / "etcds") as etcds:
-                words = ("--dtype", "float32", "--kv-memory", "1GiB", "--etcd", etcds.endpoints)
+                words = (
+                    "--dtype",
+                    "float32",
+                    "--kv-memory",
+                    str(processes.KV_BYTES),
+                    "--etcd",
+                    etcds.endpoints,
+                )
                 with running(
                     path / "cluster", *words, "--attention", str(ATTENTION), "--weight", str(WEIGHTS)
                 ) as cluster:
@@ -186,14 +193,14 @@ def one_round(world: World, fault: Fault, number: int, rng: random.Random, memor
     this = Round(world, number, rng, fault.client)
     this.begin()
     fault.act(this)
-    failures = this.wrong()
+    failures = [*this.wrong(), *fault.check(this)]
     ended_s = time.monotonic()
     failures += world.clean(fault.attention, CLEAN_S)
     this.notes += [
         f"longest gap {this.longest_gap_s:.1f} s",
         f"clean after {time.monotonic() - ended_s:.1f} s",
     ]
-    memory.sample(processes.everything())
+    memory.sample([item for item in processes.everything() if item.kind != "etcd"])  # its history grows
     return "\n".join(failures), ", ".join(this.notes)
 
 
