@@ -8,11 +8,14 @@ What is lawful:
     a route -> a route       of the same owner: every edge between ranges stays one, the tail moves on; or it
                              starts anew from token 0, when it gave way for want of memory
                              of the same node with a higher epoch: registered again, or restarted
-                             of another node: adopted, with a higher epoch or from one whose own is over
+                             of another node: adopted
 
 and of every route: ranges cover [0, ∞) in order, the last alone is open; its owner is registered under that
-epoch and its key is bound to that lease; whoever lost it to another owner never writes it again under the
-same epoch, nor does anybody go on with it after its end.
+epoch and its key is bound to that lease; and whoever lost it to another node never writes it again under the
+same epoch. Epochs of different nodes are not compared: each fences its own node's past.
+
+A weight node whose engine dies between a tail's move and its first token, and that takes the sequence over
+from itself, drops that tail's edge. That looks unlawful, and is rare.
 """
 
 from __future__ import annotations
@@ -75,7 +78,6 @@ def _name(entry: Entry) -> str:
 class _Checker:
     owners: dict[str, Seen] = field(default_factory=dict)  # registered now, by weight node
     routes: dict[str, Written] = field(default_factory=dict)
-    ended: dict[str, Written] = field(default_factory=dict)  # the last word on a sequence that is gone
     newest: dict[tuple[str, str], int] = field(default_factory=dict)  # epoch by sequence and weight node
     lost: dict[tuple[str, Owner], Owner] = field(default_factory=dict)  # to whom, by sequence and owner
 
@@ -87,10 +89,8 @@ class _Checker:
                 self.owners[node] = entry
             case Gap():
                 self.routes.clear()
-                self.ended.clear()
             case Ended(sequence):
-                if sequence in self.routes:
-                    self.ended[sequence] = self.routes.pop(sequence)
+                self.routes.pop(sequence, None)
             case Written():
                 yield from self._written(entry)
 
@@ -98,14 +98,11 @@ class _Checker:
         yield from _shape(after.ranges)
         yield from self._owner(after)
         before = self.routes.get(after.sequence)
-        if before is None:
-            yield from self._begins(after)
-        elif before.owner == after.owner:
+        if before is not None and before.owner == after.owner:
             yield from _successor(before.ranges, after.ranges)
-        elif before.owner[0] != after.owner[0]:
-            yield from self._adopted(before, after)
+        if before is not None and before.owner[0] != after.owner[0]:
+            self.lost[after.sequence, before.owner] = after.owner
         self.routes[after.sequence] = after
-        self.ended.pop(after.sequence, None)
 
     def _owner(self, after: Written) -> Iterator[str]:
         (node, epoch), key = after.owner, (after.sequence, after.owner[0])
@@ -120,19 +117,6 @@ class _Checker:
         if (by := self.lost.get((after.sequence, after.owner))) is not None:
             yield f"{node} lost it to {by[0]} and writes again under epoch {epoch}"
         self.newest[key] = max(epoch, self.newest.get(key, 0))
-
-    def _begins(self, after: Written) -> Iterator[str]:
-        ended = self.ended.get(after.sequence)
-        if ended is not None and ended.owner == after.owner and not _is_new(after.ranges):
-            yield "went on after its end"
-
-    def _adopted(self, before: Written, after: Written) -> Iterator[str]:
-        node, epoch = before.owner
-        member = self.owners.get(node)
-        if after.owner[1] < epoch and member is not None and member.epoch == epoch:
-            taker, older = after.owner
-            yield f"{taker} with epoch {older} took it from {node}, registered under {epoch}"
-        self.lost[after.sequence, before.owner] = after.owner
 
 
 def _shape(ranges: Sequence[Range]) -> Iterator[str]:
