@@ -12,7 +12,7 @@ What is lawful:
 
 and of every route: ranges cover [0, ∞) in order, the last alone is open; its owner is registered under that
 epoch and its key is bound to that lease; and whoever lost it to another node never writes it again under the
-same epoch. Epochs of different nodes are not compared: each fences its own node's past.
+same epoch while it lasts. Epochs of different nodes are not compared: each fences its own node's past.
 
 A weight node whose engine dies between a tail's move and its first token, and that takes the sequence over
 from itself, drops that tail's edge. That looks unlawful, and is rare.
@@ -79,7 +79,7 @@ class _Checker:
     owners: dict[str, Seen] = field(default_factory=dict)  # registered now, by weight node
     routes: dict[str, Written] = field(default_factory=dict)
     newest: dict[tuple[str, str], int] = field(default_factory=dict)  # epoch by sequence and weight node
-    lost: dict[tuple[str, Owner], Owner] = field(default_factory=dict)  # to whom, by sequence and owner
+    lost: dict[str, dict[Owner, Owner]] = field(default_factory=dict)  # by sequence: from whom to whom
 
     def take(self, entry: Entry) -> Iterator[str]:
         match entry:
@@ -91,6 +91,7 @@ class _Checker:
                 self.routes.clear()
             case Ended(sequence):
                 self.routes.pop(sequence, None)
+                self.lost.pop(sequence, None)  # its name may be used again
             case Written():
                 yield from self._written(entry)
 
@@ -101,7 +102,7 @@ class _Checker:
         if before is not None and before.owner == after.owner:
             yield from _successor(before.ranges, after.ranges)
         if before is not None and before.owner[0] != after.owner[0]:
-            self.lost[after.sequence, before.owner] = after.owner
+            self.lost.setdefault(after.sequence, {})[before.owner] = after.owner
         self.routes[after.sequence] = after
 
     def _owner(self, after: Written) -> Iterator[str]:
@@ -114,7 +115,7 @@ class _Checker:
             yield f"bound to lease {after.lease:x}, the owner's is {member.lease:x}"
         if epoch < self.newest.get(key, 0):
             yield f"the epoch of {node} fell from {self.newest[key]} to {epoch}"
-        if (by := self.lost.get((after.sequence, after.owner))) is not None:
+        if (by := self.lost.get(after.sequence, {}).get(after.owner)) is not None:
             yield f"{node} lost it to {by[0]} and writes again under epoch {epoch}"
         self.newest[key] = max(epoch, self.newest.get(key, 0))
 
