@@ -24,6 +24,14 @@ class PeerLost(WeightError):
         self.node = node
         self.reason = reason
 
+    def bare(self) -> PeerLost:
+        """The same, without the frames that raised it, to be kept in a list.
+
+        A list in one of those frames would hold itself, and the buffers of the lane with it (35 MiB), until
+        the cyclic garbage collector comes by: it sees a few objects, and takes its time.
+        """
+        return PeerLost(self.node, self.reason)
+
 
 class StepRefused(PeerLost):
     """The two ends disagree about a slot: nothing that lane says can be relied on any more."""

@@ -47,7 +47,7 @@ class Fleet:
             try:
                 heard |= peer.hear()
             except PeerLost as error:
-                lost.append(error)
+                lost.append(error.bare())
         return heard, lost
 
     def candidates(self, running: Iterable[Seq]) -> list[Candidate]:

@@ -136,7 +136,7 @@ class RangeAttention:
                 try:
                     self._send_kv(exchange, self._layout.num_layers)
                 except PeerLost as error:
-                    lost.append(error)
+                    lost.append(error.bare())
         return lost
 
     def _local(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
