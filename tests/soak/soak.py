@@ -28,6 +28,7 @@ import load
 import processes
 from clusters import running
 from etcd_members import three_etcds
+from leaks import LEASE_S
 from memory import LEAST_SAMPLES, Growth, Memory
 from report import failure_report
 from rounds import ATTENTION, WEIGHTS, Fault, Pieces, Round, World
@@ -35,6 +36,8 @@ from rounds import ATTENTION, WEIGHTS, Fault, Pieces, Round, World
 CLEAN_S = 40.0
 """Until nothing is left and every node is back; an election alone may take 15 s."""
 SCALING = "scaling"
+END = "at the end"
+"""Of a cluster: what was left then, or after `flumectl down`."""
 
 EXAMPLES = f"""
 examples:
@@ -78,8 +81,14 @@ class Soak:
         """All rounds of all faults; a new cluster after each failure."""
         todo = [(name, number) for name in self._chosen for number in range(1, self._rounds(name) + 1)]
         while todo:
-            with self._world() as world:
-                todo = self._until_failure(world, todo)
+            before = todo
+            try:
+                with self._world() as world:
+                    todo = self._until_failure(world, todo)
+            except AssertionError as error:  # of `down`, unless nothing was done yet
+                if todo is before:
+                    raise
+                self._failed_end(str(error))
 
     def _rounds(self, name: str) -> int:
         return 1 if name == SCALING else self._args.rounds
@@ -96,6 +105,7 @@ class Soak:
                 self._close(name, memory)
             if failure:
                 return rest
+        self._note_end(world)
         return []
 
     def _one(self, world: World, name: str, number: int, memory: Memory) -> str:
@@ -121,6 +131,16 @@ class Soak:
             print(failure_report(failure, world.cluster, self._folders[-1], began, kept), flush=True)
         return failure
 
+    def _note_end(self, world: World) -> None:
+        """A lease that nobody renews is gone a while after the last round."""
+        left = world.clean(len(world.cluster.nodes("attention")), LEASE_S + 5, leases_ended=True)
+        if left:
+            self._failed_end("\n".join(left))
+
+    def _failed_end(self, failure: str) -> None:
+        print(f"{END}: FAILED: {failure}", flush=True)
+        self.tallies.setdefault(END, Tally()).failures.append(failure)
+
     def _close(self, name: str, memory: Memory) -> None:
         """Judge the memory of a series of rounds on one cluster."""
         growths = memory.growths()
@@ -136,22 +156,11 @@ class Soak:
             path = Path(folder)
             self._folders.append(path)
             with three_etcds(path / "etcds") as etcds:
-                words = (
-                    "--dtype",
-                    "float32",
-                    "--kv-memory",
-                    str(processes.KV_BYTES),
-                    "--etcd",
-                    etcds.endpoints,
-                )
-                with running(
-                    path / "cluster", *words, "--attention", str(ATTENTION), "--weight", str(WEIGHTS)
-                ) as cluster:
+                nodes = ("--attention", str(ATTENTION), "--weight", str(WEIGHTS))
+                kind = ("--dtype", "float32", "--kv-memory", str(processes.KV_BYTES))
+                with running(path / "cluster", *nodes, *kind, "--etcd", etcds.endpoints) as cluster:
                     yield World(cluster, etcds, self._expected)
-            left = processes.everything()
-            if left:
-                print(f"LEFT after `down`: {left}", flush=True)
-                self.tallies.setdefault("down", Tally()).failures.append(str(left))
+            assert not (left := processes.everything()), f"left after `flumectl down`: {left}"
 
     def _keep(self, name: str, number: int) -> Path:
         """Copy the cluster's files for whoever looks for the cause."""
