@@ -225,6 +225,23 @@ async def test_no_write_is_lost_or_done_twice_when_etcd_goes_away(etcd_endpoint,
         assert (await store.get(keys.route("other"))).version == 1
 
 
+async def test_all_routes_end_at_once_but_those_that_another_owner_took_over(store, keys):
+    async with (
+        register(store, keys, owner("w1")) as first,
+        register(store, keys, owner("w2")) as second,
+        RouteWriter(store, keys, first) as writer,
+        RouteWriter(store, keys, second) as adopter,
+    ):
+        for sequence in ("s1", "s2", "s3"):
+            writer.put(Route.start(sequence, "w1", 0, "a0"))
+        await writer.settled()
+        adopter.put(Route.start("s2", "w2", 0, "a0"))
+        await adopter.settled()
+        writer.end_all()
+        await asyncio.wait_for(writer.settled(), 5)
+        assert (await store.range(keys.routes)).items.keys() == {keys.route("s2")}
+
+
 async def test_a_route_that_another_owner_took_over_is_theirs_from_then_on(store, keys):
     """A weight node that was stopped wakes up: another one serves the sequence now."""
     async with (

@@ -142,6 +142,11 @@ class RouteWriter:
         if self._wanted.pop(sequence, None) is not None:
             self._mark(sequence)
 
+    def end_all(self) -> None:
+        """None of our sequences goes on here."""
+        for sequence in [*self._wanted, *self._lost]:
+            self.end(sequence)
+
     def _mark(self, sequence: str) -> None:
         self._dirty[sequence] = None
         self._settled.clear()

@@ -180,6 +180,7 @@ class Supervisor:
         self.capacity_tokens = 0
         self.recomputed, self.epoch_rejected = m.Recomputed(), 0
         self.streams.fail_all("UNAVAILABLE", f"the engine of weight node {self._args.node} ended")
+        self._routes.end_all()  # or they would be written again after a lost lease
         await self._registration.update(state=State.PREPARING, sequences=0, kv_capacity_tokens=0)
 
     async def _keep_lanes(self) -> NoReturn:
