@@ -268,7 +268,8 @@ def weight_node(
         for slot in range(problem.batch):
             peer.open(slot, 0, slot)
         eager = RangeAttention(port, problem.layout, problem.layout.head_dim**-0.5, TIMEOUT_S)
-        eager.epoch = 1
+        messages = LaneExchange(port, problem.layout)
+        eager.epoch = messages.epoch = 1
         eager.send_plan(Exchange(peer))
         port.wait(lambda: pipe.poll(), TIMEOUT_S)
         assert pipe.recv() == "filled"
@@ -283,7 +284,7 @@ def weight_node(
             captured.buffers.fill(ids, torch.full_like(ids, held))
             exchange = _exchange(problem, peer, held)
             eager.begin(number, [exchange], [])
-            messages = LaneExchange(port, problem.layout, number, 1, [exchange], captured.buffers)
+            messages.begin(number, [exchange], captured.buffers)
             times = driver.run(captured, messages)
             lost = messages.finish(TIMEOUT_S)
             assert not lost, lost

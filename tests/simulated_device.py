@@ -154,6 +154,10 @@ class _Recorder(TorchDispatchMode):
         super().__init__()
         self._operations = operations
 
+    @classmethod
+    def _should_skip_dynamo(cls):
+        return False  # otherwise the first capture imports the compiler, for seconds
+
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if func in NEVER_CAPTURED:
             raise NotCapturable(f"{func} reads device memory on the host")
