@@ -193,9 +193,9 @@ class Bookkeeping(Node):
 def attention_node(problem: Problem, device: Any, ops: Any, pipe: Connection) -> None:
     """Serves one lane until the pipe says something."""
     rings_of_one_frame()
-    with torch.inference_mode(), Port() as port:
+    with torch.inference_mode(), Port() as port, Watchdog() as watchdog:
         pipe.send(port.address)
-        session = _session(problem, device, ops, port, pipe.recv())
+        session = _session(problem, device, ops, port, watchdog, pipe.recv())
         pipe.send("attached")
         while not session.holdings.slots:
             port.progress()
@@ -212,7 +212,9 @@ def attention_node(problem: Problem, device: Any, ops: Any, pipe: Connection) ->
         pipe.send(session._answers.steps.captures)
 
 
-def _session(problem: Problem, device: Any, ops: Any, port: Port, address: bytes) -> GpuLaneSession:
+def _session(
+    problem: Problem, device: Any, ops: Any, port: Port, watchdog: Watchdog, address: bytes
+) -> GpuLaneSession:
     shape = problem.shape
     node = Bookkeeping(problem.blocks * problem.layout.block_bytes)
     request = Attach(
@@ -233,7 +235,9 @@ def _session(problem: Problem, device: Any, ops: Any, port: Port, address: bytes
     assert partial is not None
     buffers = lane_buffers(FrameTensors(problem.layout), query, partial, shape.max_step_tokens)
     longest = problem.context + problem.steps + problem.warm_up + 1
-    answers = Answers(device, ops, pool, buffers, max_rows=shape.max_step_sequences, max_length=longest)
+    answers = Answers(
+        device, ops, pool, buffers, max_rows=shape.max_step_sequences, max_length=longest, watchdog=watchdog
+    )
     return GpuLaneSession(node, "weight-1", 1, lane, holdings, answers=answers)
 
 

@@ -17,6 +17,7 @@ from flume_common.lanes import Port, Side
 from flume_common.layout import KvLayout
 from flume_common.wire import Kind
 from flume_kernels.gpu import reference
+from flume_kernels.gpu.watchdog import Watchdog
 from simulated_device import SimulatedDevice
 
 ON_GPU = torch.cuda.is_available()
@@ -79,9 +80,10 @@ def attention_device(layout):
 class GpuNode:
     """One node with one lane. Memory that nothing was written to holds NaN."""
 
-    def __init__(self, layout=LAYOUT, blocks=48, max_rows=8, max_length=None):
+    def __init__(self, layout=LAYOUT, blocks=48, max_rows=8, max_length=None, query_timeout_s=WAIT_S):
         self.layout, self.blocks = layout, blocks
         self.max_rows, self.max_length = max_rows, max_length or blocks * layout.block_tokens
+        self.query_timeout_s = query_timeout_s
         self.random = random.Random(5)
         self.error = None
         self._ready, self._stop = threading.Event(), threading.Event()
@@ -113,7 +115,7 @@ class GpuNode:
 
     def _run(self):
         try:
-            with torch.inference_mode(), Port(spin_s=0) as port:
+            with torch.inference_mode(), Port(spin_s=0) as port, Watchdog() as self._watchdog:
                 self._serve(port)
         except Exception as error:
             self.error = error
@@ -156,8 +158,9 @@ class GpuNode:
         assert len(queries) == 1, "captured steps need rings of one frame"
         buffers = lane_buffers(FrameTensors(self.layout), queries[0], partial, shape.max_step_tokens)
         self._answers = Answers(
-            self.device, self._ops, pool, buffers, max_rows=self.max_rows, max_length=self.max_length
-        )
+            self.device, self._ops, pool, buffers, max_rows=self.max_rows, max_length=self.max_length,
+            watchdog=self._watchdog, query_timeout_s=self.query_timeout_s,
+        )  # fmt: skip
         return GpuLaneSession(node, request.weight_node, request.epoch, lane, holdings, answers=self._answers)
 
     def _allocate(self, size_bytes):

@@ -40,6 +40,9 @@ class CudaGraph:
 class CudaDevice:
     """One GPU, a stream for steps and a stream beside it. `name` is torch's, "cuda:0".
 
+    Nothing here waits for other streams: a step on one of them may be waiting for its host, and that may be
+    us.
+
     Raises DeviceUnusable where the host may reorder stores: a gate could then open before its data is there.
     """
 
@@ -50,13 +53,17 @@ class CudaDevice:
         torch.cuda.set_device(self.name)
         self._stream = torch.cuda.Stream(self.name)
         self._beside = beside or torch.cuda.Stream(self.name)
+        # Common to all graphs of the stream: one runs at a time, and none keeps anything in there.
+        self._graph_memory = torch.cuda.graph_pool_handle()
 
     def with_stream(self) -> CudaDevice:
         """The same GPU with another stream for steps; what runs beside is common to both."""
         return CudaDevice(str(self.name), self._beside)
 
     def tensor(self, *size: int, dtype: torch.dtype) -> Tensor:
-        return torch.zeros(size, dtype=dtype, device=self.name)
+        made = torch.zeros(size, dtype=dtype, device=self.name)
+        torch.cuda.current_stream(self.name).synchronize()  # before another stream writes there
+        return made
 
     def host_tensor(self, *size: int, dtype: torch.dtype) -> Tensor:
         def pinned(size_bytes: int) -> Tensor:
@@ -71,16 +78,21 @@ class CudaDevice:
         signals.await_(*_words(flags, number))
 
     def warm_up(self, run: Callable[[], None]) -> None:
-        torch.cuda.synchronize(self.name)
+        # What was allocated and filled until now was so on the current stream.
+        self._stream.wait_stream(torch.cuda.current_stream(self.name))
         with self.on_stream():
             run()
-        torch.cuda.synchronize(self.name)
+        self.synchronize()
 
     def capture(self, run: Callable[[], None]) -> CudaGraph:
         graph = torch.cuda.CUDAGraph()
-        # Thread-local: the watchdog's thread makes no CUDA call, but others of the process may.
-        with torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local"):
-            run()
+        with self.on_stream():
+            # Not `torch.cuda.graph`, which waits for the whole device first.
+            graph.capture_begin(pool=self._graph_memory, capture_error_mode="thread_local")
+            try:
+                run()
+            finally:
+                graph.capture_end()
         return CudaGraph(graph, self._stream)
 
     @contextmanager
@@ -100,7 +112,8 @@ class CudaDevice:
         self._beside.synchronize()
 
     def synchronize(self) -> None:
-        torch.cuda.synchronize(self.name)
+        self._stream.synchronize()
+        self._beside.synchronize()
 
 
 def _words(flags: Flags, number: int) -> tuple[Tensor, Tensor, Tensor]:

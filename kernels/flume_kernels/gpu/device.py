@@ -67,7 +67,7 @@ class Device(Protocol):
         """Wait until all that was queued beside is over."""
 
     def synchronize(self) -> None:
-        """Wait until nothing runs any more."""
+        """Wait until all that was queued on the stream and beside it is over."""
 
 
 class Flags:
@@ -85,10 +85,11 @@ class Flags:
         self._device = device
 
     def rearm(self) -> None:
-        """Both ends count from 0 again. Waits until the device is idle, before and after."""
+        """Both ends count from 0 again. Waits for the device, before and after."""
         self._device.synchronize()
-        self.counters.zero_()
-        self.status.zero_()
+        with self._device.on_stream():
+            self.counters.zero_()
+            self.status.zero_()
         self._device.synchronize()
         self.host.rearm()
 

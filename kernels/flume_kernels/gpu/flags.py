@@ -49,12 +49,12 @@ class Signals:
 class Gate:
     """What the device waits at, and how often the host has opened it."""
 
-    __slots__ = ("_at", "_poisoned", "_words", "opened")
+    __slots__ = ("_at", "_words", "opened", "poisoned")
 
     def __init__(self, words: memoryview, at: int) -> None:
         self._words = words
         self._at = at
-        self._poisoned = False
+        self.poisoned = False
         self.opened = 0
 
     def open(self) -> None:
@@ -62,16 +62,16 @@ class Gate:
         self.opened += 1
         self._words[self._at] = self.opened
         # Looked at after the store: whoever poisons in between stores after it.
-        if self._poisoned:
+        if self.poisoned:
             self._words[self._at] = POISON
 
     def poison(self) -> None:
         """Release whoever waits here, and everyone after. From any thread."""
-        self._poisoned = True
+        self.poisoned = True
         self._words[self._at] = POISON
 
     def rearm(self) -> None:
-        self._poisoned = False
+        self.poisoned = False
         self.opened = 0
 
 
@@ -88,6 +88,11 @@ class FlagBlock:
         self._words = words
         self.gates = [Gate(words, at * WORDS_PER_FLAG) for at in range(gates)]
         self.signals = [Signals(words, at * WORDS_PER_FLAG) for at in range(gates, gates + signals)]
+
+    @property
+    def poisoned(self) -> bool:
+        """Whether a gate was poisoned since the last `rearm`, whether or not the device met it."""
+        return any(gate.poisoned for gate in self.gates)
 
     def poison(self) -> None:
         """Release every wait of the device. From any thread."""

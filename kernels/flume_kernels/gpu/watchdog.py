@@ -15,10 +15,10 @@ from typing import Self
 
 
 class Watchdog:
-    """Calls what it was given when a guarded block outlasts its deadline. One block at a time.
+    """Calls what it was armed with when its time is up. One deadline at a time.
 
-    A context manager that owns one thread. Guarding costs no wake-up: the thread sleeps until some deadline
-    it once knew and then looks which one holds now.
+    A context manager that owns one thread. Arming costs no wake-up: the thread sleeps until some deadline it
+    once knew and then looks which one holds now.
     """
 
     def __init__(self) -> None:
@@ -39,21 +39,27 @@ class Watchdog:
             self._changed.notify()
         self._thread.join()
 
-    @contextmanager
-    def guard(self, timeout_s: float, release: Callable[[], None]) -> Iterator[None]:
-        """Call `release`, once and from the watchdog's thread, unless the block ends within `timeout_s`.
-
-        Once the block is left it is not called any more.
-        """
+    def arm(self, timeout_s: float, release: Callable[[], None]) -> None:
+        """Call `release`, once and from the watchdog's thread, in `timeout_s`. Takes the place of what it was
+        armed with before."""
         with self._changed:
             self._deadline, self._release = time.monotonic() + timeout_s, release
             if self._deadline < self._wakes_at:
                 self._changed.notify()
+
+    def disarm(self) -> None:
+        """What it was armed with is not called any more once this returns."""
+        with self._changed:
+            self._deadline, self._release = math.inf, None
+
+    @contextmanager
+    def guard(self, timeout_s: float, release: Callable[[], None]) -> Iterator[None]:
+        """Armed for as long as the block lasts."""
+        self.arm(timeout_s, release)
         try:
             yield
         finally:
-            with self._changed:
-                self._deadline, self._release = math.inf, None
+            self.disarm()
 
     def _run(self) -> None:
         with self._changed:

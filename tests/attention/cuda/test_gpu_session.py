@@ -1,6 +1,8 @@
 """An attention node with a GPU against a fake weight node over real lanes: every partial is checked against
 the definition over exactly the tokens the node should hold."""
 
+import time
+
 import pytest
 import torch
 from fake_weight_node import FakeWeightNode
@@ -93,6 +95,24 @@ def test_a_step_abandoned_with_its_query_on_the_way_is_not_answered_later(weight
         w.begin((0, 1, 1)).ask(0)
         w.step((0, 1, 1))
         w.step((0, 1, 1))
+
+
+def test_a_step_nobody_asks_about_for_too_long_is_released_and_the_next_is_answered(weight_node):
+    with GpuNode(query_timeout_s=0.1) as node:
+        w = node.attach(weight_node)
+        w.step((0, 0, 9), ops=[w.open(0)])
+        late = w.begin((0, 1, 1))
+        late.ask(0)
+        late.check(0)
+        time.sleep(0.3)
+        late.ask(1)
+        w.timeout_s = 0.3
+        with pytest.raises(AssertionError, match="no PARTIAL"):
+            late.check(1)
+        w.timeout_s = 10.0
+        w.step((0, 1, 1))
+        w.step((0, 1, 1))
+        assert node.steps.captures == 1
 
 
 def test_rows_longer_than_a_graph_was_captured_for_are_answered_outside_of_it(weight_node):

@@ -1,5 +1,7 @@
 """Captured decode steps on a simulated device, held against the model's own forward pass."""
 
+from contextlib import contextmanager
+
 import pytest
 import torch
 from flume_kernels.gpu.watchdog import Watchdog
@@ -219,6 +221,24 @@ class TestFailures:
         decoding.exchange.stall = lambda: (_ for _ in ()).throw(PeerLost("attention-1", "gone"))
         with pytest.raises(DeviceStuck):
             decoding.run(StepSize(1), [0])
+
+
+def test_a_watchdog_that_fires_as_a_step_ends_well_does_not_spoil_the_next(watchdog, monkeypatch):
+    decoding = Decoding(watchdog, PROMPTS[:1])
+
+    @contextmanager
+    def fires_at_the_end(timeout_s, release):
+        yield
+        release()
+
+    with monkeypatch.context() as patched:
+        patched.setattr(watchdog, "guard", fires_at_the_end)
+        decoding.run(StepSize(1), [0])
+    decoding.tokens[0].append(4)
+    decoding.oracle.next_pass([(0, 1)])
+    decoding._forward([decoding.tokens[0][-2]], [len(decoding.tokens[0]) - 2])
+    want = decoding.expect([0])
+    torch.testing.assert_close(decoding.run(StepSize(1), [0]), want, atol=2e-5, rtol=2e-5)
 
 
 def test_poison_while_the_last_layer_is_awaited_ends_the_step(watchdog):

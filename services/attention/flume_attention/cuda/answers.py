@@ -9,6 +9,8 @@ from __future__ import annotations
 import time
 
 from flume_kernels.gpu.device import Device
+from flume_kernels.gpu.flags import Poisoned
+from flume_kernels.gpu.watchdog import Watchdog
 from torch import Tensor
 
 from flume_attention.cuda.captured_steps import CapturedStep, CapturedSteps, LaneBuffers
@@ -19,6 +21,7 @@ from flume_attention.cuda.paging import Segment, segments
 from flume_attention.holdings import Step
 
 DRAIN_TIMEOUT_S = 5.0
+QUERY_TIMEOUT_S = 30.0  # longer than any weight node waits for its other attention nodes
 
 
 class DeviceStuck(Exception):
@@ -30,10 +33,12 @@ class DeviceStuck(Exception):
 
 
 class Answers:
-    """`buffers` are the lane's; the device's streams are used by no other lane. At most `max_rows` rows are
+    """`buffers` are the lane's; the device's stream is used by no other lane. At most `max_rows` rows are
     captured, of at most `max_length` tokens each.
 
-    Every call but `ask` and `answered` may raise DeviceStuck.
+    A captured step that is not asked about its next layer within `query_timeout_s` is released by the
+    watchdog and stays without further answers until `end`: its engine may be stuck, and the device must not
+    be. `begin` and `end` may raise DeviceStuck.
     """
 
     def __init__(
@@ -45,6 +50,8 @@ class Answers:
         *,
         max_rows: int,
         max_length: int,
+        watchdog: Watchdog,
+        query_timeout_s: float = QUERY_TIMEOUT_S,
     ) -> None:
         self.steps = CapturedSteps(device, ops, pool, buffers, max_rows, max_length)
         self._device = device
@@ -53,6 +60,8 @@ class Answers:
         self._buffers = buffers
         self._max_rows = max_rows
         self._max_length = max_length
+        self._watchdog = watchdog
+        self._query_timeout_s = query_timeout_s
         self._captured: CapturedStep | None = None
         self._eager: EagerStep | None = None
         self._queries = 0
@@ -75,6 +84,7 @@ class Answers:
         if len(rows) <= self._max_rows and all(_is_simple(*row, self._max_length) for row in rows):
             self._captured = self.steps.of(len(rows))
             self._captured.tables.fill([each[0] if each else Segment([], 0) for each, _ in rows])
+            self._watch(self._captured)
             self._captured.launch()
         else:
             self._eager = EagerStep(self._device, self._ops, rows, self._pool.where)
@@ -84,6 +94,7 @@ class Answers:
         theirs will be; o will be in the lane's buffer."""
         self._lse = lse
         if self._captured is not None:
+            self._watch(self._captured)
             self._captured.flags.host.gates[0].open()
         else:
             assert self._eager is not None, "asked about a step without queries"
@@ -93,9 +104,14 @@ class Answers:
 
     def answered(self) -> bool:
         """Whether what was asked is answered now."""
-        assert self._lse is not None
+        if self._lse is None:
+            return False
         if self._captured is not None:
-            if not self._captured.flags.host.signals[0].take():
+            try:
+                if not self._captured.flags.host.signals[0].take():
+                    return False
+            except Poisoned:
+                self._lse = None
                 return False
             self._lse.copy_(self._captured.lse[: self._queries])
         self._lse = None
@@ -107,11 +123,15 @@ class Answers:
         captured, self._captured, self._eager, self._lse = self._captured, None, None, None
         if captured is None:
             return
+        self._watchdog.disarm()
         if self._layers_left:
             captured.flags.host.poison()
         self._drain(captured)
-        if self._layers_left:
+        if captured.flags.host.poisoned:
             captured.flags.rearm()
+
+    def _watch(self, step: CapturedStep) -> None:
+        self._watchdog.arm(self._query_timeout_s, step.flags.host.poison)
 
     def _drain(self, step: CapturedStep) -> None:
         deadline = time.monotonic() + DRAIN_TIMEOUT_S

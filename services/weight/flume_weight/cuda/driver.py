@@ -114,6 +114,8 @@ class StepDriver:
         except BaseException:
             self._undo(step)
             raise
+        if flags.poisoned:  # at the very moment that the step ended well
+            step.buffers.flags.rearm()
         return StepTimes(time.perf_counter() - started, sum(each.attention_s for each in microbatches))
 
     def _undo(self, step: CapturedStep) -> None:
