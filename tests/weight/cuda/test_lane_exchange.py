@@ -4,6 +4,7 @@ import random
 import sys
 import threading
 from contextlib import contextmanager
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,11 +14,13 @@ from flume_attention.node import Node
 from flume_common.lanes import Port, Side
 from flume_common.wire import LaneShape, sequence_key
 from flume_kernels.gpu.watchdog import Watchdog
-from flume_weight.cuda.buckets import StepSize
+from flume_weight.batch import Batch
+from flume_weight.cuda.buckets import Buckets, StepSize
 from flume_weight.cuda.captured_steps import CapturedSteps
 from flume_weight.cuda.device_weights import on_device
 from flume_weight.cuda.driver import StepDriver
-from flume_weight.cuda.errors import RouteTooWide, StepTimedOut
+from flume_weight.cuda.errors import RouteTooWide
+from flume_weight.cuda.forward import CapturedForward
 from flume_weight.cuda.lane_exchange import LaneExchange
 from flume_weight.errors import PeerLost
 from flume_weight.model import LocalAttention, Transformer
@@ -113,12 +116,13 @@ class WeightNode:
         self.port, self.peers = port, peers
         self.device, ops, where = step_device()
         self.steps = CapturedSteps(self.device, ops, CONFIG, on_device(weights, where), parts)
-        self.driver = StepDriver(watchdog, TIMEOUT_S)
         self.eager = RangeAttention(port, LAYOUT, LAYOUT.head_dim**-0.5, TIMEOUT_S)
-        self.exchange = LaneExchange(port, LAYOUT)
-        self.eager.epoch = self.exchange.epoch = 1
-        self.oracle = LocalAttention(CONFIG.num_layers)
+        self.eager.epoch = 1
         self.random = random.Random(3)
+        self.exchange = WithDevice(port, self.device, self.random)
+        driver = StepDriver(watchdog, TIMEOUT_S)
+        self.forward = CapturedForward(self.steps, Buckets((SIZE.rows,)), driver, self.eager, self.exchange)
+        self.oracle = LocalAttention(CONFIG.num_layers)
         self.number = 0
         self.tokens = [list(prompt) for prompt in PROMPTS]
         self.held = {}  # (sequence, peer) -> tokens
@@ -187,19 +191,18 @@ class WeightNode:
         )
         return [(sequence, 1, len(self.tokens[sequence]) - 1) for sequence in order]
 
-    def step(self, rows, size=SIZE):
-        step = self.steps.of(size)
+    def batch(self, rows):
         ids = torch.tensor([self.tokens[sequence][position] for sequence, _, position in rows])
         positions = torch.tensor([position for *_, position in rows])
-        step.buffers.fill(ids, positions)
+        return Batch(rows, ids, positions, torch.arange(len(rows)), [], self.exchanges(rows))
+
+    def step(self, rows):
+        batch = self.batch(rows)
         self.number += 1
-        exchanges = self.exchanges(rows)
-        self.exchange.begin(self.number, exchanges, step.buffers)
-        self.eager.begin(self.number, exchanges, [])
-        self.driver.run(step, WithDevice(self.exchange, self.device, self.random))
-        assert self.exchange.finish(TIMEOUT_S) == []
+        logits = self.forward.forward(self.number, batch)
+        assert self.forward.finish() == []
         self.commit(rows)
-        return step.buffers.logits[: len(rows)].cpu().clone()
+        return logits
 
     def expect(self, rows):
         self.oracle.next_pass([(sequence, 1) for sequence, *_ in rows])
@@ -208,18 +211,16 @@ class WeightNode:
         return self.model.forward(ids, positions, self.oracle, torch.arange(len(rows)))
 
 
-class WithDevice:
-    """The exchange, with the device moving on in every round of the driver's loop."""
+class WithDevice(LaneExchange):
+    """With the device moving on in every round of the driver's loop."""
 
-    def __init__(self, exchange, device, random):
-        self._exchange, self._device, self._random = exchange, device, random
+    def __init__(self, port, device, random):
+        super().__init__(port, LAYOUT)
+        self._device, self._random = device, random
 
     def progress(self):
         self._device.run_some(self._random.randint(0, 16))
-        self._exchange.progress()
-
-    def __getattr__(self, name):
-        return getattr(self._exchange, name)
+        super().progress()
 
 
 @contextmanager
@@ -260,7 +261,7 @@ def test_a_node_that_says_nothing_fails_the_step_by_name_and_the_step_can_be_rep
     with cluster(2) as (weight, threads):
         rows = weight.rows()
         want = weight.expect(rows)
-        weight.driver.timeout_s = 0.3
+        weight.eager.timeout_s = 0.3
         query = LaneExchange.query
 
         def silences(exchange, microbatch, asked):
@@ -269,13 +270,12 @@ def test_a_node_that_says_nothing_fails_the_step_by_name_and_the_step_can_be_rep
             query(exchange, microbatch, asked)
 
         monkeypatch.setattr(LaneExchange, "query", silences)
-        with pytest.raises(StepTimedOut) as failed:
+        with pytest.raises(PeerLost, match=r"attention-2.*no answer within 0\.3 s") as lost:
             weight.step(rows)
-        assert failed.value.layers == [layer]
-        assert [peer.node for peer in weight.exchange.silent] == ["attention-2"]
+        assert lost.value.__cause__.layers == [layer]
         monkeypatch.undo()
         threads[1].silent.clear()
-        weight.driver.timeout_s = TIMEOUT_S
+        weight.eager.timeout_s = TIMEOUT_S
         torch.testing.assert_close(weight.step(rows), want, atol=3e-5, rtol=3e-5)
 
 
@@ -300,12 +300,22 @@ def test_a_sequence_on_more_nodes_than_a_step_merges_is_refused_before_anything_
         weight.step(weight.rows())
         weight.tokens = [[*tokens, 1] for tokens in weight.tokens]
         weight.move_tail(0, weight.peers[1])
+        assert weight.forward.takes(weight.batch(weight.rows()))
         weight.step(weight.rows())
         weight.tokens = [[*tokens, 1] for tokens in weight.tokens]
+        assert not weight.forward.takes(weight.batch(weight.rows()))
         with pytest.raises(RouteTooWide, match="2 attention nodes, captured steps merge 1"):
             weight.step(weight.rows())
 
 
 def test_lanes_carry_one_microbatch():
     with cluster(1) as (weight, _), pytest.raises(ValueError, match="one microbatch, not 2"):
-        weight.step(weight.rows(), StepSize(4, 2))
+        weight.exchange.begin(1, [], weight.steps.of(StepSize(4, 2)).buffers)
+
+
+def test_chunks_and_batches_beyond_the_largest_bucket_are_left_to_the_model():
+    with cluster(1) as (weight, _):
+        batch = weight.batch(weight.rows())
+        assert weight.forward.takes(batch)
+        assert not weight.forward.takes(replace(batch, chunks=[slice(0, 2)]))
+        assert not weight.forward.takes(replace(batch, token_ids=torch.zeros(SIZE.rows + 1)))

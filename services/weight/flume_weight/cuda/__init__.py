@@ -9,6 +9,7 @@
     captured_steps captured steps by size, counted
     driver         the host's side of a replay: flags on one hand, messages on the other
     lane_exchange  those messages over lanes
+    forward        all of it as the engine's forward pass over a decode batch
 
 A captured step knows no attention node: it leaves queries in memory, raises a flag, and waits at another for
 partials. Which node is asked is the driver's business, so a change of route is no concern of the graph.

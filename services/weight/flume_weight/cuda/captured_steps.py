@@ -42,7 +42,7 @@ class CapturedSteps:
         self._ops = ops
         self._config = config
         self._weights = weights
-        self._parts = parts
+        self.parts = parts  # attention nodes of one sequence that a step merges
         self._angles = Angles.of(config, weights.embedding.device)
         self._steps: dict[StepSize, CapturedStep] = {}
         self.captures = 0
@@ -65,7 +65,7 @@ class CapturedSteps:
 
     def _capture(self, size: StepSize) -> CapturedStep:
         dtype = self._weights.embedding.dtype
-        buffers = StepBuffers.allocate(self._device, self._config, size, self._parts, dtype)
+        buffers = StepBuffers.allocate(self._device, self._config, size, self.parts, dtype)
         # Padding until the first real step: no part weighs anything.
         buffers.fill(buffers.token_ids[:0], buffers.positions[:0])
         step = DecodeStep(self._device, self._ops, self._config, self._weights, self._angles, buffers)

@@ -260,26 +260,27 @@ def _never() -> bool:
     return False
 
 
-def _asked(exchanges: Sequence[Exchange], buffers: StepBuffers) -> list[_Asked]:
-    taken = torch.zeros(buffers.size.rows, dtype=torch.int64)
-    found = []
+def widest_route(exchanges: Sequence[Exchange], rows: int) -> int:
+    """The most attention nodes that one of so many rows asks."""
+    nodes = torch.zeros(rows, dtype=torch.int64)
     for exchange in exchanges:
-        if exchange.num_queries:
-            found.append((exchange, taken[exchange.queries].clone()))
-            taken[exchange.queries] += 1
-    widest = int(taken.max())
+        nodes[exchange.queries] += bool(exchange.num_queries)
+    return int(nodes.max())
+
+
+def _asked(exchanges: Sequence[Exchange], buffers: StepBuffers) -> list[_Asked]:
+    widest = widest_route(exchanges, buffers.size.rows)
     if widest > buffers.parts:
         raise RouteTooWide(widest, buffers.parts)
-    return [
-        _Asked(
-            exchange.peer,
-            exchange.num_queries,
-            exchange.queries,
-            parts,
-            _block(exchange.queries, parts, buffers.microbatches[0]),
-        )
-        for exchange, parts in found
-    ]
+    taken = torch.zeros(buffers.size.rows, dtype=torch.int64)
+    asked = []
+    for exchange in exchanges:
+        if exchange.num_queries:
+            rows, parts = exchange.queries, taken[exchange.queries].clone()
+            taken[rows] += 1
+            block = _block(rows, parts, buffers.microbatches[0])
+            asked.append(_Asked(exchange.peer, exchange.num_queries, rows, parts, block))
+    return asked
 
 
 def _block(rows: Index, parts: Tensor, buffers: MicrobatchBuffers) -> _Block | None:

@@ -1,0 +1,78 @@
+"""Forward passes by captured steps: what the engine calls in place of the model's own for decode batches."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from flume_weight.batch import Batch
+from flume_weight.cuda.buckets import Buckets, StepSize
+from flume_weight.cuda.captured_steps import CapturedSteps
+from flume_weight.cuda.driver import StepDriver, StepTimes
+from flume_weight.cuda.errors import StepTimedOut
+from flume_weight.cuda.lane_exchange import LaneExchange, widest_route
+from flume_weight.errors import PeerLost
+from flume_weight.peer import Peer
+from flume_weight.range_attention import RangeAttention
+
+
+class CapturedForward:
+    """`attention` sends the PLANs, and is what batches that are not taken run with.
+
+    A pass is `forward`, then `finish`, which commits it on the attention nodes.
+    """
+
+    def __init__(
+        self,
+        steps: CapturedSteps,
+        buckets: Buckets,
+        driver: StepDriver,
+        attention: RangeAttention,
+        exchange: LaneExchange,
+    ) -> None:
+        self._steps = steps
+        self._buckets = buckets
+        self._driver = driver
+        self._attention = attention
+        self._exchange = exchange
+        self.times = StepTimes(0.0, 0.0)  # of the last pass
+
+    def prepare(self) -> None:
+        """Capture every bucket."""
+        self._steps.prepare(StepSize(rows) for rows in self._buckets.rows)
+
+    def takes(self, batch: Batch) -> bool:
+        """Whether a captured step can run this batch: one token a row, on few enough nodes each."""
+        rows = len(batch.token_ids)
+        return (
+            not batch.chunks
+            and rows <= self._buckets.rows[-1]
+            and widest_route(batch.exchanges, rows) <= self._steps.parts
+        )
+
+    def forward(self, number: int, batch: Batch) -> Tensor:
+        """Step `number`: float32 logits [R, vocab] of the batch's logit rows, on the host.
+
+        Raises PeerLost, naming a node that did not answer in time, StepRefused, StepTimedOut when all did and
+        the step still did not end, and DeviceStuck.
+        """
+        step = self._steps.of(StepSize(self._buckets.of(len(batch.token_ids))))
+        step.buffers.fill(batch.token_ids, batch.positions)
+        self._exchange.epoch = self._attention.epoch
+        self._exchange.begin(number, batch.exchanges, step.buffers)
+        self._attention.begin(number, batch.exchanges, batch.chunks)
+        self._driver.timeout_s = self._attention.timeout_s
+        try:
+            self.times = self._driver.run(step, self._exchange)
+        except StepTimedOut as error:
+            if silent := self._exchange.silent:
+                raise PeerLost(silent[0].node, f"no answer within {error.timeout_s:g} s") from error
+            raise
+        return step.buffers.logits[batch.logit_rows.to(step.buffers.logits.device)].cpu()
+
+    def finish(self) -> list[PeerLost]:
+        """Send the last keys. A lane that fails here does not undo the step."""
+        return self._exchange.finish(self._attention.timeout_s)
+
+    def forget(self, peer: Peer) -> None:
+        """The lane is closed: its frames are not ours any more."""
+        self._exchange.forget(peer)
