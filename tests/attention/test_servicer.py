@@ -3,6 +3,7 @@
 import time
 
 import grpc
+import msgspec
 import pytest
 import pytest_asyncio
 from flume_attention import messages as m
@@ -20,6 +21,9 @@ LAYOUT = KvLayout(3, 4, 2, 16, "float32", 4)
 HELD = m.LaneReport(
     weight_node="w1", epoch=3, granted_blocks=9, held_blocks=4, sequences=2, ranges=3, steps=7
 )
+
+IDLE = msgspec.structs.replace(HELD, granted_blocks=0, held_blocks=0, sequences=0, ranges=0)
+PROMISED = msgspec.structs.replace(IDLE, granted_blocks=2)
 
 
 class FakeSupervisor:
@@ -147,8 +151,10 @@ def test_stats_show_the_report():
         (State.READY, m.Report(), False),
         (State.DRAINING, m.Report(used_blocks=1), False),
         (State.DRAINING, m.Report(lanes=[HELD]), False),
+        (State.DRAINING, m.Report(lanes=[IDLE, PROMISED]), False),
+        (State.DRAINING, m.Report(lanes=[IDLE, IDLE]), True),
     ],
-    ids=["drained", "not draining", "holds blocks", "holds a sequence"],
+    ids=["drained", "not draining", "holds blocks", "holds a sequence", "promised blocks", "idle lanes"],
 )
-def test_only_a_draining_node_that_holds_nothing_is_safe_to_delete(state, report, safe):
+def test_only_a_draining_node_that_holds_and_promises_nothing_is_safe_to_delete(state, report, safe):
     assert safe_to_delete(state, report) is safe

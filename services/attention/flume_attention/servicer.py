@@ -202,6 +202,9 @@ def stats(node: str, kv_bytes: int, state: State, report: m.Report) -> pb.StatsR
 
 
 def safe_to_delete(state: State, report: m.Report) -> bool:
-    """DRAINING and holds nothing: no sequence loses tokens when this node goes."""
-    holds = report.used_blocks > 0 or any(lane.sequences for lane in report.lanes)
+    """DRAINING, and nothing is held or promised: no sequence loses tokens when this node goes.
+
+    A weight node that has credit may be appending here just now.
+    """
+    holds = report.used_blocks > 0 or any(lane.sequences or lane.granted_blocks for lane in report.lanes)
     return state is State.DRAINING and not holds
