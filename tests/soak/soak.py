@@ -41,16 +41,16 @@ END = "at the end"
 
 EXAMPLES = f"""
 examples:
-  make soak                                        everything, 20 rounds each: 95 minutes on two cores
+  make soak                                        everything, 20 rounds each: an hour and a half
   make soak ARGS='--only kill-weight stop-weight --rounds 5'
   make soak ARGS='--only etcd-outage --rounds 1 --outage-s 600'
   make soak ARGS='--only {SCALING} --minutes 10'   scaled every 15 s at 70 % load: failed requests and p99 ITL
   make soak ARGS='--json counts.json'              the counts for other programs, too
   make soak ARGS='--list'                          what there is
 
-Most of that time is waiting, so two at once, each with a cluster of its own, take an hour:
-  make soak ARGS='--only stop-attention stop-weight stop-controller stop-router etcd-outage --json a.json' &
-  make soak ARGS='--skip stop-attention stop-weight stop-controller stop-router etcd-outage --json b.json'
+Most of that time is waiting, so two can run at once, each with a cluster of its own; {SCALING} only alone:
+  make soak ARGS='--only stop-attention stop-weight stop-controller stop-router etcd-outage' &
+  make soak ARGS='--skip stop-attention stop-weight stop-controller stop-router etcd-outage {SCALING}'
 """
 
 
