@@ -16,7 +16,7 @@ import pytest_asyncio
 from flume_common.etcd_binary import embedded_etcd, find_etcd
 from flume_common.keys import Keys
 from flume_common.store import StoreConfig, connect
-from flume_common.zygote import abstract_name, bind
+from flume_common.zygote import ENGINE_ZYGOTE, abstract_name, bind
 
 sys.path.insert(0, str(Path(__file__).parent))
 from etcd_container import docker_answers, etcd_container
@@ -60,16 +60,18 @@ async def store(etcd_endpoint):
         yield opened
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def engine_zygote(tmp_path_factory):
-    """Forks attention engines in milliseconds, as on a real machine; a name for `run_engine(zygote=...)`."""
+    """Forks attention engines in milliseconds, as on a real machine, for who looks at ENGINE_ZYGOTE."""
     folder = tmp_path_factory.mktemp("zygote")
     supervisors, engines = (abstract_name(kind, folder) for kind in ("supervisors", "engines"))
     with bind(supervisors) as one, bind(engines) as other:
         fds = one.fileno(), other.fileno()
         flags = ["--supervisors-fd", str(fds[0]), "--engines-fd", str(fds[1])]
         process = subprocess.Popen([sys.executable, "-m", "flume_attention.zygote", *flags], pass_fds=fds)
-    yield engines
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(ENGINE_ZYGOTE, engines)
+        yield
     process.terminate()
     process.wait(timeout=10)
 

