@@ -197,11 +197,11 @@ def test_an_etcd_that_is_given_is_used_and_left_alone(local, etcd_endpoint, keys
 
 
 def test_a_node_that_refuses_to_start_is_quoted_and_all_is_cleaned_up(local):
-    (local.state / "refuse-weight").write_text("Error: --device cuda: no GPU here")
-    done = local.flumectl("up", "--device", "cuda")
+    (local.state / "refuse-weight").write_text("Error: --dtype float32: not today")
+    done = local.flumectl("up", "--dtype", "float32")
     assert done.returncode == 1
     assert "Error: weight-1 exited with 1 while starting; its last lines:" in done.stderr
-    assert "weight-1| Error: --device cuda: no GPU here" in done.stderr
+    assert "weight-1| Error: --dtype float32: not today" in done.stderr
     assert local.running() == [] and local.files.read() is None
 
 
