@@ -154,7 +154,7 @@ class RangeAttention:
     def _fold(self, exchange: Exchange, layer: int, o: Tensor, lse: Tensor) -> None:
         receiver, frame = self._await_partial(exchange.peer, layer)
         part_o, part_lse = self._views_of(exchange.peer).partial(frame, exchange.num_queries)
-        _merge_rows(o, lse, part_o, part_lse, exchange.queries)
+        merge_rows(o, lse, part_o, part_lse, exchange.queries)
         receiver.give_back(frame)
 
     def _await_partial(self, peer: Peer, layer: int) -> tuple[Receiver, Frame]:
@@ -245,7 +245,8 @@ class RangeAttention:
         return views
 
 
-def _merge_rows(o: Tensor, lse: Tensor, part_o: Tensor, part_lse: Tensor, rows: Index) -> None:
+def merge_rows(o: Tensor, lse: Tensor, part_o: Tensor, part_lse: Tensor, rows: Index) -> None:
+    """Fold a partial of these rows into o [T, query_heads, head_dim] and lse [T, query_heads], in place."""
     if isinstance(rows, slice):
         merge_into(o[rows], lse[rows], part_o, part_lse)
         return

@@ -19,13 +19,14 @@ from flume_weight.cuda.buckets import Buckets, StepSize
 from flume_weight.cuda.captured_steps import CapturedSteps
 from flume_weight.cuda.device_weights import on_device
 from flume_weight.cuda.driver import StepDriver
+from flume_weight.cuda.eager import DeviceRangeAttention, EagerForward
 from flume_weight.cuda.errors import RouteTooWide
 from flume_weight.cuda.forward import CapturedForward
 from flume_weight.cuda.lane_exchange import LaneExchange
 from flume_weight.errors import PeerLost
 from flume_weight.model import LocalAttention, Transformer
 from flume_weight.peer import Peer
-from flume_weight.range_attention import Exchange, RangeAttention
+from flume_weight.range_attention import Exchange
 from step_fakes import random_weights, small_config, step_device
 
 TIMEOUT_S = 20.0
@@ -116,12 +117,13 @@ class WeightNode:
         self.port, self.peers = port, peers
         self.device, ops, where = step_device()
         self.steps = CapturedSteps(self.device, ops, CONFIG, on_device(weights, where), parts)
-        self.eager = RangeAttention(port, LAYOUT, LAYOUT.head_dim**-0.5, TIMEOUT_S)
+        self.eager = DeviceRangeAttention(port, LAYOUT, LAYOUT.head_dim**-0.5, TIMEOUT_S)
         self.eager.epoch = 1
         self.random = random.Random(3)
         self.exchange = WithDevice(port, self.device, self.random)
         driver = StepDriver(watchdog, TIMEOUT_S)
         self.forward = CapturedForward(self.steps, Buckets((SIZE.rows,)), driver, self.eager, self.exchange)
+        self.prefill_forward = EagerForward(Transformer(CONFIG, on_device(weights, where)), self.eager)
         self.oracle = LocalAttention(CONFIG.num_layers)
         self.number = 0
         self.tokens = [list(prompt) for prompt in PROMPTS]
@@ -167,19 +169,27 @@ class WeightNode:
         return found
 
     def prefill(self):
+        """All but the newest token of each, in two chunks: the second asks about the first."""
         for sequence, tokens in enumerate(self.tokens):
             self.move_tail(sequence, self.peers[sequence % len(self.peers)])
-            prompt = tokens[:-1]
-            self.number += 1
-            ids, positions = torch.tensor(prompt), torch.arange(len(prompt))
-            self.eager.begin(
-                self.number, self.exchanges([(sequence, len(prompt), 0)]), [slice(0, len(prompt))]
-            )
-            self.model.forward(ids, positions, self.eager, torch.arange(1))
-            assert self.eager.finish() == []
-            self.commit([(sequence, len(prompt), 0)])
-            self.oracle.next_pass([(sequence, len(prompt))])
-            self.model.forward(ids, positions, self.oracle, torch.arange(1))
+            half = (len(tokens) - 1) // 2
+            for start, end in (0, half), (half, len(tokens) - 1):
+                if start < end:
+                    self.prefill_chunk(sequence, start, end)
+
+    def prefill_chunk(self, sequence, start, end):
+        rows = [(sequence, end - start, start)]
+        ids, positions = torch.tensor(self.tokens[sequence][start:end]), torch.arange(start, end)
+        batch = Batch(
+            rows, ids, positions, torch.arange(end - start), [slice(0, end - start)], self.exchanges(rows)
+        )
+        self.number += 1
+        got = self.prefill_forward.forward(self.number, batch)
+        assert self.prefill_forward.finish() == []
+        self.commit(rows)
+        self.oracle.next_pass([(sequence, end - start)])
+        want = self.model.forward(ids, positions, self.oracle, batch.logit_rows)
+        torch.testing.assert_close(got, want, atol=3e-5, rtol=3e-5)
 
     def commit(self, rows):
         for sequence, tokens, _ in rows:

@@ -10,9 +10,10 @@
     driver         the host's side of a replay: flags on one hand, messages on the other
     lane_exchange  those messages over lanes
     forward        all of it as the engine's forward pass over a decode batch
+    eager          the same for what no captured step takes: the model's own pass, on a device
 
 A captured step knows no attention node: it leaves queries in memory, raises a flag, and waits at another for
 partials. Which node is asked is the driver's business, so a change of route is no concern of the graph.
-Prefill is not here. Nothing in this package but `ops.TritonOps` needs triton, and nothing but
+Nothing in this package but `ops.TritonOps` needs triton, and nothing but
 `flume_kernels.gpu.cuda_device` calls CUDA.
 """

@@ -17,14 +17,14 @@ from flume_weight.model.config import DivisorScaling, LinearScaling, Llama3Scali
 class RopeTable:
     """cos and sin of every position of the context, in the model's dtype, computed in float32.
 
-    Two tables [context, head_dim / 2]: 131 072 positions of 64 pairs take 34 MB in bfloat16.
+    Two tables [context, head_dim / 2] on `device`: 131 072 positions of 64 pairs take 34 MB in bfloat16.
     """
 
-    def __init__(self, config: ModelConfig, dtype: torch.dtype) -> None:
+    def __init__(self, config: ModelConfig, dtype: torch.dtype, device: torch.device | str = "cpu") -> None:
         positions = torch.arange(config.context_tokens, dtype=torch.float32)
         angles = positions[:, None] * inverse_frequencies(config)
-        self._cos = angles.cos().to(dtype)
-        self._sin = angles.sin().to(dtype)
+        self._cos = angles.cos().to(device, dtype)
+        self._sin = angles.sin().to(device, dtype)
         self._half = config.head_dim // 2
 
     def at(self, positions: Tensor) -> tuple[Tensor, Tensor]:

@@ -24,7 +24,7 @@ class Transformer:
         self.config = config
         self.dtype = weights.embedding.dtype
         self._weights = weights
-        self._rope = RopeTable(config, self.dtype)
+        self._rope = RopeTable(config, self.dtype, weights.embedding.device)
         self._query_shape = (-1, config.num_query_heads, config.head_dim)
         self._kv_shape = (-1, 2 * config.num_kv_heads, config.head_dim)
 
