@@ -167,7 +167,7 @@ class LaneExchange:
                     slow = self._unsent[0].exchange.peer
                     raise PeerLost(slow.node, f"took no keys within {timeout_s:g} s")
             except PeerLost as error:
-                lost.append(error)
+                lost.append(error.bare())
                 self._unsent = deque(keys for keys in self._unsent if keys.exchange.peer.node != error.node)
         return lost
 
