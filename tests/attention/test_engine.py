@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import sys
 from asyncio.subprocess import PIPE
 from contextlib import asynccontextmanager
@@ -17,69 +16,22 @@ import torch
 from fake_weight_node import LAYOUT, FakeSlot, FakeWeightNode, RunningStep
 from flume_attention.messages import (
     Adopt,
-    Ask,
     Attach,
     Attached,
     Detach,
     Detached,
-    FromEngine,
     Kept,
     LaneClosed,
     Refused,
     Report,
     SetDraining,
-    Started,
 )
-from flume_common.engine_link import run_engine
 from flume_common.lanes import Port
 from flume_common.layout import KvLayout
 from flume_common.wire import LaneShape, Op, Refusal, sequence_key
-from flume_common.zygote import ENGINE_ZYGOTE
+from real_engine import CAPACITY, Node, engine_with
 
 pytestmark = [pytest.mark.asyncio(loop_scope="module"), pytest.mark.usefixtures("engine_zygote")]
-CAPACITY = 32
-ENV = {"OMP_NUM_THREADS": "1", "UCX_TLS": "tcp,sm,self"}
-
-
-class Node:
-    """An attention engine and the supervisor's end of its link."""
-
-    def __init__(self, engine):
-        self.engine = engine
-        self.seen = []
-        self.requests = 100
-
-    async def expect(self, kind, *, timeout_s=10.0, where=lambda message: True):
-        async with asyncio.timeout(timeout_s):
-            while True:
-                message = await self.engine.receive()
-                self.seen.append(message)
-                if isinstance(message, kind) and where(message):
-                    return message
-
-    async def report(self) -> Report:
-        self.requests += 1
-        self.engine.send(Ask(request=self.requests))
-        return await self.expect(Report, where=lambda r: r.request == self.requests)
-
-    async def attach(self, node: FakeWeightNode, *, want: int = 16, **changes) -> FakeWeightNode:
-        """Attach, and wait until all the wanted credit is granted."""
-        self.engine.send(node.attach_request(**changes))
-        node.connect(await self.expect(Attached))
-        node.want = want
-        node.plan()
-        node.await_credit(lambda credit: credit.granted_blocks == want)
-        return node
-
-
-@asynccontextmanager
-async def engine_with(blocks=CAPACITY, layout=LAYOUT, args=()):
-    args = ["--kv-bytes", str(blocks * layout.block_bytes + 5), *args]
-    zygote = os.environ[ENGINE_ZYGOTE]
-    async with run_engine("flume_attention.engine", args, inbox=FromEngine, env=ENV, zygote=zygote) as engine:
-        node = Node(engine)
-        await node.expect(Started, timeout_s=60)
-        yield node
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")

@@ -23,7 +23,7 @@ from flume_common.lanes import Port, Side
 from flume_common.pull_wire import Chunk, PulledHeader, PullOp, PullShape
 from flume_common.pull_wire import Pull as PullMessage
 from flume_common.wire import Header, Kind, Op, sequence_key
-from test_engine import engine_with
+from real_engine import engine_with
 
 pytestmark = [pytest.mark.asyncio(loop_scope="module"), pytest.mark.usefixtures("engine_zygote")]
 TOKENS = 11  # of the range that moves: three blocks, the last one not full
