@@ -41,8 +41,10 @@ async def store_connected(router, expected):
             ready = await client.get(f"{router.http}/readyz?verbose")
             assert ready.status_code == 200, ready.text
             if f"store_connected: {str(expected).lower()}" in ready.text:
-                return
+                break
             await asyncio.sleep(0.05)
+        metrics = await client.get(f"{router.http}/metrics")
+        assert f"\nflume_store_connected {float(expected)}\n" in metrics.text
 
 
 async def test_a_killed_etcd_ends_nothing(

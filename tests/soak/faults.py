@@ -9,7 +9,9 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 
+import httpx
 import processes
+from prometheus_client.parser import text_string_to_metric_families
 from rounds import Fault, Round, group_of
 
 PARTS = ("node", "engine", "supervisor")
@@ -163,6 +165,7 @@ def etcd_outage(seconds: float, ask_every_s: float = 10.0) -> Callable[[Round], 
         ends_s = time.monotonic() + seconds
         try:
             round.cluster.until(lambda: not round.cluster.status().store_connected, 15, "status says so")
+            round.cluster.until(lambda: _metric(round, "flume_store_connected") == 0, 15, "metrics say so")
             while time.monotonic() < ends_s:
                 asked_s = time.monotonic()
                 round.fresh()
@@ -172,6 +175,11 @@ def etcd_outage(seconds: float, ask_every_s: float = 10.0) -> Callable[[Round], 
         assert _ours() == before, f"processes came or went: {_ours() ^ before}"
 
     return fault
+
+
+def _metric(round: Round, name: str) -> float:
+    families = text_string_to_metric_families(httpx.get(f"{round.cluster.url}/metrics", timeout=5).text)
+    return next(family.samples[0].value for family in families if family.name == name)
 
 
 def _ours() -> set[tuple[str, int]]:

@@ -6,6 +6,7 @@ from typing import Any
 
 import msgspec
 from flume_common.telemetry import version
+from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
@@ -19,6 +20,7 @@ from flume_router.http.completions import CompletionApi
 from flume_router.http.context import RequestContext
 from flume_router.http.endpoint import CompletionEndpoint
 from flume_router.http.errors import ErrorReply, HttpError, reply_of, unexpected
+from flume_router.http.metrics import registry_of
 from flume_router.service import Service
 
 
@@ -38,6 +40,7 @@ def build_app(service: Service, *, body_limit_bytes: int) -> Starlette:
             Route("/live", pages.alive),
             Route("/readyz", pages.ready),
             Route("/version", pages.version),
+            Route("/metrics", pages.metrics),
         ],
         middleware=[Middleware(RequestContext)],
         exception_handlers={
@@ -53,6 +56,7 @@ class _Pages:
 
     def __init__(self, service: Service) -> None:
         self._service = service
+        self._registry = registry_of(service)
 
     async def models(self, _request: Request) -> Response:
         return _json({"object": "list", "data": [self._model()]})
@@ -100,6 +104,9 @@ class _Pages:
 
     async def version(self, _request: Request) -> Response:
         return _json({"version": version()})
+
+    async def metrics(self, _request: Request) -> Response:
+        return Response(generate_latest(self._registry), media_type=CONTENT_TYPE_LATEST)
 
 
 async def _no_such_route(request: Request, error: Exception) -> Response:
