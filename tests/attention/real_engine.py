@@ -49,7 +49,7 @@ class Node:
 @asynccontextmanager
 async def engine_with(blocks=CAPACITY, layout=LAYOUT, args=()):
     args = ["--kv-bytes", str(blocks * layout.block_bytes + 5), *args]
-    zygote = os.environ[ENGINE_ZYGOTE]
+    zygote = os.environ.get(ENGINE_ZYGOTE)
     async with run_engine("flume_attention.engine", args, inbox=FromEngine, env=ENV, zygote=zygote) as engine:
         node = Node(engine)
         await node.expect(Started, timeout_s=60)

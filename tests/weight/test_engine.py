@@ -156,7 +156,7 @@ class Rig:
 @asynccontextmanager
 async def attention_node(name: str, capacity_tokens: int):
     args = ["--kv-bytes", str(capacity_tokens * TOKEN_BYTES), "--dtype", "float32"]
-    zygote = os.environ[ENGINE_ZYGOTE]
+    zygote = os.environ.get(ENGINE_ZYGOTE)
     async with run_engine(
         "flume_attention.engine", args, inbox=attention.FromEngine, zygote=zygote
     ) as engine:
