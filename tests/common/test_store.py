@@ -196,6 +196,18 @@ async def test_losing_a_held_lease_cancels_the_block_and_says_which(store):
     assert store.lease_losses == 1
 
 
+async def test_a_loss_that_body_and_renewal_hear_of_at_once_is_raised_as_one(store):
+    before = store.lease_losses
+    with pytest.raises(LeaseLost):
+        async with hold_lease(store, 2) as lease:
+            await store.revoke(lease.id)
+            try:
+                await asyncio.sleep(60)
+            except asyncio.CancelledError:  # the renewal was told; so is this write
+                await store.put("/late", b"", lease=lease.id)
+    assert store.lease_losses == before + 1
+
+
 async def test_a_write_without_an_answer_is_neither_repeated_nor_called_failed(
     etcd_endpoint, store, gate, keys
 ):

@@ -78,6 +78,13 @@ async def hold_lease(store: Store, ttl_s: float) -> AsyncIterator[HeldLease]:
         lost = error.lease == lease.id
         store.lease_losses += lost
         raise
+    except BaseExceptionGroup as errors:
+        # Whoever was stopped for long and wakes up may hear it twice: by a write and by the renewal.
+        if errors.split(LeaseLost)[1] is not None:
+            raise
+        lost = True
+        store.lease_losses += 1
+        raise LeaseLost(lease.id) from None
     finally:
         if not lost:
             # It runs out by itself: not worth holding up the end for an etcd that is away.
