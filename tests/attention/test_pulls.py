@@ -18,6 +18,7 @@ from flume_attention.messages import (
     Pull,
     Pulled,
     Refused,
+    SetDraining,
 )
 from flume_common.lanes import Port, Side
 from flume_common.pull_wire import Chunk, PulledHeader, PullOp, PullShape
@@ -153,12 +154,15 @@ async def test_nothing_is_pulled_into_memory_that_is_promised(engines, pair):
     assert (await puller.report()).used_blocks == 0
 
 
-async def test_a_draining_node_and_one_without_memory_pull_nothing(engines, port):
+async def test_a_draining_node_and_one_without_memory_pull_nothing(engines, pair):
     _, puller = engines
-    await empty(puller)
     async with engine_with() as fresh:
         fresh.engine.send(PreparePull(request=5))
         assert (await fresh.expect(Refused)).field == "layout"
+    puller.engine.send(SetDraining(request=6, draining=True))
+    puller.engine.send(PreparePull(request=7))
+    assert (await puller.expect(Refused)).field == "state"
+    puller.engine.send(SetDraining(request=8, draining=False))
 
 
 async def test_a_dead_lender_leaves_nothing_held(engines, port):
@@ -272,23 +276,29 @@ async def test_a_read_beyond_a_range_ends_the_lane(engines, pair, port, chunk):
     puller.lane.close()
 
 
-async def test_a_pull_that_nobody_waits_for_ends_and_frees_what_it_had_begun(engines, pair, port):
-    """The lender here is a fake that never answers."""
-    _, puller = engines
-    _, at_puller = pair
+async def fake_lender(puller, port, number, weight_node, ranges):
+    """The lending end of a lane on which the puller has been told to pull."""
     puller.engine.send(PreparePull(request=1))
     prepared = await puller.expect(Prepared)
     lane = port.connect(
         "puller", prepared.worker_address, PullShape(LAYOUT), Side.LENDER,
-        send_lane=prepared.lane, receive_lane=777,
+        send_lane=prepared.lane, receive_lane=number,
     )  # fmt: skip
     puller.engine.send(
         Pull(
-            request=1, weight_node=at_puller.name, epoch=1, lender="fake", lender_epoch=7,
-            lender_worker_address=port.address, lender_lane=777, lane=prepared.lane,
-            ranges=[("s", 0, TOKENS)], node_epoch=3,
+            request=1, weight_node=weight_node, epoch=1, lender="fake", lender_epoch=7,
+            lender_worker_address=port.address, lender_lane=number, lane=prepared.lane,
+            ranges=ranges, node_epoch=3,
         )
     )  # fmt: skip
+    return lane
+
+
+async def test_a_pull_that_nobody_waits_for_ends_and_frees_what_it_had_begun(engines, pair, port):
+    """The lender here is a fake that never answers."""
+    _, puller = engines
+    _, at_puller = pair
+    lane = await fake_lender(puller, port, 777, at_puller.name, [("s", 0, TOKENS)])
     asked = receive(port, lane)
     assert PullMessage.decode(asked).op is PullOp.READ
     assert (await puller.report()).used_blocks == LAYOUT.blocks_of(TOKENS)
@@ -302,19 +312,7 @@ async def test_complete_is_said_once_after_the_last_byte(engines, pair, port):
     """The lender here is a fake that answers late; COMPLETE must not come before its last answer."""
     _, puller = engines
     _, at_puller = pair
-    puller.engine.send(PreparePull(request=1))
-    prepared = await puller.expect(Prepared)
-    lane = port.connect(
-        "puller", prepared.worker_address, PullShape(LAYOUT), Side.LENDER,
-        send_lane=prepared.lane, receive_lane=778,
-    )  # fmt: skip
-    puller.engine.send(
-        Pull(
-            request=1, weight_node=at_puller.name, epoch=1, lender="fake", lender_epoch=7,
-            lender_worker_address=port.address, lender_lane=778, lane=prepared.lane,
-            ranges=[("s", 0, TOKENS), ("t", 0, 2)], node_epoch=3,
-        )
-    )  # fmt: skip
+    lane = await fake_lender(puller, port, 778, at_puller.name, [("s", 0, TOKENS), ("t", 0, 2)])
     ops = []
     for number in (1, 2):
         pull = PullMessage.decode(receive(port, lane))

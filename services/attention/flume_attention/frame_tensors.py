@@ -45,7 +45,7 @@ class FrameTensors:
         return self._kept(frame, tokens, self._partial)
 
     def appended(self, frame: Frame, layers: int, tokens: int) -> Tensor:
-        """A KV frame as [layers, 2, tokens, kv_heads, head_dim]."""
+        """A KV or PULLED frame as [layers, 2, tokens, kv_heads, head_dim]."""
         layout = self._layout
         size = layers * tokens * layout.layer_token_bytes
         flat = torch.from_numpy(frame.body[:size]).view(self._dtype)

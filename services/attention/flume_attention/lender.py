@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import time
 
-import torch
 from flume_common.lanes import Frame, Lane
 from flume_common.pull_wire import Chunk, Pull, PulledHeader, PullOp, PullShape
 from flume_common.wire import Header, Kind
-from flume_kernels.dtypes import DTYPES
 
 from flume_attention.errors import ProtocolError
+from flume_attention.frame_tensors import FrameTensors
 from flume_attention.node import Node
 from flume_attention.ranges import Range
 from flume_attention.step_budget import StepBudget
@@ -40,6 +39,7 @@ class LendSession:
         self._node = node
         self._node_epoch = node_epoch
         self._shape = lane.shape
+        self._tensors = FrameTensors(lane.shape.layout)
         self._budget = budget
         self._pulls = lane.receiver(Kind.PULL)
         self._answers = lane.sender(Kind.PULLED)
@@ -100,8 +100,7 @@ class LendSession:
         if not inside or chunk.end_layer > layout.num_layers or size > self._shape.body_bytes(Kind.PULLED):
             raise ProtocolError(f"READ of {chunk} of a range of {item.length} tokens")
         assert self._node.pool is not None
-        flat = torch.from_numpy(frame.body[:size]).view(DTYPES[layout.dtype])
-        out = flat.view(chunk.layers, 2, chunk.tokens, layout.num_kv_heads, layout.head_dim)
+        out = self._tensors.appended(frame, chunk.layers, chunk.tokens)
         self._node.pool.read(chunk.first_layer, item.runs(chunk.begin, chunk.end), out)
         self._budget.spend(chunk.tokens, chunk.layers)
         return size

@@ -11,13 +11,12 @@ from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-import torch
 from flume_common.lanes import Frame, Lane
 from flume_common.pull_wire import Chunk, Pull, PulledHeader, PullOp, PullShape, chunks
 from flume_common.wire import Header, Kind
-from flume_kernels.dtypes import DTYPES
 
 from flume_attention.errors import ProtocolError
+from flume_attention.frame_tensors import FrameTensors
 from flume_attention.node import Node
 from flume_attention.ranges import Range
 from flume_attention.step_budget import StepBudget
@@ -66,6 +65,7 @@ class PullSession:
         self._node = node
         self._weight_node = weight_node
         self._shape = lane.shape
+        self._tensors = FrameTensors(lane.shape.layout)
         self._to_read = deque(wanted)
         self._budget = budget
         self._epochs = node_epoch, lender_epoch
@@ -175,12 +175,11 @@ class PullSession:
             self._end_range(reading)
 
     def _write(self, frame: Frame, item: Range, chunk: Chunk) -> None:
-        layout, size = self._shape.layout, chunk.body_bytes(self._shape.layout)
+        size = chunk.body_bytes(self._shape.layout)
         if frame.header[Header.BODY_BYTES] != size:
             raise ProtocolError(f"PULLED of {frame.header[Header.BODY_BYTES]} bytes, expected {size}")
         assert self._node.pool is not None
-        flat = torch.from_numpy(frame.body[:size]).view(DTYPES[layout.dtype])
-        kv = flat.view(chunk.layers, 2, chunk.tokens, layout.num_kv_heads, layout.head_dim)
+        kv = self._tensors.appended(frame, chunk.layers, chunk.tokens)
         self._node.pool.write(chunk.first_layer, kv, item.runs(chunk.begin, chunk.end))
 
     def _end_range(self, reading: _Reading) -> None:

@@ -75,8 +75,9 @@ class Pulls:
             layout = self._require_layout()
             layout.require_same(request.layout)
             shape = PullShape(layout, _chunk_bytes(request.chunk_bytes))
-            lane, number = self._connect(
-                request.puller, request.worker_address, shape, Side.LENDER, request.lane, self._next_lane()
+            number = self._next_lane()
+            lane = self._connect(
+                request.puller, request.worker_address, shape, Side.LENDER, request.lane, number
             )
         except LayoutMismatch as error:
             self._refuse(request.request, AttachRefused(f"layout.{error.field}", str(error)))
@@ -133,7 +134,7 @@ class Pulls:
             self._node.require_epoch(request.weight_node, request.epoch)
             layout = self._require_layout()
             shape = PullShape(layout)
-            lane, _ = self._connect(
+            lane = self._connect(
                 request.lender, request.lender_worker_address, shape, Side.PULLER,
                 request.lender_lane, request.lane,
             )  # fmt: skip
@@ -186,14 +187,13 @@ class Pulls:
 
     def _connect(
         self, peer: str, address: bytes, shape: PullShape, side: Side, send_lane: int, receive_lane: int
-    ) -> tuple[Lane[PullShape], int]:
+    ) -> Lane[PullShape]:
         try:
-            lane = self._port.connect(
+            return self._port.connect(
                 peer, address, shape, side, send_lane=send_lane, receive_lane=receive_lane
             )
         except ValueError as error:
             raise AttachRefused("worker_address", f"worker_address: {error}") from error
-        return lane, receive_lane
 
     def _refuse(self, request: int, error: AttachRefused) -> None:
         self._link.send(m.Refused(request=request, field=error.field, detail=error.detail))
