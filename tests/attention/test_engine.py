@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import signal
 import sys
 from asyncio.subprocess import PIPE
 from contextlib import asynccontextmanager
@@ -403,8 +404,32 @@ async def test_what_a_dead_weight_node_held_is_kept_for_another_one_to_take_over
     other.await_credit(lambda credit: credit.free_blocks == 0)
 
 
-async def kept(node, asking, sequence="dying/0"):
-    node.engine.send(Adopt(request=9, weight_node=asking.name, epoch=asking.epoch, sequence=sequence))
+async def test_a_stopped_weight_node_whose_epoch_is_over_is_fenced_off(node, port):
+    other = await node.attach(FakeWeightNode(port), want=4)
+    rejected = (await node.report()).epoch_rejected
+    async with weight_node_process(node) as process:
+        process.send_signal(signal.SIGSTOP)
+        for below in (0, 1):
+            assert (await kept(node, other, lost_below=below)).in_use, "its epoch 1 is not over"
+        reply = await kept(node, other, lost_below=2)
+        assert (reply.ranges, reply.in_use) == ([(0, 20)], False)
+        closed = next(message for message in node.seen if isinstance(message, LaneClosed))
+        assert (closed.weight_node, closed.epoch) == ("dying", 1)
+        woken = FakeWeightNode(port, name="dying")
+        node.engine.send(woken.attach_request())
+        assert (await node.expect(Refused)).field == "epoch"
+        node.engine.send(woken.attach_request(epoch=2))
+        woken.connect(await node.expect(Attached))
+        report = await node.report()
+        assert report.orphan_tokens == 20, "what was claimed is not freed by its return"
+        assert report.epoch_rejected == rejected + 1
+    other.plan(ops=[(Op.ADOPT, 5, 20, sequence_key("dying/0")), (Op.RELEASE, 5, 0, 0)])
+    await node.expect(Report, where=lambda report: report.used_blocks == 0)
+
+
+async def kept(node, asking, sequence="dying/0", **lost):
+    lost = {"lost_node": "dying"} | lost
+    node.engine.send(Adopt(request=9, weight_node=asking.name, epoch=asking.epoch, sequence=sequence, **lost))
     return await node.expect(Kept)
 
 

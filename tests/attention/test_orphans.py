@@ -46,6 +46,9 @@ def test_freeing_is_for_a_weight_node_or_one_engine_of_it():
     orphans.add("w2", b"", [slot(pool, 3)], now_s=0)
     assert orphans.free("w1", b"new") and not orphans.free("w1", b"new") and len(orphans) == 2
     assert orphans.free("w1") and len(orphans) == 1
+    orphans.add("w1", b"", [slot(pool, 1), slot(pool, 2)], now_s=0)
+    orphans.claim(1, "w2", now_s=0)
+    assert orphans.free("w1") and len(orphans) == 2, "what another one has claimed is not its any more"
     orphans.clear()
     assert pool.held == 0
 

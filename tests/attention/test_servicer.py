@@ -82,9 +82,10 @@ async def test_an_attach_reaches_the_engine_whole_and_comes_back_with_our_epoch(
 
 async def test_what_is_kept_of_a_sequence_is_asked_for_under_the_askers_epoch(stub, supervisor):
     supervisor.answer = m.Kept(request=1, ranges=[(0, 16), (40, 3)], in_use=False)
-    reply = await stub.Adopt(pb.AdoptRequest(weight_node="w2", epoch=8, sequence="s"), timeout=5)
+    asked = {"weight_node": "w2", "epoch": 8, "sequence": "s", "lost_node": "w1", "lost_below": 7}
+    reply = await stub.Adopt(pb.AdoptRequest(**asked), timeout=5)
     assert [(item.start, item.tokens) for item in reply.ranges] == [(0, 16), (40, 3)]
-    assert supervisor.asked == [m.Adopt(request=1, weight_node="w2", epoch=8, sequence="s")]
+    assert supervisor.asked == [m.Adopt(request=1, **asked)]
     supervisor.answer = AttachRefused("epoch", "older")
     with pytest.raises(grpc.aio.AioRpcError) as error:
         await stub.Adopt(pb.AdoptRequest(weight_node="w2", epoch=7, sequence="s"), timeout=5)

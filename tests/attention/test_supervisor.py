@@ -32,6 +32,10 @@ class FakeEngine:
             raise LinkClosed("killed")
         return message
 
+    async def watch(self, silence_s):
+        self.silence_s = silence_s()
+        await asyncio.Event().wait()
+
     def die(self):
         self.outbox.put_nowait(None)
 
@@ -59,7 +63,7 @@ def engines(monkeypatch):
 
 @pytest_asyncio.fixture
 async def supervisor(engines):
-    supervisor = Supervisor([])
+    supervisor = Supervisor([], silence_s=7.0)
     assert supervisor.state is State.PREPARING
     async with background(engine=supervisor.keep_engine()):
         await until(lambda: supervisor.state is State.READY)
@@ -109,6 +113,7 @@ async def test_the_next_engine_starts_empty_and_knows_of_the_drain(engines, supe
     await until(lambda: len(engines) == 2 and supervisor.state is State.DRAINING)
     assert supervisor.report == m.Report()
     assert [message.draining for message in engines[1].sent] == [True]
+    assert [engine.silence_s for engine in engines] == [7.0, 7.0], "each is watched"
 
 
 async def test_a_drain_without_a_deadline_and_an_undrain_take_the_deadline_back(engines, supervisor):

@@ -7,10 +7,13 @@ import socket
 import textwrap
 import threading
 import time
+from contextlib import asynccontextmanager
 
 import msgspec
 import pytest
+from flume_common import engine_link
 from flume_common.engine_link import EngineLink, LinkClosed, run_engine
+from flume_common.tasks import background
 
 
 class Echo(msgspec.Struct, tag=True):
@@ -119,6 +122,37 @@ async def test_an_engine_that_does_not_end_is_killed_in_time(engine):
         pass
     assert link.process.returncode == -signal.SIGKILL
     assert time.monotonic() - started_s < 5
+
+
+async def test_an_engine_that_gives_no_sign_of_life_is_killed_and_one_that_does_is_not(engine, monkeypatch):
+    monkeypatch.setattr(engine_link, "_LOOK_EVERY_S", 0.2)
+    async with watched(engine) as link:
+        with pytest.raises(TimeoutError):  # signs of life are no messages
+            await asyncio.wait_for(link.receive(), 2.0)
+        assert link.process.returncode is None
+        os.kill(link.pid, signal.SIGSTOP)
+        with pytest.raises(LinkClosed):
+            await asyncio.wait_for(link.receive(), 10)
+    assert link.process.returncode == -signal.SIGKILL
+
+
+async def test_time_in_which_the_supervisor_did_not_run_is_not_held_against_the_engine(engine, monkeypatch):
+    monkeypatch.setattr(engine_link, "_LOOK_EVERY_S", 0.2)
+    async with watched(engine) as link:
+        os.kill(link.pid, signal.SIGSTOP)
+        time.sleep(2.0)  # noqa: ASYNC251 # the whole loop: we are stopped as the engine is
+        os.kill(link.pid, signal.SIGCONT)
+        link.send(Echo(2))
+        assert await asyncio.wait_for(link.receive(), 10) == Echo(2)
+
+
+@asynccontextmanager
+async def watched(engine):
+    async with engine() as link:
+        link.send(Echo(1))
+        assert await asyncio.wait_for(link.receive(), 10) == Echo(1)
+        async with background(watch=link.watch(lambda: 1.4)):
+            yield link
 
 
 async def test_an_engine_that_ends_is_told_by_receive_after_its_last_words(engine):

@@ -167,6 +167,20 @@ async def test_a_deleted_key_comes_back_under_a_new_epoch(store, keys):
         assert store.lease_losses == 0
 
 
+async def test_epochs_are_over_below_the_one_that_is_seen_or_below_the_next_one(store, keys):
+    async with watch_members(store, keys) as members:
+        over = lambda: members.over_below(Role.WEIGHT, "w0")  # noqa: E731
+        async with register(store, keys, member(), ttl_s=2) as registration:
+            first = registration.epoch
+            await eventually(members, lambda: (Role.WEIGHT, "w0") in members.current)
+            assert over() == first, "the one that lives is not over"
+        await eventually(members, lambda: (Role.WEIGHT, "w0") not in members.current)
+        gone_below = over()
+        assert gone_below > first
+        async with register(store, keys, member(), ttl_s=2) as registration:
+            assert registration.epoch >= gone_below, "the next one is not over before it begins"
+
+
 async def test_a_restarted_process_need_not_wait_for_its_predecessors_lease(store, keys):
     dead = await store.grant(60)
     old = member(started_at_s=time.time() - 100)

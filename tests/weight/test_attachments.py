@@ -30,7 +30,7 @@ class Node(rpc.AttentionServicer):
         return pb.AttachReply(node="a", epoch=9, worker_address=b"theirs", lane=3, capacity_blocks=10)
 
     async def Adopt(self, request, context):
-        self.asked.append((request.weight_node, request.epoch, request.sequence))
+        self.asked.append(request)
         return self.kept.pop(0) if len(self.kept) > 1 else self.kept[0]
 
     async def Detach(self, request, context):
@@ -44,6 +44,22 @@ async def listed(name, node):
     add = lambda server: rpc.add_AttentionServicer_to_server(node, server)  # noqa: E731
     async with serve("127.0.0.1:0", add, ["flume.v1.Attention"], grace_s=0) as server:
         yield member(name, server.address)
+
+
+class Listing:
+    """Members as they are seen in etcd: these attention nodes, and below which epoch `w1` is over."""
+
+    def __init__(self, *nodes, over_below=0):
+        self.nodes = list(nodes)
+        self.below = over_below
+
+    def of(self, role):
+        assert role is Role.ATTENTION
+        return self.nodes
+
+    def over_below(self, role, id):
+        assert (role, id) == (Role.WEIGHT, "w1")
+        return self.below
 
 
 def member(name, address):
@@ -74,9 +90,10 @@ async def test_every_node_is_asked_until_it_has_noticed_that_the_other_weight_no
     slow = Node(pb.AdoptReply(in_use=True), pb.AdoptReply(in_use=True), kept)
     async with listed("a", slow) as one, listed("b", Node(pb.AdoptReply())) as other:
         await ours.reconcile([one, other])
-        found = await ours.kept("s", lambda: [one, other])
+        found = await ours.kept("s", "w1", Listing(one, other, over_below=7))
     assert found == [m.KeptRange("a", 0, 5), m.KeptRange("a", 9, 2)]
-    assert slow.asked == [("w2", 8, "s")] * 3
+    asked = pb.AdoptRequest(weight_node="w2", epoch=8, sequence="s", lost_node="w1", lost_below=7)
+    assert slow.asked == [asked] * 3
 
 
 async def test_a_node_that_cannot_be_reached_is_not_waited_for(ours):
@@ -85,17 +102,17 @@ async def test_a_node_that_cannot_be_reached_is_not_waited_for(ours):
         members = [one, member("dead", "127.0.0.1:1")]
         await ours.reconcile(members)
         started = time.monotonic()
-        found = await ours.kept("s", lambda: members)
+        found = await ours.kept("s", "w1", Listing(*members))
         assert time.monotonic() - started < 0.5
     assert found == [m.KeptRange("a", 0, 5)]
     async with asyncio.timeout(3):
-        assert await ours.kept("s", lambda: members) == [], "it has ended since"
+        assert await ours.kept("s", "w1", Listing(*members)) == [], "it has ended since"
 
 
 async def test_a_node_that_is_being_attached_is_waited_for(ours):
     kept = pb.AdoptReply(ranges=[pb.HeldRange(start=0, tokens=5)])
     async with listed("a", Node(kept)) as one:
-        asked = asyncio.create_task(ours.kept("s", lambda: [one]))
+        asked = asyncio.create_task(ours.kept("s", "w1", Listing(one)))
         await asyncio.sleep(0.1)
         await ours.reconcile([one])
         assert await asked == [m.KeptRange("a", 0, 5)]
@@ -105,7 +122,19 @@ async def test_a_sequence_in_use_elsewhere_is_not_waited_for_without_end(ours):
     async with listed("a", Node(pb.AdoptReply(in_use=True))) as one:
         await ours.reconcile([one])
         async with asyncio.timeout(3):
-            assert await ours.kept("s", lambda: [one]) == []
+            assert await ours.kept("s", "w1", Listing(one)) == []
+
+
+async def test_the_other_weight_node_is_fenced_as_soon_as_etcd_says_that_its_epoch_is_over(ours):
+    node = Node(pb.AdoptReply(in_use=True), pb.AdoptReply())
+    async with listed("a", node) as one:
+        await ours.reconcile([one])
+        listing = Listing(one, over_below=5)
+        asked = asyncio.create_task(ours.kept("s", "w1", listing))
+        await asyncio.sleep(0)
+        listing.below = 12
+        await asked
+    assert [request.lost_below for request in node.asked] == [5, 12] or node.asked[-1].lost_below == 12
 
 
 async def test_leaving_tells_every_node_that_answers(ours):

@@ -455,3 +455,12 @@ async def test_a_wrong_request_is_refused_by_name_and_leaves_nothing():
             one.weight.send(message)
             assert (await one.end_of(name)).code == "INVALID_ARGUMENT"
         assert await one.is_free()
+
+
+async def test_a_new_epoch_is_told_on_lanes_that_have_nothing_else_to_say():
+    async with rig(1024) as one:
+        one.weight.send(m.Epoch(9))
+        node = one.nodes["attention-1"]
+        async with asyncio.timeout(10):
+            while (await node.report()).lanes[0].epoch != 9:
+                pass

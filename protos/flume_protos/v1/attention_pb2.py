@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from flume_protos.v1 import common_pb2 as flume__protos_dot_v1_dot_common__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1f\x66lume_protos/v1/attention.proto\x12\x08\x66lume.v1\x1a\x1c\x66lume_protos/v1/common.proto\"\xe4\x01\n\rAttachRequest\x12\x13\n\x0bweight_node\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x03\x12\x18\n\x10protocol_version\x18\x03 \x01(\r\x12\"\n\x06layout\x18\x04 \x01(\x0b\x32\x12.flume.v1.KvLayout\x12\x16\n\x0eworker_address\x18\x05 \x01(\x0c\x12\x0c\n\x04lane\x18\x06 \x01(\r\x12\x17\n\x0fmax_step_tokens\x18\x07 \x01(\r\x12\x1a\n\x12max_step_sequences\x18\x08 \x01(\r\x12\x16\n\x0ekv_frame_bytes\x18\t \x01(\x04\"i\n\x0b\x41ttachReply\x12\x0c\n\x04node\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x03\x12\x16\n\x0eworker_address\x18\x03 \x01(\x0c\x12\x0c\n\x04lane\x18\x04 \x01(\r\x12\x17\n\x0f\x63\x61pacity_blocks\x18\x05 \x01(\x04\"3\n\rDetachRequest\x12\x13\n\x0bweight_node\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x03\"\r\n\x0b\x44\x65tachReply\"D\n\x0c\x41\x64optRequest\x12\x13\n\x0bweight_node\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x03\x12\x10\n\x08sequence\x18\x03 \x01(\t\"*\n\tHeldRange\x12\r\n\x05start\x18\x01 \x01(\x04\x12\x0e\n\x06tokens\x18\x02 \x01(\x04\"A\n\nAdoptReply\x12#\n\x06ranges\x18\x01 \x03(\x0b\x32\x13.flume.v1.HeldRange\x12\x0e\n\x06in_use\x18\x02 \x01(\x08\">\n\x0bPulledRange\x12\x10\n\x08sequence\x18\x01 \x01(\t\x12\r\n\x05start\x18\x02 \x01(\x04\x12\x0e\n\x06tokens\x18\x03 \x01(\x04\"\x80\x01\n\x0bPullRequest\x12\x13\n\x0bweight_node\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x03\x12\x0e\n\x06lender\x18\x03 \x01(\t\x12\x16\n\x0elender_address\x18\x04 \x01(\t\x12%\n\x06ranges\x18\x05 \x03(\x0b\x32\x15.flume.v1.PulledRange\"B\n\tPullReply\x12%\n\x06ranges\x18\x01 \x03(\x0b\x32\x15.flume.v1.PulledRange\x12\x0e\n\x06reason\x18\x02 \x01(\t\"\xa5\x01\n\x0bLendRequest\x12\x0e\n\x06puller\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x03\x12\x18\n\x10protocol_version\x18\x03 \x01(\r\x12\"\n\x06layout\x18\x04 \x01(\x0b\x32\x12.flume.v1.KvLayout\x12\x16\n\x0eworker_address\x18\x05 \x01(\x0c\x12\x0c\n\x04lane\x18\x06 \x01(\r\x12\x13\n\x0b\x63hunk_bytes\x18\x07 \x01(\x04\"@\n\tLendReply\x12\r\n\x05\x65poch\x18\x01 \x01(\x03\x12\x16\n\x0eworker_address\x18\x02 \x01(\x0c\x12\x0c\n\x04lane\x18\x03 \x01(\r\"\x0e\n\x0cStatsRequest\"\x8e\x01\n\tLaneStats\x12\x13\n\x0bweight_node\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x03\x12\x16\n\x0egranted_blocks\x18\x03 \x01(\x04\x12\x13\n\x0bheld_blocks\x18\x04 \x01(\x04\x12\x11\n\tsequences\x18\x05 \x01(\x04\x12\x0e\n\x06ranges\x18\x06 \x01(\x04\x12\r\n\x05steps\x18\x07 \x01(\x04\"\xc5\x02\n\nStatsReply\x12\x0c\n\x04node\x18\x01 \x01(\t\x12\"\n\x05state\x18\x02 \x01(\x0e\x32\x13.flume.v1.NodeState\x12\x17\n\x0f\x63\x61pacity_tokens\x18\x03 \x01(\x04\x12\x13\n\x0bused_tokens\x18\x04 \x01(\x04\x12\x17\n\x0f\x63\x61pacity_blocks\x18\x05 \x01(\x04\x12\x13\n\x0bused_blocks\x18\x06 \x01(\x04\x12\x10\n\x08kv_bytes\x18\x07 \x01(\x04\x12\x16\n\x0e\x65poch_rejected\x18\x08 \x01(\x04\x12\"\n\x05lanes\x18\t \x03(\x0b\x32\x13.flume.v1.LaneStats\x12\x16\n\x0esafe_to_delete\x18\n \x01(\x08\x12\x15\n\rorphan_tokens\x18\x0b \x01(\x04\x12\x15\n\rpulled_tokens\x18\x0c \x01(\x04\x12\x15\n\rpulls_refused\x18\r \x01(\x04\"\"\n\x0c\x44rainRequest\x12\x12\n\ndeadline_s\x18\x01 \x01(\x01\"\x0c\n\nDrainReply\"\x10\n\x0eUndrainRequest\"\x0e\n\x0cUndrainReply2\xc9\x03\n\tAttention\x12\x38\n\x06\x41ttach\x12\x17.flume.v1.AttachRequest\x1a\x15.flume.v1.AttachReply\x12\x38\n\x06\x44\x65tach\x12\x17.flume.v1.DetachRequest\x1a\x15.flume.v1.DetachReply\x12\x35\n\x05\x41\x64opt\x12\x16.flume.v1.AdoptRequest\x1a\x14.flume.v1.AdoptReply\x12\x32\n\x04Pull\x12\x15.flume.v1.PullRequest\x1a\x13.flume.v1.PullReply\x12\x32\n\x04Lend\x12\x15.flume.v1.LendRequest\x1a\x13.flume.v1.LendReply\x12\x35\n\x05Stats\x12\x16.flume.v1.StatsRequest\x1a\x14.flume.v1.StatsReply\x12\x35\n\x05\x44rain\x12\x16.flume.v1.DrainRequest\x1a\x14.flume.v1.DrainReply\x12;\n\x07Undrain\x12\x18.flume.v1.UndrainRequest\x1a\x16.flume.v1.UndrainReplyb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1f\x66lume_protos/v1/attention.proto\x12\x08\x66lume.v1\x1a\x1c\x66lume_protos/v1/common.proto\"\xe4\x01\n\rAttachRequest\x12\x13\n\x0bweight_node\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x03\x12\x18\n\x10protocol_version\x18\x03 \x01(\r\x12\"\n\x06layout\x18\x04 \x01(\x0b\x32\x12.flume.v1.KvLayout\x12\x16\n\x0eworker_address\x18\x05 \x01(\x0c\x12\x0c\n\x04lane\x18\x06 \x01(\r\x12\x17\n\x0fmax_step_tokens\x18\x07 \x01(\r\x12\x1a\n\x12max_step_sequences\x18\x08 \x01(\r\x12\x16\n\x0ekv_frame_bytes\x18\t \x01(\x04\"i\n\x0b\x41ttachReply\x12\x0c\n\x04node\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x03\x12\x16\n\x0eworker_address\x18\x03 \x01(\x0c\x12\x0c\n\x04lane\x18\x04 \x01(\r\x12\x17\n\x0f\x63\x61pacity_blocks\x18\x05 \x01(\x04\"3\n\rDetachRequest\x12\x13\n\x0bweight_node\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x03\"\r\n\x0b\x44\x65tachReply\"k\n\x0c\x41\x64optRequest\x12\x13\n\x0bweight_node\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x03\x12\x10\n\x08sequence\x18\x03 \x01(\t\x12\x11\n\tlost_node\x18\x04 \x01(\t\x12\x12\n\nlost_below\x18\x05 \x01(\x03\"*\n\tHeldRange\x12\r\n\x05start\x18\x01 \x01(\x04\x12\x0e\n\x06tokens\x18\x02 \x01(\x04\"A\n\nAdoptReply\x12#\n\x06ranges\x18\x01 \x03(\x0b\x32\x13.flume.v1.HeldRange\x12\x0e\n\x06in_use\x18\x02 \x01(\x08\">\n\x0bPulledRange\x12\x10\n\x08sequence\x18\x01 \x01(\t\x12\r\n\x05start\x18\x02 \x01(\x04\x12\x0e\n\x06tokens\x18\x03 \x01(\x04\"\x80\x01\n\x0bPullRequest\x12\x13\n\x0bweight_node\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x03\x12\x0e\n\x06lender\x18\x03 \x01(\t\x12\x16\n\x0elender_address\x18\x04 \x01(\t\x12%\n\x06ranges\x18\x05 \x03(\x0b\x32\x15.flume.v1.PulledRange\"B\n\tPullReply\x12%\n\x06ranges\x18\x01 \x03(\x0b\x32\x15.flume.v1.PulledRange\x12\x0e\n\x06reason\x18\x02 \x01(\t\"\xa5\x01\n\x0bLendRequest\x12\x0e\n\x06puller\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x03\x12\x18\n\x10protocol_version\x18\x03 \x01(\r\x12\"\n\x06layout\x18\x04 \x01(\x0b\x32\x12.flume.v1.KvLayout\x12\x16\n\x0eworker_address\x18\x05 \x01(\x0c\x12\x0c\n\x04lane\x18\x06 \x01(\r\x12\x13\n\x0b\x63hunk_bytes\x18\x07 \x01(\x04\"@\n\tLendReply\x12\r\n\x05\x65poch\x18\x01 \x01(\x03\x12\x16\n\x0eworker_address\x18\x02 \x01(\x0c\x12\x0c\n\x04lane\x18\x03 \x01(\r\"\x0e\n\x0cStatsRequest\"\x8e\x01\n\tLaneStats\x12\x13\n\x0bweight_node\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x03\x12\x16\n\x0egranted_blocks\x18\x03 \x01(\x04\x12\x13\n\x0bheld_blocks\x18\x04 \x01(\x04\x12\x11\n\tsequences\x18\x05 \x01(\x04\x12\x0e\n\x06ranges\x18\x06 \x01(\x04\x12\r\n\x05steps\x18\x07 \x01(\x04\"\xc5\x02\n\nStatsReply\x12\x0c\n\x04node\x18\x01 \x01(\t\x12\"\n\x05state\x18\x02 \x01(\x0e\x32\x13.flume.v1.NodeState\x12\x17\n\x0f\x63\x61pacity_tokens\x18\x03 \x01(\x04\x12\x13\n\x0bused_tokens\x18\x04 \x01(\x04\x12\x17\n\x0f\x63\x61pacity_blocks\x18\x05 \x01(\x04\x12\x13\n\x0bused_blocks\x18\x06 \x01(\x04\x12\x10\n\x08kv_bytes\x18\x07 \x01(\x04\x12\x16\n\x0e\x65poch_rejected\x18\x08 \x01(\x04\x12\"\n\x05lanes\x18\t \x03(\x0b\x32\x13.flume.v1.LaneStats\x12\x16\n\x0esafe_to_delete\x18\n \x01(\x08\x12\x15\n\rorphan_tokens\x18\x0b \x01(\x04\x12\x15\n\rpulled_tokens\x18\x0c \x01(\x04\x12\x15\n\rpulls_refused\x18\r \x01(\x04\"\"\n\x0c\x44rainRequest\x12\x12\n\ndeadline_s\x18\x01 \x01(\x01\"\x0c\n\nDrainReply\"\x10\n\x0eUndrainRequest\"\x0e\n\x0cUndrainReply2\xc9\x03\n\tAttention\x12\x38\n\x06\x41ttach\x12\x17.flume.v1.AttachRequest\x1a\x15.flume.v1.AttachReply\x12\x38\n\x06\x44\x65tach\x12\x17.flume.v1.DetachRequest\x1a\x15.flume.v1.DetachReply\x12\x35\n\x05\x41\x64opt\x12\x16.flume.v1.AdoptRequest\x1a\x14.flume.v1.AdoptReply\x12\x32\n\x04Pull\x12\x15.flume.v1.PullRequest\x1a\x13.flume.v1.PullReply\x12\x32\n\x04Lend\x12\x15.flume.v1.LendRequest\x1a\x13.flume.v1.LendReply\x12\x35\n\x05Stats\x12\x16.flume.v1.StatsRequest\x1a\x14.flume.v1.StatsReply\x12\x35\n\x05\x44rain\x12\x16.flume.v1.DrainRequest\x1a\x14.flume.v1.DrainReply\x12;\n\x07Undrain\x12\x18.flume.v1.UndrainRequest\x1a\x16.flume.v1.UndrainReplyb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -41,35 +41,35 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_DETACHREPLY']._serialized_start=466
   _globals['_DETACHREPLY']._serialized_end=479
   _globals['_ADOPTREQUEST']._serialized_start=481
-  _globals['_ADOPTREQUEST']._serialized_end=549
-  _globals['_HELDRANGE']._serialized_start=551
-  _globals['_HELDRANGE']._serialized_end=593
-  _globals['_ADOPTREPLY']._serialized_start=595
-  _globals['_ADOPTREPLY']._serialized_end=660
-  _globals['_PULLEDRANGE']._serialized_start=662
-  _globals['_PULLEDRANGE']._serialized_end=724
-  _globals['_PULLREQUEST']._serialized_start=727
-  _globals['_PULLREQUEST']._serialized_end=855
-  _globals['_PULLREPLY']._serialized_start=857
-  _globals['_PULLREPLY']._serialized_end=923
-  _globals['_LENDREQUEST']._serialized_start=926
-  _globals['_LENDREQUEST']._serialized_end=1091
-  _globals['_LENDREPLY']._serialized_start=1093
-  _globals['_LENDREPLY']._serialized_end=1157
-  _globals['_STATSREQUEST']._serialized_start=1159
-  _globals['_STATSREQUEST']._serialized_end=1173
-  _globals['_LANESTATS']._serialized_start=1176
-  _globals['_LANESTATS']._serialized_end=1318
-  _globals['_STATSREPLY']._serialized_start=1321
-  _globals['_STATSREPLY']._serialized_end=1646
-  _globals['_DRAINREQUEST']._serialized_start=1648
-  _globals['_DRAINREQUEST']._serialized_end=1682
-  _globals['_DRAINREPLY']._serialized_start=1684
-  _globals['_DRAINREPLY']._serialized_end=1696
-  _globals['_UNDRAINREQUEST']._serialized_start=1698
-  _globals['_UNDRAINREQUEST']._serialized_end=1714
-  _globals['_UNDRAINREPLY']._serialized_start=1716
-  _globals['_UNDRAINREPLY']._serialized_end=1730
-  _globals['_ATTENTION']._serialized_start=1733
-  _globals['_ATTENTION']._serialized_end=2190
+  _globals['_ADOPTREQUEST']._serialized_end=588
+  _globals['_HELDRANGE']._serialized_start=590
+  _globals['_HELDRANGE']._serialized_end=632
+  _globals['_ADOPTREPLY']._serialized_start=634
+  _globals['_ADOPTREPLY']._serialized_end=699
+  _globals['_PULLEDRANGE']._serialized_start=701
+  _globals['_PULLEDRANGE']._serialized_end=763
+  _globals['_PULLREQUEST']._serialized_start=766
+  _globals['_PULLREQUEST']._serialized_end=894
+  _globals['_PULLREPLY']._serialized_start=896
+  _globals['_PULLREPLY']._serialized_end=962
+  _globals['_LENDREQUEST']._serialized_start=965
+  _globals['_LENDREQUEST']._serialized_end=1130
+  _globals['_LENDREPLY']._serialized_start=1132
+  _globals['_LENDREPLY']._serialized_end=1196
+  _globals['_STATSREQUEST']._serialized_start=1198
+  _globals['_STATSREQUEST']._serialized_end=1212
+  _globals['_LANESTATS']._serialized_start=1215
+  _globals['_LANESTATS']._serialized_end=1357
+  _globals['_STATSREPLY']._serialized_start=1360
+  _globals['_STATSREPLY']._serialized_end=1685
+  _globals['_DRAINREQUEST']._serialized_start=1687
+  _globals['_DRAINREQUEST']._serialized_end=1721
+  _globals['_DRAINREPLY']._serialized_start=1723
+  _globals['_DRAINREPLY']._serialized_end=1735
+  _globals['_UNDRAINREQUEST']._serialized_start=1737
+  _globals['_UNDRAINREQUEST']._serialized_end=1753
+  _globals['_UNDRAINREPLY']._serialized_start=1755
+  _globals['_UNDRAINREPLY']._serialized_end=1769
+  _globals['_ATTENTION']._serialized_start=1772
+  _globals['_ATTENTION']._serialized_end=2229
 # @@protoc_insertion_point(module_scope)

@@ -56,14 +56,18 @@ class DetachReply(_message.Message):
     def __init__(self) -> None: ...
 
 class AdoptRequest(_message.Message):
-    __slots__ = ("weight_node", "epoch", "sequence")
+    __slots__ = ("weight_node", "epoch", "sequence", "lost_node", "lost_below")
     WEIGHT_NODE_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     SEQUENCE_FIELD_NUMBER: _ClassVar[int]
+    LOST_NODE_FIELD_NUMBER: _ClassVar[int]
+    LOST_BELOW_FIELD_NUMBER: _ClassVar[int]
     weight_node: str
     epoch: int
     sequence: str
-    def __init__(self, weight_node: _Optional[str] = ..., epoch: _Optional[int] = ..., sequence: _Optional[str] = ...) -> None: ...
+    lost_node: str
+    lost_below: int
+    def __init__(self, weight_node: _Optional[str] = ..., epoch: _Optional[int] = ..., sequence: _Optional[str] = ..., lost_node: _Optional[str] = ..., lost_below: _Optional[int] = ...) -> None: ...
 
 class HeldRange(_message.Message):
     __slots__ = ("start", "tokens")

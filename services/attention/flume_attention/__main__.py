@@ -55,7 +55,11 @@ async def run(config: Config, budget_bytes: int) -> None:
     keys = Keys(config.cluster)
     keys.member(Role.ATTENTION, config.node)
     log.info("imported", elapsed_ms=elapsed_ms(), kv_bytes=budget_bytes)
-    supervisor = Supervisor(engine_args(config, budget_bytes), zygote=os.environ.get(ENGINE_ZYGOTE))
+    supervisor = Supervisor(
+        engine_args(config, budget_bytes),
+        zygote=os.environ.get(ENGINE_ZYGOTE),
+        silence_s=config.engine_silence_s,
+    )
     registered: list[Registration] = []
     servicer = AttentionServicer(
         config.node, budget_bytes, supervisor, lambda: registered[0].epoch if registered else 0

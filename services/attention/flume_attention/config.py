@@ -40,6 +40,7 @@ class Config:
     orphan_grace_s: float
     pull_tokens_per_step: int
     lease_ttl_s: float
+    engine_silence_s: float
     standby: str  # empty: join at once
     log_level: str
 
@@ -87,6 +88,12 @@ def flags() -> argparse.ArgumentParser:
     )
     add("--lease-ttl-s", type=float, default=10.0, help="how long a silent node stays listed")
     add(
+        "--engine-silence-s",
+        type=float,
+        default=15.0,
+        help="an engine that answers its supervisor nothing for so long is replaced; default %(default)s",
+    )
+    add(
         "--standby",
         default="",
         metavar="SOCKET",
@@ -113,6 +120,8 @@ def parse(argv: Sequence[str] | None = None) -> Config:
         raise ConfigRefused(f"--spin-us must not be negative, got {config.spin_us}")
     if config.orphan_grace_s < 0:
         raise ConfigRefused(f"--orphan-grace-s must not be negative, got {config.orphan_grace_s}")
+    if config.engine_silence_s < 1:
+        raise ConfigRefused(f"--engine-silence-s must be at least 1, got {config.engine_silence_s}")
     if config.lease_ttl_s < 2:
         raise ConfigRefused(f"--lease-ttl-s must be at least 2, got {config.lease_ttl_s}")
     return config

@@ -241,11 +241,20 @@ class Engine:
         except AttachRefused as error:
             self._link.send(Refused(request=request.request, field=error.field, detail=error.detail))
             return
+        if request.lost_node and request.lost_node != request.weight_node:
+            self._fence(request.lost_node, request.lost_below)
         key = sequence_key(request.sequence)
         slot = self._node.orphans.claim(key, request.weight_node, time.monotonic())
         ranges = [(item.start, item.length) for item in slot.ranges] if slot else []
         in_use = not ranges and self._node.has(key)
         self._link.send(Kept(request=request.request, ranges=ranges, in_use=in_use))
+
+    def _fence(self, weight_node: str, below: int) -> None:
+        """End its lane if its epoch is over, whatever its process thinks: others take what it held."""
+        self._node.fence(weight_node, below)
+        session = self._sessions.get(weight_node)
+        if session is not None and session.epoch < below:
+            self._orphan(session, f"epoch {session.epoch} is over: it is below {below}")
 
     def _replace(self, session: LaneSession, request: Attach) -> None:
         reason = "replaced by a new attach"

@@ -36,12 +36,17 @@ class Detach(msgspec.Struct, tag=True, frozen=True, kw_only=True):
 
 
 class Adopt(msgspec.Struct, tag=True, frozen=True, kw_only=True):
-    """What is kept of this sequence, from now on for this weight node? Answered by Kept, or Refused."""
+    """What is kept of this sequence, from now on for this weight node? Answered by Kept, or Refused.
+
+    Fields as in AdoptRequest.
+    """
 
     request: int
     weight_node: str
     epoch: int
     sequence: str
+    lost_node: str = ""
+    lost_below: int = 0
 
 
 class SetDraining(msgspec.Struct, tag=True, frozen=True, kw_only=True):

@@ -89,6 +89,10 @@ class Node:
             )
         self.epochs[weight_node] = epoch
 
+    def fence(self, weight_node: str, below: int) -> None:
+        """From now on this weight node is refused with an epoch below this one."""
+        self.epochs[weight_node] = max(below, self.epochs.get(weight_node, below))
+
     def add(self, weight_node: str, shape: LaneShape) -> Holdings:
         """Holdings for a new lane of this weight node. Needs the lane it replaces removed.
 

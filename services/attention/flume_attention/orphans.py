@@ -73,9 +73,16 @@ class Orphans:
         return self._free(lambda orphan: orphan.until_s <= now_s)
 
     def free(self, weight_node: str, engine: bytes | None = None) -> bool:
-        """Free what this weight node left, or only what that engine of it left. Whether there was any."""
+        """Free what this weight node left, or only what that engine of it left. Whether there was any.
+
+        What another one has claimed is not its any more.
+        """
         return self._free(
-            lambda orphan: orphan.weight_node == weight_node and engine in (None, orphan.engine)
+            lambda orphan: (
+                orphan.weight_node == weight_node
+                and engine in (None, orphan.engine)
+                and orphan.claimed_by in ("", weight_node)
+            )
         )
 
     def clear(self) -> None:

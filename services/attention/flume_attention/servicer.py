@@ -83,6 +83,8 @@ class AttentionServicer(rpc.AttentionServicer):
                     weight_node=request.weight_node,
                     epoch=request.epoch,
                     sequence=request.sequence,
+                    lost_node=request.lost_node,
+                    lost_below=request.lost_below,
                 ),
                 m.Kept,
             )

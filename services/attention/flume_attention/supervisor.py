@@ -18,6 +18,7 @@ from flume_common.backoff import Backoff
 from flume_common.engine_link import Engine, LinkClosed, run_engine
 from flume_common.membership import Registration, State
 from flume_common.serving import Server
+from flume_common.tasks import background
 
 from flume_attention import messages as m
 from flume_attention.errors import AttachRefused, EngineGone
@@ -30,6 +31,7 @@ ENGINE_MODULE = "flume_attention.engine"
 # A thread that waits for the next parallel region must not take the core from the weight node.
 ENGINE_ENV = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "0"}
 ENGINE_START_S = 120.0
+ENGINE_SILENCE_S = 15.0
 STABLE_S = 10.0
 PUBLISH_INTERVAL_S = 0.5
 ANSWER_S = 10.0
@@ -38,12 +40,16 @@ ANSWER_S = 10.0
 class Supervisor:
     """`keep_engine` and `publish` run for as long as the node does."""
 
-    def __init__(self, args: Sequence[str], *, zygote: str | None = None) -> None:
+    def __init__(
+        self, args: Sequence[str], *, zygote: str | None = None, silence_s: float = ENGINE_SILENCE_S
+    ) -> None:
+        """`silence_s`: an engine that gives no sign of life for so long is replaced."""
         self.draining = False
         self.leave_by_s = 0.0  # Unix time; as in Member
         self.report = m.Report()  # the newest of this engine
         self._args = args
         self._zygote = zygote
+        self._silence_s = silence_s
         self._engine: Engine[m.FromEngine] | None = None
         self._answers: dict[int, asyncio.Future[Any]] = {}
         self._requests = itertools.count(1)
@@ -99,8 +105,9 @@ class Supervisor:
             engine.send(self._set_draining(0))
         self._urgent.set()
         self._changed.set()
-        while True:
-            self._take(await engine.receive())
+        async with background(watch=engine.watch(lambda: self._silence_s)):
+            while True:
+                self._take(await engine.receive())
 
     def _lose_engine(self) -> None:
         self._engine = None

@@ -3,6 +3,7 @@
 The supervisor is asyncio and never touches the device; the engine is a plain loop that never waits
 for the control plane. Messages are tagged `msgspec.Struct`s, framed by a four-byte length, a handful
 per step at most. Either end closing the socket ends the other: an engine never outlives its supervisor.
+A frame of length 0 asks the engine for a sign of life, and is the sign.
 """
 
 from __future__ import annotations
@@ -12,9 +13,9 @@ import os
 import socket
 import struct
 import sys
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any, Generic, NoReturn, Protocol, TypeVar
 
 import msgspec
 import structlog
@@ -25,6 +26,8 @@ M = TypeVar("M")
 log = structlog.get_logger()
 _LENGTH = struct.Struct("<I")
 _MAX_MESSAGE_BYTES = 64 << 20
+_SIGN_OF_LIFE = _LENGTH.pack(0)
+_LOOK_EVERY_S = 1.0
 
 
 class LinkClosed(Exception):
@@ -68,7 +71,12 @@ class EngineLink(Generic[M]):
             if len(self._buffer) - at - _LENGTH.size < size:
                 break
             start = at + _LENGTH.size
-            messages.append(self._decoder.decode(memoryview(self._buffer)[start : start + size].tobytes()))
+            if size:
+                messages.append(
+                    self._decoder.decode(memoryview(self._buffer)[start : start + size].tobytes())
+                )
+            else:
+                self._write(_SIGN_OF_LIFE)
             at = start + size
         del self._buffer[:at]
         if closed and not messages:
@@ -78,9 +86,12 @@ class EngineLink(Generic[M]):
     def send(self, message: object) -> None:
         """Queue into the socket; blocks only when the supervisor is megabytes behind."""
         data = self._encoder.encode(message)
+        self._write(_LENGTH.pack(len(data)) + data)
+
+    def _write(self, frame: bytes) -> None:
         self._socket.setblocking(True)
         try:
-            self._socket.sendall(_LENGTH.pack(len(data)) + data)
+            self._socket.sendall(frame)
         except (BrokenPipeError, ConnectionResetError) as error:
             raise LinkClosed("the supervisor closed the link") from error
         finally:
@@ -118,6 +129,7 @@ class Engine(Generic[M]):
         self._writer = writer
         self._decoder = msgspec.msgpack.Decoder(inbox)
         self._encoder = msgspec.msgpack.Encoder()
+        self._heard = False  # since the last look of `watch`
 
     @property
     def pid(self) -> int:
@@ -133,13 +145,34 @@ class Engine(Generic[M]):
     async def receive(self) -> M:
         """The next message. Raises LinkClosed when the engine closed its end or died."""
         try:
-            (size,) = _LENGTH.unpack(await self._reader.readexactly(_LENGTH.size))
+            size = 0
+            while not size:
+                (size,) = _LENGTH.unpack(await self._reader.readexactly(_LENGTH.size))
+                self._heard = True
             if size > _MAX_MESSAGE_BYTES:
                 raise LinkClosed(f"engine {self.pid} sent a frame of {size} bytes")
             message: M = self._decoder.decode(await self._reader.readexactly(size))
         except (asyncio.IncompleteReadError, ConnectionResetError) as error:
             raise LinkClosed(f"engine {self.pid} closed the link") from error
         return message
+
+    async def watch(self, silence_s: Callable[[], float]) -> NoReturn:
+        """Kill the engine once it gives no sign of life for so long; `receive` then raises LinkClosed.
+
+        Somebody must be receiving meanwhile. Silence is counted in looks of ours, so that time in which
+        we did not run ourselves is not held against the engine.
+        """
+        looks = 0
+        while True:
+            self._heard = False
+            if not self._writer.is_closing():
+                self._writer.write(_SIGN_OF_LIFE)
+            await asyncio.sleep(_LOOK_EVERY_S)
+            looks = 0 if self._heard else looks + 1
+            if looks * _LOOK_EVERY_S >= silence_s():
+                log.error("engine_silent", engine_pid=self.pid, silence_s=looks * _LOOK_EVERY_S)
+                self.process.kill()
+                looks = 0
 
 
 @asynccontextmanager

@@ -249,6 +249,14 @@ class Members(View[tuple[Role, str], Member]):
         """The members of one role, by id."""
         return sorted((m for m in self.current.values() if m.role is role), key=lambda m: m.id)
 
+    def over_below(self, role: Role, id: str) -> int:
+        """Epochs of this member below this one are over, for ever, however old what we know is.
+
+        An epoch is the revision that created a key: one we do not see was deleted, or is to come.
+        """
+        member = self.current.get((role, id))
+        return self.revision + 1 if member is None else member.epoch
+
 
 def _decode(kv: KeyValue) -> tuple[tuple[Role, str], Member]:
     member = Member.decode(kv)

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import grpc
 import structlog
 from flume_common.layout import KvLayout
-from flume_common.membership import Member, State
+from flume_common.membership import Member, Members, Role, State
 from flume_common.wire import PROTOCOL_VERSION
 from flume_protos.v1 import attention_pb2 as pb
 from flume_protos.v1 import attention_pb2_grpc as rpc
@@ -79,31 +79,34 @@ class Attachments:
         for member in listed.values():
             self._tell_draining(member)
 
-    async def kept(self, sequence: str, listed: Callable[[], Iterable[Member]]) -> list[m.KeptRange]:
-        """Ask every node what it keeps of a sequence that another weight node left.
+    async def kept(self, sequence: str, lost_node: str, members: Members) -> list[m.KeptRange]:
+        """Ask every node what it keeps of a sequence that another weight node, `lost_node`, left.
 
         Nodes that are being attached just now, or have not noticed yet that the other one is gone, are
         waited for a little. What is not answered is computed again.
         """
         deadline_s = time.monotonic() + _KEPT_TIMEOUT_S
         while True:
-            members = [member for member in listed() if member.state is not State.PREPARING]
-            replies = await asyncio.gather(*(self._ask_kept(member, sequence) for member in members))
+            listed = [member for member in members.of(Role.ATTENTION) if member.state is not State.PREPARING]
+            request = pb.AdoptRequest(
+                weight_node=self._node, epoch=self._epoch(), sequence=sequence,
+                lost_node=lost_node, lost_below=members.over_below(Role.WEIGHT, lost_node),
+            )  # fmt: skip
+            replies = await asyncio.gather(*(self._ask_kept(member, request) for member in listed))
             if not any(reply is None or reply.in_use for reply in replies) or time.monotonic() >= deadline_s:
                 break
             await asyncio.sleep(_KEPT_RETRY_S)
         return [
             m.KeptRange(member.id, item.start, item.tokens)
-            for member, reply in zip(members, replies, strict=True)
+            for member, reply in zip(listed, replies, strict=True)
             for item in (reply.ranges if reply else ())
         ]
 
-    async def _ask_kept(self, member: Member, sequence: str) -> pb.AdoptReply | None:
+    async def _ask_kept(self, member: Member, request: pb.AdoptRequest) -> pb.AdoptReply | None:
         """None while the first attempt at a lane lasts, without which nothing can be taken over."""
         attachment = self._nodes.get(member.id)
         if attachment is None or not attachment.up:
             return None if attachment is None or not attachment.failures else pb.AdoptReply()
-        request = pb.AdoptRequest(weight_node=self._node, epoch=self._epoch(), sequence=sequence)
         try:
             async with grpc.aio.insecure_channel(member.address) as channel:
                 stub = rpc.AttentionStub(channel)  # type: ignore[no-untyped-call]

@@ -32,6 +32,13 @@ def supervisor_flags() -> argparse.ArgumentParser:
     flags.add_argument("--advertise-host", default="", help="host that peers dial; default: that of --listen")
     flags.add_argument("--model-name", default="", help="name it is served under; default: that of --model")
     flags.add_argument("--lease-ttl-s", type=float, default=10.0, help="how long a silent node stays listed")
+    flags.add_argument(
+        "--engine-silence-s",
+        type=float,
+        default=15.0,
+        help="an engine that answers its supervisor nothing for so long is replaced; never sooner than 5 s "
+        "after the step timeout, for which a step may wait; default %(default)s",
+    )
     flags.add_argument("--log-level", default="info")
     add_engine_flags(flags)
     return flags
@@ -86,7 +93,7 @@ def check(args: argparse.Namespace) -> None:
         if getattr(args, name) < 1:
             flag = f"--{name.replace('_', '-')}"
             raise ConfigRefused(f"{flag} must be at least 1, got {getattr(args, name)}")
-    for name in ("step_timeout_s", "lease_ttl_s"):
+    for name in ("step_timeout_s", "engine_silence_s", "lease_ttl_s"):
         if getattr(args, name) <= 0:
             raise ConfigRefused(f"--{name.replace('_', '-')} must be positive, got {getattr(args, name)}")
     if args.device != "cpu":

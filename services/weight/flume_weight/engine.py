@@ -315,6 +315,8 @@ class WeightEngine:
 
     def _set_epoch(self, message: m.Epoch) -> None:
         self._fleet.epoch = self._attention.epoch = message.epoch
+        for peer in self._fleet.peers.values():
+            peer.tell_anew()  # a lane that says nothing would be taken for one of an epoch that is over
 
     def _configure(self, message: m.Configure) -> None:
         self._limits = replace(self._limits, mixed_prefill_tokens=message.mixed_prefill_tokens)

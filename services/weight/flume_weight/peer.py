@@ -44,7 +44,7 @@ class Peer:
         self._num_slots = 0
         self._plans = lane.sender(Kind.PLAN)
         self._credits = lane.receiver(Kind.CREDIT)
-        self._told: tuple[int, int] = (0, 0)  # want and returned of the last PLAN
+        self._told: tuple[int, int] | None = (0, 0)  # want and returned of the last PLAN
 
     @property
     def draining(self) -> bool:
@@ -103,10 +103,16 @@ class Peer:
     @property
     def has_news(self) -> bool:
         """Whether the node should hear from us although no step goes there."""
+        if self._told is None:
+            return True
         want = max(self.want_blocks, 0)
         told_want, told_returned = self._told
         asks = want != told_want and (want > self.ledger.unused_blocks or told_want > want)
         return bool(self._ops) or asks or told_returned != self.ledger.returned_blocks
+
+    def tell_anew(self) -> None:
+        """What it was told is out of date, if only in our epoch."""
+        self._told = None
 
     def plan_frame(self) -> Frame | None:
         """A free PLAN frame, or None while all are in flight. Raises PeerLost."""

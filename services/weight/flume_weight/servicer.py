@@ -39,7 +39,7 @@ class WeightServicer(rpc.WeightServicer):
             submit = _decode(request)
             with self._supervisor.streams.listen(name) as events:
                 if request.adopt_from:
-                    submit.kept = await self._supervisor.kept(name)
+                    submit.kept = await self._supervisor.kept(name, request.adopt_from)
                 self._supervisor.submit(submit)
                 try:
                     while not ended:

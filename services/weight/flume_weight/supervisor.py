@@ -37,6 +37,7 @@ log = structlog.get_logger()
 _RECONCILE_EVERY_S = 1.0  # also on every change of membership or of a lane
 _RESTART_S = (0.2, 1.0, 5.0)
 _ASK_TIMEOUT_S = 2.0
+_SILENCE_SLACK_S = 5.0
 # Threads that wait for work must sleep: nodes share the cores of a small machine.
 _ENGINE_ENV = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "0"}
 
@@ -95,11 +96,11 @@ class Supervisor:
         """Raises RequestRefused when there is no engine to take it."""
         self._send_to_engine(message)
 
-    async def kept(self, sequence: str) -> list[m.KeptRange]:
-        """What the attention nodes keep of a sequence whose weight node died, for us to take now."""
+    async def kept(self, sequence: str, lost_node: str) -> list[m.KeptRange]:
+        """What the attention nodes keep of a sequence whose weight node is lost, for us to take now."""
         if self._attachments is None:
             return []
-        return await self._attachments.kept(sequence, lambda: self._members.of(Role.ATTENTION))
+        return await self._attachments.kept(sequence, lost_node, self._members)
 
     @asynccontextmanager
     async def detaching(self, registration: Registration) -> AsyncIterator[None]:
@@ -161,6 +162,7 @@ class Supervisor:
                     lambda: self._registration.epoch,
                     engine.send,
                 ),
+                watch=engine.watch(self._silence_s),
             ):
                 while True:
                     await self._hear(await engine.receive())
@@ -182,6 +184,11 @@ class Supervisor:
         self.streams.fail_all("UNAVAILABLE", f"the engine of weight node {self._args.node} ended")
         self._routes.end_all()  # or they would be written again after a lost lease
         await self._registration.update(state=State.PREPARING, sequences=0, kv_capacity_tokens=0)
+
+    def _silence_s(self) -> float:
+        """A step may wait for an attention node for as long as the step timeout, as it is now."""
+        flag_s: float = self._args.engine_silence_s
+        return max(flag_s, self._config.current.step_timeout_s + _SILENCE_SLACK_S)
 
     async def _keep_lanes(self) -> NoReturn:
         """Level-triggered: wake-ups carry no facts."""
