@@ -187,6 +187,20 @@ async def test_two_weight_nodes_interleave_their_steps(node, port):
     assert held == {first.name: 3, second.name: 4}
 
 
+async def test_what_steps_of_few_queries_read_is_summed_up(node, port):
+    before = (await node.report()).reads
+    w = await node.attach(FakeWeightNode(port))
+    w.step((0, 0, 20), ops=[w.open(0)])
+    w.step((0, 40, 1))
+    w.step((0, 1, 1))
+    w.step((0, 3, 1))
+    reads = (await node.report()).reads.plus(before, -1.0)
+    token_bytes = LAYOUT.token_bytes
+    assert (reads.steps, reads.bytes) == (2, (21 + 22) * token_bytes), "40 queries are not bound by reading"
+    assert 0 < reads.seconds < 1
+    assert reads.bytes_squared == (21**2 + 22**2) * token_bytes**2
+
+
 async def test_a_plan_abandons_an_unfinished_step_and_nothing_of_it_is_kept(node, port):
     w = await node.attach(FakeWeightNode(port))
     w.step((0, 0, 5), ops=[w.open(0)])

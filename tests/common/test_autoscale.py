@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from dataclasses import replace
 
 import pytest
 from flume_common.autoscale import FleetLoad, NodeLoad, Settings, budget_tokens, decide, demand_tokens
@@ -30,6 +31,18 @@ def test_memory_binds_where_there_is_no_slo_and_latency_where_it_is_shorter():
     assert budget_tokens(a6000, node) == 360_000, "47 GB at 768 GB/s take 61 of 70 ms: memory binds"
     tight = Settings(tpot_slo_s=0.050, rest_s=0.010, bandwidth_bytes_per_s=768e9)
     assert budget_tokens(tight, node) == pytest.approx(0.040 * 768e9 / 131_072)
+
+
+def test_what_was_measured_limits_where_nothing_is_set():
+    node = NodeLoad(360_000, 0, bytes_per_token=131_072, bandwidth_bytes_per_s=768e9)
+    slo = Settings(tpot_slo_s=0.050)
+    assert budget_tokens(slo, node, rest_s=0.010) == pytest.approx(0.040 * 768e9 / 131_072)
+    both = Settings(tpot_slo_s=0.050, rest_s=0.020, bandwidth_bytes_per_s=384e9)
+    assert budget_tokens(both, node, rest_s=0.010) == pytest.approx(0.030 * 384e9 / 131_072)
+    full = [replace(node, used_tokens=200_000)]
+    slow = FleetLoad(full, desired=1, changed_at_s=-100.0, rest_s=0.010)
+    assert decide(slo, slow, None, 0.0).desired == 2, "half of its memory, most of its time"
+    assert decide(Settings(), slow, None, 0.0).desired == 1
 
 
 def test_an_slo_that_the_rest_of_a_step_breaks_is_no_limit():

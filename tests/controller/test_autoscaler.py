@@ -3,13 +3,15 @@
 import sys
 from pathlib import Path
 
+import msgspec
 import pytest
 from flume_common.autoscale import Settings
 from flume_common.election import Deposed
 from flume_common.membership import Member, Role, State
+from flume_common.read_speed import ReadSums
 from flume_controller import desired
 from flume_controller.autoscaler import Autoscaler, bounded
-from flume_controller.load import Pace, node_loads, waiting_tokens
+from flume_controller.load import Pace, Reading, Readings, node_loads, rest_s, waiting_tokens
 from flume_controller.spec import Actor, AttentionSpec, Autoscale
 from flume_protos.v1 import attention_pb2, common_pb2, weight_pb2
 
@@ -181,6 +183,32 @@ def test_the_pace_is_the_mean_of_those_that_ran():
     assert pace.step_s([sequence("a", 15), sequence("b", 35), sequence("new", 50)], 101.0) == 1 * 2 / 40
     assert pace.step_s([sequence("a", 15), sequence("b", 55)], 102.0) == 1 / 20, "one of them rests"
     assert pace.step_s([sequence("a", 15)], 103.0) == 0
+
+
+def reads(node, sums):
+    return attention_pb2.StatsReply(node=node, reads=attention_pb2.ReadSums(**msgspec.structs.asdict(sums)))
+
+
+def test_how_a_node_reads_is_measured_between_looks_and_remembered_while_it_is_silent():
+    readings, sums = Readings(), ReadSums()
+    for size in range(100, 2000, 100):
+        sums.add(size, 0.01 + size / 1000)
+    (found,) = readings.look([reads("a", sums)]).values()
+    assert (found.bandwidth_bytes_per_s, found.step_s) == (pytest.approx(1000), pytest.approx(1.0))
+    assert readings.look([attention_pb2.StatsReply(node="a")])["a"] == found, "no answer"
+    for _ in range(60):  # it gets twice as fast, and that is found out in time
+        for size in range(100, 2000, 100):
+            sums.add(size, 0.01 + size / 2000)
+        found = readings.look([reads("a", sums)])["a"]
+    assert found.bandwidth_bytes_per_s == pytest.approx(2000, rel=0.1)
+    after = readings.look([reads("a", ReadSums(steps=1, bytes=5, seconds=1))])["a"]
+    assert after.bandwidth_bytes_per_s == pytest.approx(found.bandwidth_bytes_per_s, rel=0.2), "a new engine"
+    assert readings.look([]) == {} and readings.look([attention_pb2.StatsReply(node="a")]) == {}, "gone"
+
+
+def test_the_rest_of_a_step_is_what_the_slowest_reader_leaves():
+    assert rest_s(0.05, [Reading(1e9, 0.01), Reading(1e9, 0.03)]) == pytest.approx(0.02)
+    assert rest_s(0.05, []) == 0.05 and rest_s(0.0, [Reading(1e9, 0.01)]) == 0.0
 
 
 def test_tails_are_counted_where_they_are_and_waiting_prompts_too():

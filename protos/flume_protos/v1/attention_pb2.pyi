@@ -168,7 +168,7 @@ class LaneStats(_message.Message):
     def __init__(self, weight_node: _Optional[str] = ..., epoch: _Optional[int] = ..., granted_blocks: _Optional[int] = ..., held_blocks: _Optional[int] = ..., sequences: _Optional[int] = ..., ranges: _Optional[int] = ..., steps: _Optional[int] = ...) -> None: ...
 
 class StatsReply(_message.Message):
-    __slots__ = ("node", "state", "capacity_tokens", "used_tokens", "capacity_blocks", "used_blocks", "kv_bytes", "epoch_rejected", "lanes", "safe_to_delete", "orphan_tokens", "pulled_tokens", "pulls_refused")
+    __slots__ = ("node", "state", "capacity_tokens", "used_tokens", "capacity_blocks", "used_blocks", "kv_bytes", "epoch_rejected", "lanes", "safe_to_delete", "orphan_tokens", "pulled_tokens", "pulls_refused", "reads")
     NODE_FIELD_NUMBER: _ClassVar[int]
     STATE_FIELD_NUMBER: _ClassVar[int]
     CAPACITY_TOKENS_FIELD_NUMBER: _ClassVar[int]
@@ -182,6 +182,7 @@ class StatsReply(_message.Message):
     ORPHAN_TOKENS_FIELD_NUMBER: _ClassVar[int]
     PULLED_TOKENS_FIELD_NUMBER: _ClassVar[int]
     PULLS_REFUSED_FIELD_NUMBER: _ClassVar[int]
+    READS_FIELD_NUMBER: _ClassVar[int]
     node: str
     state: _common_pb2.NodeState
     capacity_tokens: int
@@ -195,7 +196,24 @@ class StatsReply(_message.Message):
     orphan_tokens: int
     pulled_tokens: int
     pulls_refused: int
-    def __init__(self, node: _Optional[str] = ..., state: _Optional[_Union[_common_pb2.NodeState, str]] = ..., capacity_tokens: _Optional[int] = ..., used_tokens: _Optional[int] = ..., capacity_blocks: _Optional[int] = ..., used_blocks: _Optional[int] = ..., kv_bytes: _Optional[int] = ..., epoch_rejected: _Optional[int] = ..., lanes: _Optional[_Iterable[_Union[LaneStats, _Mapping]]] = ..., safe_to_delete: _Optional[bool] = ..., orphan_tokens: _Optional[int] = ..., pulled_tokens: _Optional[int] = ..., pulls_refused: _Optional[int] = ...) -> None: ...
+    reads: ReadSums
+    def __init__(self, node: _Optional[str] = ..., state: _Optional[_Union[_common_pb2.NodeState, str]] = ..., capacity_tokens: _Optional[int] = ..., used_tokens: _Optional[int] = ..., capacity_blocks: _Optional[int] = ..., used_blocks: _Optional[int] = ..., kv_bytes: _Optional[int] = ..., epoch_rejected: _Optional[int] = ..., lanes: _Optional[_Iterable[_Union[LaneStats, _Mapping]]] = ..., safe_to_delete: _Optional[bool] = ..., orphan_tokens: _Optional[int] = ..., pulled_tokens: _Optional[int] = ..., pulls_refused: _Optional[int] = ..., reads: _Optional[_Union[ReadSums, _Mapping]] = ...) -> None: ...
+
+class ReadSums(_message.Message):
+    __slots__ = ("steps", "bytes", "seconds", "bytes_squared", "seconds_squared", "bytes_seconds")
+    STEPS_FIELD_NUMBER: _ClassVar[int]
+    BYTES_FIELD_NUMBER: _ClassVar[int]
+    SECONDS_FIELD_NUMBER: _ClassVar[int]
+    BYTES_SQUARED_FIELD_NUMBER: _ClassVar[int]
+    SECONDS_SQUARED_FIELD_NUMBER: _ClassVar[int]
+    BYTES_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    steps: float
+    bytes: float
+    seconds: float
+    bytes_squared: float
+    seconds_squared: float
+    bytes_seconds: float
+    def __init__(self, steps: _Optional[float] = ..., bytes: _Optional[float] = ..., seconds: _Optional[float] = ..., bytes_squared: _Optional[float] = ..., seconds_squared: _Optional[float] = ..., bytes_seconds: _Optional[float] = ...) -> None: ...
 
 class DrainRequest(_message.Message):
     __slots__ = ("deadline_s",)

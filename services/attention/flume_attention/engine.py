@@ -302,6 +302,7 @@ class Engine:
                 orphan_tokens=node.orphans.held_tokens,
                 pulled_tokens=node.pulled_tokens,
                 pulls_refused=node.pulls_refused,
+                reads=node.reads,
                 lanes=lanes,
             )
         )

@@ -7,6 +7,7 @@ its PLAN is in; what comes too late (its step was refused or abandoned) is dropp
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 
 from flume_common.lanes import Frame, Lane, Receiver
@@ -59,6 +60,7 @@ class LaneSession:
         self._refused = (0, Refusal.NONE)
         self._last_credit: Credit | None = None
         self._past: list[list[tuple[KvRun, ...]]] = []  # per row with queries, per layer
+        self._attended_s = 0.0  # in the step under way
         self._tensors = FrameTensors(holdings.shape.layout)
         self._use_threads = use_threads
         self._on_refused = on_refused
@@ -96,7 +98,7 @@ class LaneSession:
         if plan.step < self._last_step:
             raise ProtocolError(f"PLAN {plan.step} came after step {self._last_step}")
         self.holdings.abandon()
-        self._past = []
+        self._past, self._attended_s = [], 0.0
         self.changed = True
         if len(plan.rows):
             self._last_step = plan.step
@@ -136,14 +138,23 @@ class LaneSession:
         self._require_query(step, frame)
         q = self._tensors.queries(frame, step.query_tokens)
         o, lse = self._tensors.partial(answer, step.query_tokens)
+        began_s = time.perf_counter()
         self._attend(step, q, o, lse)
+        self._attended_s += time.perf_counter() - began_s
         header = answer.header
         header[Header.STEP], header[Header.LAYER] = step.number, step.layers_answered
         header[Header.EPOCH] = self._node_epoch
         self._partials.send(answer, self._tensors.partial_bytes(step.query_tokens))
         step.layers_answered += 1
         self._queries.drop()
+        if step.layers_answered == self.holdings.shape.layout.num_layers:
+            self._note_reads(step)
         return True
+
+    def _note_reads(self, step: Step) -> None:
+        if step.query_tokens < MANY_QUERIES:
+            tokens = sum(run.tokens for row in step.asking for run in row.past)
+            self._node.reads.add(tokens * self.holdings.shape.layout.token_bytes, self._attended_s)
 
     def _require_query(self, step: Step, frame: Frame) -> None:
         layer, size = int(frame.header[Header.LAYER]), int(frame.header[Header.BODY_BYTES])

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import msgspec
 from flume_common.layout import KvLayout
+from flume_common.read_speed import ReadSums
 
 
 class Attach(msgspec.Struct, tag=True, frozen=True, kw_only=True):
@@ -186,6 +187,7 @@ class Report(msgspec.Struct, tag=True, frozen=True, kw_only=True):
     orphan_tokens: int = 0
     pulled_tokens: int = 0
     pulls_refused: int = 0
+    reads: ReadSums = msgspec.field(default_factory=ReadSums)
     lanes: list[LaneReport] = []
 
 

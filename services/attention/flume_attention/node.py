@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from flume_common.layout import KvLayout, LayoutMismatch
+from flume_common.read_speed import ReadSums
 from flume_common.wire import LaneShape
 
 from flume_attention.arrivals import Arrivals
@@ -34,6 +35,7 @@ class Node:
     epoch_rejected: int = 0  # messages refused for an older epoch
     pulled_tokens: int = 0  # read from other nodes
     pulls_refused: int = 0  # reads of ranges that are not there any more
+    reads: ReadSums = field(default_factory=ReadSums)  # by steps of few queries
     pool: KvPool | None = None
     blocks: BlockPool = field(default_factory=lambda: BlockPool(0))
     holdings: dict[str, Holdings] = field(default_factory=dict)  # by weight node

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable
 
 import grpc
+import msgspec
 import structlog
 from flume_common.layout import KvLayout, LayoutMismatch
 from flume_common.membership import State
@@ -200,6 +201,7 @@ def stats(node: str, kv_bytes: int, state: State, report: m.Report) -> pb.StatsR
         orphan_tokens=report.orphan_tokens,
         pulled_tokens=report.pulled_tokens,
         pulls_refused=report.pulls_refused,
+        reads=pb.ReadSums(**msgspec.structs.asdict(report.reads)),
     )
 
 

@@ -36,9 +36,9 @@ class Settings:
     tpot_slo_s: float = 0.0
     """Time per output token to keep; 0: memory alone counts."""
     rest_s: float = 0.0
-    """Part of a step that is not attention and does not overlap with it."""
+    """Part of a step that does not grow with the KV that is read; 0: as measured."""
     bandwidth_bytes_per_s: float = 0.0
-    """At which an attention node reads KV; 0: unknown, and memory alone counts."""
+    """At which an attention node reads KV; 0: as measured, and where that is unknown memory alone counts."""
     prepare_s: float = 5.0
     """From start to READY, where none has been measured yet."""
 
@@ -59,6 +59,7 @@ class NodeLoad:
     used_tokens: int
     open_tails: int = 0
     bytes_per_token: float = 0.0  # 0: unknown
+    bandwidth_bytes_per_s: float = 0.0  # measured; 0: unknown
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +71,7 @@ class FleetLoad:
     changed_at_s: float  # when `desired` last changed, same clock as `now_s`
     waiting_tokens: int = 0  # of sequences that have not been admitted
     step_s: float = 0.0  # measured time per token; 0: nothing is being generated
+    rest_s: float = 0.0  # measured: the part of `step_s` that is not reading KV
     prepare_s: float | None = None  # measured
     gave_up: bool = False  # the last change was the return from a scale that could not complete
 
@@ -83,15 +85,17 @@ class Decision:
     low_since_s: float | None = None
 
 
-def budget_tokens(settings: Settings, node: NodeLoad) -> float:
+def budget_tokens(settings: Settings, node: NodeLoad, rest_s: float = 0.0) -> float:
     """What a node may hold so that it neither runs out of memory nor makes steps longer than the SLO.
 
-    An SLO that the rest of a step already breaks is no limit: no number of nodes would keep it.
+    `rest_s` is measured; what the settings say counts more. An SLO that the rest of a step already breaks
+    is no limit: no number of nodes would keep it.
     """
-    read_s = settings.tpot_slo_s - settings.rest_s
-    if settings.bandwidth_bytes_per_s <= 0 or node.bytes_per_token <= 0 or read_s <= 0:
+    read_s = settings.tpot_slo_s - (settings.rest_s or rest_s)
+    bandwidth = settings.bandwidth_bytes_per_s or node.bandwidth_bytes_per_s
+    if bandwidth <= 0 or node.bytes_per_token <= 0 or read_s <= 0:
         return float(node.capacity_tokens)
-    return min(float(node.capacity_tokens), read_s * settings.bandwidth_bytes_per_s / node.bytes_per_token)
+    return min(float(node.capacity_tokens), read_s * bandwidth / node.bytes_per_token)
 
 
 def demand_tokens(settings: Settings, load: FleetLoad) -> float:
@@ -111,7 +115,7 @@ def decide(settings: Settings, load: FleetLoad, low_since_s: float | None, now_s
     `low_since_s`: what the last decision gave, None at first.
     """
     bounded = _clamp(settings, load.desired)
-    budget = sum(budget_tokens(settings, node) for node in load.nodes) / max(len(load.nodes), 1)
+    budget = sum(budget_tokens(settings, node, load.rest_s) for node in load.nodes) / max(len(load.nodes), 1)
     if bounded != load.desired:
         return Decision(bounded, f"bounds are {settings.min} to {settings.max}")
     if budget <= 0:

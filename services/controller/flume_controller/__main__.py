@@ -69,11 +69,11 @@ from flume_controller.serve import run
 )  # fmt: skip
 @click.option(
     "--autoscale-bandwidth", "attention_bandwidth_bytes_per_s", type=click.FloatRange(min=0), default=0,
-    help="Bytes per second at which an attention node reads KV; with it the autoscaler keeps the SLO, too.",
+    help="Bytes per second at which an attention node reads KV, for the SLO's limit; 0: as measured.",
 )  # fmt: skip
 @click.option(
     "--autoscale-rest", "rest_of_step_s", type=DURATION, default="0s",
-    help="Part of a step outside of attention, for the same limit.",
+    help="Part of a step that is not reading KV, for the same limit; 0: as measured.",
 )  # fmt: skip
 @click.option("--log-level", type=click.Choice(LEVELS), default="info", show_default=True)
 def main(

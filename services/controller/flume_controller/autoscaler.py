@@ -25,7 +25,7 @@ from flume_controller import desired
 from flume_controller.desired import SpecError
 from flume_controller.events import EventType, Happening
 from flume_controller.happenings import FLEET
-from flume_controller.load import Pace, node_loads, waiting_tokens
+from flume_controller.load import Pace, Readings, node_loads, rest_s, waiting_tokens
 from flume_controller.spec import Actor, AttentionSpec, encode
 
 log = structlog.get_logger()
@@ -72,6 +72,7 @@ class Autoscaler:
         self._tell = tell
         self._clock = clock
         self._pace = Pace()
+        self._readings = Readings()
         self._low_since_s: float | None = None
 
     async def run(self) -> NoReturn:
@@ -99,15 +100,19 @@ class Autoscaler:
 
     async def _load(self, spec: AttentionSpec) -> FleetLoad:
         attention, weight = (_ready(self._members.of(role)) for role in (Role.ATTENTION, Role.WEIGHT))
-        stats = await asyncio.gather(*(self._nodes.stats(member) for member in attention))
+        replies = await asyncio.gather(*(self._nodes.stats(member) for member in attention))
         lists = await asyncio.gather(*(self._nodes.sequences(member) for member in weight))
         sequences = [item for items in lists for item in items]
+        stats = list(map(_or_last_word, attention, replies))
+        readings = self._readings.look(stats)
+        step_s = self._pace.step_s(sequences, self._clock())
         return FleetLoad(
-            nodes=node_loads(map(_or_last_word, attention, stats), sequences),
+            nodes=node_loads(stats, sequences, readings),
             desired=spec.desired,
             changed_at_s=spec.updated_at_s,
             waiting_tokens=waiting_tokens(sequences),
-            step_s=self._pace.step_s(sequences, self._clock()),
+            step_s=step_s,
+            rest_s=rest_s(step_s, readings.values()),
             prepare_s=self._prepare_s(),
             gave_up=spec.set_by is Actor.CONTROLLER,
         )

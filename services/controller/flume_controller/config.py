@@ -42,8 +42,8 @@ class ControllerConfig(msgspec.Struct, frozen=True, kw_only=True):
     election: Timing = Timing()
     """How long the others wait for a leader that died, and when one that can't renew stops."""
     attention_bandwidth_bytes_per_s: Annotated[float, msgspec.Meta(ge=0)] = 0.0
-    """At which one attention node reads KV, for the autoscaler's latency limit; 0: unknown, memory alone."""
+    """At which one attention node reads KV, for the autoscaler's latency limit; 0: as measured."""
     rest_of_step_s: Annotated[float, msgspec.Meta(ge=0)] = 0.0
-    """Part of a step outside of attention, for the same limit."""
+    """Part of a step that is not reading KV, for the same limit; 0: as measured."""
     stop_grace_s: Positive = 10.0
     """How long an attention node may take to end after SIGTERM."""
