@@ -41,7 +41,9 @@ def test_what_was_measured_limits_where_nothing_is_set():
     assert budget_tokens(both, node, rest_s=0.010) == pytest.approx(0.030 * 384e9 / 131_072)
     full = [replace(node, used_tokens=200_000)]
     slow = FleetLoad(full, desired=1, changed_at_s=-100.0, rest_s=0.010)
-    assert decide(slo, slow, None, 0.0).desired == 2, "half of its memory, most of its time"
+    decision = decide(slo, slow, None, 0.0)
+    assert decision.desired == 2, "half of its memory, most of its time"
+    assert "234375 tokens each, which the SLO allows" in decision.reason
     assert decide(Settings(), slow, None, 0.0).desired == 1
 
 

@@ -123,34 +123,33 @@ def decide(settings: Settings, load: FleetLoad, low_since_s: float | None, now_s
     demand = demand_tokens(settings, load)
     wanted = _clamp(settings, math.ceil(demand / (settings.watermark * budget)))
     if wanted > bounded:
-        return _more(settings, load, wanted, demand, budget, now_s)
+        return _more(settings, load, wanted, _expected(load, demand, budget), now_s)
     spare = _clamp(settings, math.ceil(demand / (settings.watermark * settings.shrink_ratio * budget)))
     if spare >= bounded:
         return Decision(bounded, "as needed")
-    return _fewer(settings, load, demand, budget, now_s if low_since_s is None else low_since_s, now_s)
+    expected = _expected(load, demand, budget)
+    return _fewer(settings, load, expected, now_s if low_since_s is None else low_since_s, now_s)
 
 
-def _more(
-    settings: Settings, load: FleetLoad, wanted: int, demand: float, budget: float, now_s: float
-) -> Decision:
+def _more(settings: Settings, load: FleetLoad, wanted: int, expected: str, now_s: float) -> Decision:
     pause_s = settings.cooldown_s if load.gave_up else settings.cooldown_up_s
     if now_s - load.changed_at_s < pause_s:
         return Decision(load.desired, f"{wanted} needed, cooling down")
-    return Decision(wanted, f"{_load(demand, budget, load.desired)} above the watermark")
+    return Decision(wanted, f"{expected}, above the watermark")
 
 
-def _fewer(
-    settings: Settings, load: FleetLoad, demand: float, budget: float, low_since_s: float, now_s: float
-) -> Decision:
+def _fewer(settings: Settings, load: FleetLoad, expected: str, low_since_s: float, now_s: float) -> Decision:
     """One at a time: what the next one less means is seen before it goes."""
     if now_s - max(low_since_s, load.changed_at_s) < settings.cooldown_s:
         return Decision(load.desired, "low, cooling down", low_since_s)
-    reason = f"{_load(demand, budget, load.desired)} for {settings.cooldown_s:g} s"
-    return Decision(load.desired - 1, reason, low_since_s)
+    return Decision(load.desired - 1, f"{expected}, for {settings.cooldown_s:g} s", low_since_s)
 
 
-def _load(demand: float, budget: float, nodes: int) -> str:
-    return f"{demand / (budget * max(nodes, 1)):.0%} of {nodes} nodes' budget expected"
+def _expected(load: FleetLoad, demand: float, budget: float) -> str:
+    share = demand / (budget * max(load.desired, 1))
+    memory = sum(node.capacity_tokens for node in load.nodes) / len(load.nodes)
+    limit = f" of {budget:.0f} tokens each, which the SLO allows" if budget < memory else ""
+    return f"{share:.0%} of {load.desired} nodes' budget{limit} expected"
 
 
 def _clamp(settings: Settings, count: int) -> int:
