@@ -50,6 +50,10 @@ def test_of_two_drains_of_a_node_the_last_counts():
     spec = drained(spec, "a", now_s=6.0)
     assert (spec.drained, list(spec.drain_deadlines), spec.generation) == (("a", "b"), ["b"], 4)
     assert drained(spec, "a", now_s=7.0) is spec
+    many = spec
+    for number in range(300):
+        many = drained(many, f"n{number}", deadline_s=9.0, now_s=7.0)
+    assert len(many.drained) == len(many.drain_deadlines) == 256 and many.drained[-1] == "n299"
     spec = undrained(spec, "b", now_s=8.0)
     assert (spec.drained, spec.drain_deadlines) == (("a",), {})
     assert decode_spec(encode(spec)) == spec

@@ -24,6 +24,9 @@ from flume_controller.desired import RevisionChanged
 from flume_controller.spec import Actor, AttentionSpec, Autoscale, Deadline
 
 TPOT_SLO = Path(Scope.CONTROLLER, "tpot_slo_ms")
+# A node that was let go may come back, from a stop or a cut: its name stays. Long before there are so many
+# later ones it is gone for good.
+_REMEMBERED = 256
 
 
 class UnknownActor(ValueError):
@@ -198,7 +201,8 @@ def drained(spec: AttentionSpec, node: str, *, deadline_s: float = 0.0, now_s: f
     deadline = desired.deadline_from(deadline_s, now_s)
     if node in spec.drained and deadline is None and node not in spec.drain_deadlines:
         return spec
-    names = spec.drained if node in spec.drained else (*spec.drained, node)
+    names = spec.drained if node in spec.drained else (*spec.drained, node)[-_REMEMBERED:]
+    others = {name: item for name, item in others.items() if name in names}
     return _with_drained(spec, names, others | ({node: deadline} if deadline else {}), now_s)
 
 
