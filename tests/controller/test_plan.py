@@ -80,6 +80,18 @@ def node(id, phase, held=0, safe=False, managed=True, **leaving):
             id="somebody else's process is not stopped",
         ),
         pytest.param(
+            1,
+            [node("a", READY, 9), node("b", READY, managed=False)],
+            [Drain("a")],
+            id="somebody else's leaves last, as it would stay for nothing",
+        ),
+        pytest.param(
+            1,
+            [node("a", READY), node("b", PREPARING, managed=False)],
+            [],
+            id="somebody else's counts once it is ready",
+        ),
+        pytest.param(
             0, [node("a", READY), node("b", READY, 2)], [Drain("a"), Drain("b")], id="scale to zero"
         ),
         pytest.param(

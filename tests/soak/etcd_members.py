@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,15 +27,20 @@ class Lease:
 
 
 class Member:
-    def __init__(self, name: str, folder: Path, client_port: int, peers: dict[str, int]) -> None:
+    def __init__(
+        self, name: str, folder: Path, client_port: int, peers: dict[str, int], also: Sequence[str] = ()
+    ) -> None:
+        """`also`: addresses of ours at which other hosts reach it."""
         self.name = name
+        self.port = client_port
         self.endpoint = f"127.0.0.1:{client_port}"
         client, peer = f"http://{self.endpoint}", f"http://127.0.0.1:{peers[name]}"
         everybody = ",".join(f"{other}=http://127.0.0.1:{port}" for other, port in peers.items())
+        listen = ",".join([client, *(f"http://{address}:{client_port}" for address in also)])
         self._log = folder / f"{name}.log"
         self._command = [
             *(str(find_etcd()), "--name", name, "--data-dir", str(folder / name)),
-            *("--listen-client-urls", client, "--advertise-client-urls", client),
+            *("--listen-client-urls", listen, "--advertise-client-urls", client),
             *("--listen-peer-urls", peer, "--initial-advertise-peer-urls", peer),
             # A crashed process loses nothing that the page cache has; only the machine's crash would.
             *("--initial-cluster", everybody, "--unsafe-no-fsync", "--log-level", "warn"),
@@ -77,7 +82,11 @@ class Etcds:
 
     @property
     def endpoints(self) -> str:
-        return ",".join(member.endpoint for member in self.members)
+        return self.endpoints_at("127.0.0.1")
+
+    def endpoints_at(self, address: str) -> str:
+        """As those see them who reach us at this address."""
+        return ",".join(f"{address}:{member.port}" for member in self.members)
 
     def leader(self) -> Member:
         """Waits for one. Raises AssertionError when there is none for too long."""
@@ -128,11 +137,12 @@ class Etcds:
 
 
 @contextmanager
-def three_etcds(folder: Path) -> Iterator[Etcds]:
+def three_etcds(folder: Path, also: Sequence[str] = ()) -> Iterator[Etcds]:
+    """`also`: addresses of ours at which other hosts reach them, too."""
     folder.mkdir(parents=True, exist_ok=True)
     names = [f"etcd-{number}" for number in range(1, 4)]
     peers = {name: free_port() for name in names}
-    etcds = Etcds([Member(name, folder, free_port(), peers) for name in names])
+    etcds = Etcds([Member(name, folder, free_port(), peers, also) for name in names])
     with ExitStack() as stack:
         stack.callback(etcds.kill)
         etcds.start()

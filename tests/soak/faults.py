@@ -8,14 +8,21 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
+from datetime import datetime
 
+import grpc
+import hosts
 import httpx
 import processes
+from flume_common.keys import Keys
+from flume_common.membership import Role
 from prometheus_client.parser import text_string_to_metric_families
-from rounds import Fault, Round, group_of
+from rounds import FAR, WEIGHTS, Fault, Round, group_of
 
 PARTS = ("node", "engine", "supervisor")
 """Of a weight or attention node: both its processes, or one; in turn."""
+BACK_S = 20.0
+"""Until a node whose cable is in again is a member with its lanes."""
 SLACK_S = 3.0
 """By which a deadline may be missed on a busy machine."""
 
@@ -26,6 +33,9 @@ class Waits:
 
     stop_s: float = 20.0
     outage_s: float = 60.0
+    cut_s: float = 20.0
+    blink_s: float = 2.5
+    """A cable that is soon back, before anybody has given up."""
 
 
 def scale(round: Round) -> None:
@@ -145,6 +155,75 @@ def _targets(round: Round, role: str) -> list[int]:
     return [item.pid for item in group if part in ("node", "process") or part in item.kind]
 
 
+def cut(seconds: float, blink_s: float) -> Callable[[Round], None]:
+    """In turn: for longer than a lease lasts, and for less than anything waits."""
+
+    def fault(round: Round) -> None:
+        there = round.world.there
+        assert there is not None
+        round.cluster.until(lambda: FAR in _in_routes(round), 10, f"a stream goes through {FAR}")
+        epoch, long = _epoch(round), round.number % 2 == 1
+        there.cut()
+        try:
+            cut_s = time.time()
+            round.late()
+            time.sleep(seconds if long else blink_s)
+        finally:
+            there.mend()
+        _back(round, epoch if long else 0)
+        _takes_tails(round)
+        lost = [
+            f"lost after {_at_s(line) - cut_s:.1f} s by {line['node']} ({line['reason']})"
+            for line in round.logs.since("lane_lost")
+            if line["attention_node"] == FAR
+        ]
+        round.notes += [f"cut for {seconds if long else blink_s:g} s", *lost]
+
+    return fault
+
+
+def _back(round: Round, old_epoch: int) -> None:
+    """It is a member again, under a newer epoch than `old_epoch`, and has all its lanes."""
+    began_s = time.monotonic()
+    round.cluster.until(lambda: _epoch(round) > old_epoch, BACK_S, f"{FAR} is registered again")
+    round.cluster.until(lambda: len(_lanes(round)) == WEIGHTS, BACK_S, f"{FAR} is attached again")
+    round.notes.append(f"back {time.monotonic() - began_s:.1f} s after the cable")
+
+
+def _takes_tails(round: Round, tries: int = 8) -> None:
+    """New streams soon go through it."""
+    for _ in range(tries):
+        steps = sum(_lanes(round))
+        round.fresh()
+        if sum(_lanes(round)) > steps:
+            return
+    raise AssertionError(f"{FAR} was given none of {tries} streams")
+
+
+def _epoch(round: Round) -> int:
+    """0 while it is no member."""
+    member = Keys("default").member(Role.ATTENTION, FAR)
+    item = round.world.etcds.items(member).get(member)
+    return item.create_revision if item else 0
+
+
+def _lanes(round: Round) -> list[int]:
+    """Steps it has answered on each lane it has now; none when it does not answer."""
+    with suppress(grpc.RpcError):
+        for stats in round.cluster.stats():
+            if stats.node == FAR:
+                return [lane.steps for lane in stats.lanes]
+    return []
+
+
+def _in_routes(round: Round) -> set[str]:
+    return {item.node for route in round.cluster.routes() for item in route.ranges}
+
+
+def _at_s(line: dict[str, object]) -> float:
+    return datetime.fromisoformat(str(line["timestamp"])).timestamp()
+
+
 def etcd_leader(round: Round, times: int = 3, every_s: float = 4.0) -> None:
     etcds = round.world.etcds
     for _ in range(times):
@@ -211,4 +290,10 @@ def table(waits: Waits) -> dict[str, Fault]:
         Fault("etcd-outage", etcd_outage(waits.outage_s), f"all of etcd gone for {waits.outage_s:g} s",
               nothing_lost),
     ]  # fmt: skip
+    if not hosts.why_not():
+        faults.append(
+            Fault("cut-attention", cut(waits.cut_s, waits.blink_s),
+                  f"cable out of an attention node's host for {waits.cut_s:g} s, {waits.blink_s:g} s in turn",
+                  lost_recomputed, far=True)
+        )  # fmt: skip
     return {fault.name: fault for fault in faults}

@@ -12,6 +12,7 @@ import processes
 from clusters import Cluster
 from etcd_members import Etcds
 from flume_protos.v1 import router_pb2_grpc
+from hosts import Host
 from leaks import Leaks
 from report import Logs
 from streams import RetryingStream, Running, Stream
@@ -19,6 +20,7 @@ from streams import RetryingStream, Running, Stream
 MODEL = "smollm2-135m"
 WEIGHTS = 2
 ATTENTION = 2
+FAR = "far-1"
 TOKENS = 110
 SHORT_TOKENS = 24
 
@@ -45,6 +47,8 @@ class World:
     cluster: Cluster
     etcds: Etcds
     expected: dict[Key, Pieces]
+    there: Host | None = None
+    """Where the attention node FAR runs, which the controller did not start, in place of one of its own."""
     leaks: Leaks = field(init=False)
 
     def __post_init__(self) -> None:
@@ -149,6 +153,8 @@ class Fault:
     attention: int = ATTENTION
     """Nodes before and after it."""
     client: Client = "grpc"
+    far: bool = False
+    """One of these nodes runs on another host, see `World.there`."""
 
 
 def joined(pieces: Pieces) -> list[str]:

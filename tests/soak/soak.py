@@ -13,25 +13,28 @@ import argparse
 import json
 import random
 import shutil
+import signal
 import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).parent.parent))
 sys.path.insert(0, str(Path(__file__).parent.parent / "e2e"))
 import faults
 import load
 import processes
 from clusters import running
 from etcd_members import three_etcds
+from hosts import Host, host, why_not
 from leaks import LEASE_S
 from memory import LEAST_SAMPLES, Growth, Memory
 from report import failure_report
-from rounds import ATTENTION, WEIGHTS, Fault, Pieces, Round, World
+from rounds import ATTENTION, FAR, WEIGHTS, Fault, Pieces, Round, World
 
 CLEAN_S = 40.0
 """Until nothing is left and every node is back; an election alone may take 15 s."""
@@ -76,7 +79,7 @@ class Soak:
     def __init__(self, args: argparse.Namespace, chosen: list[str]) -> None:
         self._args = args
         self._chosen = chosen
-        self._faults = faults.table(faults.Waits(stop_s=args.stop_s, outage_s=args.outage_s))
+        self._faults = faults.table(waits(args))
         self._expected: dict[tuple, Pieces] = {}
         self._folders: list[Path] = []
         self.tallies: dict[str, Tally] = {}
@@ -84,10 +87,11 @@ class Soak:
     def run(self) -> None:
         """All rounds of all faults; a new cluster after each failure."""
         todo = [(name, number) for name in self._chosen for number in range(1, self._rounds(name) + 1)]
+        todo.sort(key=lambda item: self._is_far(item[0]))
         while todo:
             before = todo
             try:
-                with self._world() as world:
+                with self._world(far=self._is_far(todo[0][0])) as world:
                     todo = self._until_failure(world, todo)
             except AssertionError as error:  # of `down`, unless nothing was done yet
                 if todo is before:
@@ -97,10 +101,16 @@ class Soak:
     def _rounds(self, name: str) -> int:
         return 1 if name == SCALING else self._args.rounds
 
+    def _is_far(self, name: str) -> bool:
+        return name != SCALING and self._faults[name].far
+
     def _until_failure(self, world: World, todo: list[tuple[str, int]]) -> list[tuple[str, int]]:
-        """What is left to do."""
+        """What is left to do, from a failure or a fault that wants another cluster on."""
         memory = Memory()
         for index, (name, number) in enumerate(todo):
+            if self._is_far(name) != (world.there is not None):
+                self._note_end(world)
+                return todo[index:]
             if number == 1:
                 memory = Memory()
             failure = self._one(world, name, number, memory)
@@ -155,15 +165,20 @@ class Soak:
         self.write()
 
     @contextmanager
-    def _world(self) -> Iterator[World]:
+    def _world(self, *, far: bool) -> Iterator[World]:
         with tempfile.TemporaryDirectory(prefix="flume-soak-") as folder:
             path = Path(folder)
             self._folders.append(path)
-            with three_etcds(path / "etcds") as etcds:
+            with ExitStack() as stack:
+                there = stack.enter_context(host()) if far else None
+                etcds = stack.enter_context(three_etcds(path / "etcds", [there.gateway] if there else []))
                 nodes = ("--attention", str(ATTENTION), "--weight", str(WEIGHTS))
                 kind = ("--dtype", "float32", "--kv-memory", str(processes.KV_BYTES))
-                with running(path / "cluster", *nodes, *kind, "--etcd", etcds.endpoints) as cluster:
-                    yield World(cluster, etcds, self._expected)
+                ours = running(path / "cluster", *nodes, *kind, "--etcd", etcds.endpoints)
+                world = World(stack.enter_context(ours), etcds, self._expected, there)
+                if there is not None:
+                    join_far(world, there)
+                yield world
             assert not (left := processes.everything()), f"left after `flumectl down`: {left}"
 
     def _keep(self, name: str, number: int) -> Path:
@@ -196,6 +211,19 @@ class Soak:
             for name, tally in self.tallies.items()
         }
         self._args.json.write_text(json.dumps(counts, indent=2) + "\n")
+
+
+def join_far(world: World, there: Host) -> None:
+    """FAR joins; one of the controller's own is let go for it."""
+    words = [
+        *(sys.executable, "-m", "flume_attention", "--node", FAR, "--dtype", "float32"),
+        *("--kv-memory", str(processes.KV_BYTES), "--listen", f"{there.address}:0"),
+        *("--etcd", world.etcds.endpoints_at(there.gateway)),
+    ]
+    # Shared memory would go on working without the cable.
+    there.start(words, world.cluster.data_dir / f"{FAR}.log", {"UCX_TLS": "tcp"})
+    left = world.clean(ATTENTION, CLEAN_S)
+    assert not left and FAR in {node.id for node in world.cluster.nodes("attention")}, left
 
 
 def one_round(world: World, fault: Fault, number: int, rng: random.Random, memory: Memory) -> tuple[str, str]:
@@ -242,6 +270,9 @@ def parse(names: list[str]) -> argparse.Namespace:
     flags.add_argument(
         "--outage-s", type=float, default=60.0, help="how long etcd is gone (default: %(default)s)"
     )
+    flags.add_argument(
+        "--cut-s", type=float, default=20.0, help="how long a cable is out (default: %(default)s)"
+    )
     flags.add_argument("--minutes", type=float, default=10.0, help=f"of {SCALING} (default: %(default)s)")
     flags.add_argument("--seed", default="1", help="of what is left to chance (default: %(default)s)")
     flags.add_argument("--json", type=Path, metavar="FILE", help="write the counts there, too")
@@ -253,12 +284,19 @@ def parse(names: list[str]) -> argparse.Namespace:
     return flags.parse_args()
 
 
+def waits(args: argparse.Namespace) -> faults.Waits:
+    return faults.Waits(stop_s=args.stop_s, outage_s=args.outage_s, cut_s=args.cut_s)
+
+
 def main() -> int:
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # what we began is ended
     table = faults.table(faults.Waits())
     args = parse([*table, SCALING])
     if args.list:
-        for fault in faults.table(faults.Waits(args.stop_s, args.outage_s)).values():
+        for fault in faults.table(waits(args)).values():
             print(f"{fault.name:<16} {fault.about}")
+        if why := why_not():
+            print(f"{'cut-attention':<16} not here: {why}")
         print(f"{SCALING:<16} scaled every {load.EVERY_S:g} s at 70 % load, for {args.minutes:g} minutes")
         return 0
     processes.adopt_orphans()

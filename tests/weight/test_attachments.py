@@ -137,6 +137,25 @@ async def test_the_other_weight_node_is_fenced_as_soon_as_etcd_says_that_its_epo
     assert [request.lost_below for request in node.asked] == [5, 12] or node.asked[-1].lost_below == 12
 
 
+async def test_a_lane_that_is_lost_at_once_time_and_again_is_set_up_ever_less_often(ours):
+    async with listed("a", Node(pb.AdoptReply())) as one:
+        began_s = time.monotonic()
+        while time.monotonic() - began_s < 1:
+            await ours.reconcile([one])
+            ours.lost("a")
+            await asyncio.sleep(0.01)
+    assert len(ours.said) == 4, "after 0, 0.1, 0.3 and 0.8 s"
+
+
+async def test_a_lane_that_was_there_for_a_while_is_set_up_again_at_once(ours, monkeypatch):
+    monkeypatch.setattr(attachments, "_LASTS_S", 0.0)
+    async with listed("a", Node(pb.AdoptReply())) as one:
+        for _ in range(3):
+            await ours.reconcile([one])
+            ours.lost("a")
+        assert len(ours.said) == 3
+
+
 async def test_leaving_tells_every_node_that_answers(ours):
     node = Node(pb.AdoptReply())
     async with listed("a", node) as one:

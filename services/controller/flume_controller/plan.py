@@ -76,7 +76,7 @@ def plan(desired: int, nodes: Sequence[NodeView]) -> list[Action]:
     sees what is true then. Draining nodes count for nobody, as they take no new tails; neither do those
     that an operator wants to go, so that others are started in their place.
     """
-    present = [node for node in nodes if node.phase in _STAYING]
+    present = [node for node in nodes if node.phase in _STAYING and _counts(node)]
     staying = [node for node in present if not node.drained]
     # A lost node is likely to be back with its KV: nothing is started in its place, but neither does
     # it let a ready node go. Once it is STUCK it no longer counts.
@@ -86,6 +86,11 @@ def plan(desired: int, nodes: Sequence[NodeView]) -> list[Action]:
     wanted += [_leave(node) for node in _victims(len(staying) - desired, staying)]
     wanted += _stops(nodes, wanted)
     return [*wanted, *_reminders(nodes, wanted)]
+
+
+def _counts(node: NodeView) -> bool:
+    """One that others run, once it serves: until then nothing of ours goes for it, nor is it drained."""
+    return node.managed or node.phase is Phase.READY or node.drained
 
 
 def _more(missing: int, nodes: Iterable[NodeView]) -> list[Action]:
@@ -103,7 +108,10 @@ def _more(missing: int, nodes: Iterable[NodeView]) -> list[Action]:
 
 def _victims(surplus: int, staying: Iterable[NodeView]) -> list[NodeView]:
     newest_first = sorted(staying, key=lambda node: (len(node.id), node.id), reverse=True)
-    order = sorted(newest_first, key=lambda node: (_STAYING.index(node.phase), node.held_tokens))
+    # One that others run is last: as we cannot stop it, it would stay, drained.
+    order = sorted(
+        newest_first, key=lambda node: (not node.managed, _STAYING.index(node.phase), node.held_tokens)
+    )
     return order[: max(surplus, 0)]
 
 

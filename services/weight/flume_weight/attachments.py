@@ -33,6 +33,9 @@ _KEPT_TIMEOUT_S = 2.0
 _KEPT_RETRY_S = 0.05
 _DETACH_TIMEOUT_S = 1.0
 _RETRY_S = (0.1, 0.2, 0.5, 1.0, 2.0)
+_LASTS_S = 5.0
+"""A lane that was lost sooner is set up again after a pause, ever longer ones where that repeats itself:
+over gRPC a node may answer while nothing comes through between the engines."""
 
 
 @dataclass(slots=True)
@@ -41,6 +44,7 @@ class Attachment:
 
     process: tuple[str, int]  # address and pid: what a lane belongs to
     up: bool = False
+    up_at_s: float = 0.0
     draining: bool = False
     evacuating: bool = False
     failures: int = 0
@@ -67,8 +71,14 @@ class Attachments:
 
     def lost(self, node: str) -> None:
         """The engine closed this lane; the next pass sets up another if the node is still listed."""
-        if node in self._nodes:
-            self._nodes[node].up = False
+        attachment = self._nodes.get(node)
+        if attachment is None or not attachment.up:
+            return
+        attachment.up = False
+        if time.monotonic() - attachment.up_at_s >= _LASTS_S:
+            attachment.failures = 0
+        else:
+            _delay(attachment)
 
     async def reconcile(self, members: Iterable[Member]) -> None:
         """Attach what is listed and not attached, detach what has been gone for a while."""
@@ -141,13 +151,11 @@ class Attachments:
             lane = next(self._lane_numbers)
             reply = await self._call(member, lane)
         except grpc.aio.AioRpcError as error:
-            delay_s = _RETRY_S[min(attachment.failures, len(_RETRY_S) - 1)]
-            attachment.failures += 1
-            attachment.retry_at_s = time.monotonic() + delay_s
+            delay_s = _delay(attachment)
             log.warning("attach_failed", attention_node=member.id, code=error.code().name,
                         reason=error.details(), retry_s=delay_s)  # fmt: skip
             return
-        attachment.up, attachment.failures = True, 0
+        attachment.up, attachment.up_at_s = True, time.monotonic()
         attachment.draining = attachment.evacuating = False
         self._send(
             m.Attach(
@@ -185,6 +193,14 @@ class Attachments:
         if attachment.up and (attachment.draining, attachment.evacuating) != (draining, evacuating):
             attachment.draining, attachment.evacuating = draining, evacuating
             self._send(m.NodeDraining(member.id, draining, evacuating))
+
+
+def _delay(attachment: Attachment) -> float:
+    """Note a failure; how many seconds the next attempt has to wait."""
+    delay_s = _RETRY_S[min(attachment.failures, len(_RETRY_S) - 1)]
+    attachment.failures += 1
+    attachment.retry_at_s = time.monotonic() + delay_s
+    return delay_s
 
 
 async def detach(members: Iterable[Member], node: str, epoch: int) -> None:
