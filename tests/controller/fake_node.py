@@ -31,6 +31,7 @@ async def main(role):
     for name in ("cluster", "node", "etcd", "model", "model-name"):
         flags.add_argument(f"--{name}", required=True)
     flags.add_argument("--listen-http", default="127.0.0.1:0")
+    flags.add_argument("--listen", "--listen-grpc", required=True)
     args, _ = flags.parse_known_args()
     refusal = Path(os.environ.get("FAKE_STATE", "/nonexistent")) / f"refuse-{role}"
     if refusal.exists():
@@ -41,9 +42,9 @@ async def main(role):
         connect(StoreConfig.parse(args.etcd)) as store,
     ):
         member = Member(
-            id=args.node, role=role, state=State.READY, address="127.0.0.1:1", host=socket.gethostname(),
-            pid=os.getpid(), version="fake", protocol_version=1, started_at_s=time.time(),
-            model=args.model_name,
+            id=args.node, role=role, state=State.READY, host=socket.gethostname(),
+            address=f"{args.listen.rpartition(':')[0]}:1", pid=os.getpid(), version="fake",
+            protocol_version=1, started_at_s=time.time(), model=args.model_name,
         )  # fmt: skip
         async with register(store, Keys(args.cluster), member, ttl_s=2):
             await until_signalled()

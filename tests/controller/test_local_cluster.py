@@ -125,6 +125,13 @@ def test_up_runs_everything_and_down_leaves_nothing(local):
     assert (done.returncode, done.stdout) == (0, "cluster 'default' is not running\n")
 
 
+def test_nodes_listen_where_others_reach_them(local):
+    local.up("--node-host", "127.0.0.2")
+    addresses = {id: row["address"].rpartition(":")[0] for id, row in local.nodes().items()}
+    assert addresses.pop("controller-1") == "127.0.0.1"
+    assert addresses == dict.fromkeys(["weight-1", "attention-1", "router-1"], "127.0.0.2")
+
+
 def test_up_in_the_foreground_stops_on_ctrl_c(local):
     child = local.start("up")
     lines = iter(child.stdout.readline, "")

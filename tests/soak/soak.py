@@ -44,7 +44,7 @@ END = "at the end"
 
 EXAMPLES = f"""
 examples:
-  make soak                                        everything, 20 rounds each: an hour and a half
+  make soak                                        everything, 20 rounds each: two hours
   make soak ARGS='--only kill-weight stop-weight --rounds 5'
   make soak ARGS='--only etcd-outage --rounds 1 --outage-s 600'
   make soak ARGS='--only {SCALING} --minutes 10'   scaled every 15 s at 70 % load: failed requests and p99 ITL
@@ -174,7 +174,8 @@ class Soak:
                 etcds = stack.enter_context(three_etcds(path / "etcds", [there.gateway] if there else []))
                 nodes = ("--attention", str(ATTENTION), "--weight", str(WEIGHTS))
                 kind = ("--dtype", "float32", "--kv-memory", str(processes.KV_BYTES))
-                ours = running(path / "cluster", *nodes, *kind, "--etcd", etcds.endpoints)
+                where = ("--etcd", etcds.endpoints, *(("--node-host", there.gateway) if there else ()))
+                ours = running(path / "cluster", *nodes, *kind, *where)
                 world = World(stack.enter_context(ours), etcds, self._expected, there)
                 if there is not None:
                     join_far(world, there)

@@ -264,7 +264,21 @@ async def test_a_killed_attention_node_costs_time_and_no_token():
         await two.end_of("t")
         assert two.tokens("t") == expected
         assert recomputed(two) == m.Recomputed(node_lost=lost.lost_tokens)
+        assert not lost.replaced, "a new lane is wanted"
         assert await two.is_free()
+
+
+async def test_a_node_that_comes_back_as_another_process_before_it_is_missed_is_attached_once():
+    async with rig(4096) as one, attention_node("attention-1", 4096) as again:
+        expected = await one.generate("s", prompt(100), 40)
+        one.submit("t", prompt(100), 40)
+        await one.tokens_of("t", 5)
+        await one.attach(again)
+        lost = await one.until(lambda message: isinstance(message, m.LaneLost))
+        assert lost.replaced and lost.lost_tokens > 100, "the new lane is there already"
+        await one.end_of("t")
+        assert one.tokens("t") == expected
+        assert await one.is_free()
 
 
 async def spread(three, names, prompts, max_tokens) -> None:

@@ -79,6 +79,7 @@ class ClusterConfig(msgspec.Struct, frozen=True, kw_only=True):
     kv_memory: str = ""  # empty: the attention node's default
     weight_args: tuple[str, ...] = ()  # more options for every weight node
     host: str = LOOPBACK
+    node_host: str = LOOPBACK  # where nodes listen for one another
     http_port: Port = 8000
     admin_port: Port = 9400
     etcd_port: Port = 2379
@@ -333,17 +334,19 @@ class _Start:
     def _start_models(self) -> None:
         model = ("--model", str(self._source.path), "--model-name", self._model_name)
         for number in range(1, self._config.weights + 1):
-            listen = ("--node", f"weight-{number}", "--listen", f"{LOOPBACK}:0")
+            listen = ("--node", f"weight-{number}", "--listen", f"{self._config.node_host}:0")
             kind = ("--dtype", self._config.dtype, "--device", self._config.device)
             argv = self._python("flume_weight", *listen, *model, *kind, *self._config.weight_args)
             self._supervisor.start(f"weight-{number}", Role.WEIGHT, argv)
         http = f"{self._config.host}:{self._config.http_port}"
-        doors = ("--node", ROUTER, "--listen-http", http, "--listen-grpc", f"{LOOPBACK}:0")
+        grpc_at = f"{self._config.node_host}:0"
+        doors = ("--node", ROUTER, "--listen-http", http, "--listen-grpc", grpc_at)
         self._supervisor.start(ROUTER, Role.ROUTER, self._python("flume_router", *doors, *model))
 
     def _attention_args(self) -> list[str]:
         memory = ["--kv-memory", self._config.kv_memory] if self._config.kv_memory else []
-        return ["--dtype", self._config.dtype, "--device", self._config.device, *memory]
+        listen = ["--listen", f"{self._config.node_host}:0"]
+        return [*listen, "--dtype", self._config.dtype, "--device", self._config.device, *memory]
 
     def _python(self, module: str, *args: str) -> list[str]:
         common = ("--cluster", self._config.name, *etcd_arguments(self._config.store))

@@ -266,7 +266,7 @@ class WeightEngine:
 
     def _attach(self, message: m.Attach) -> None:
         if message.node in self._fleet.peers:
-            self._lose(PeerLost(message.node, "attached again"))
+            self._lose(PeerLost(message.node, "attached again"), replaced=True)
         lane = self._port.connect(
             message.node,
             message.worker_address,
@@ -293,7 +293,7 @@ class WeightEngine:
         for sequence in self._evacuation.moved(message, self._roster.by_name()):
             self._reports.route(sequence)
 
-    def _lose(self, error: PeerLost) -> None:
+    def _lose(self, error: PeerLost, *, replaced: bool = False) -> None:
         """A lane is gone: tokens that were stored there are computed again, nothing else is.
 
         Sequences that had none there do not notice. One of which nothing is left starts over.
@@ -309,7 +309,8 @@ class WeightEngine:
                 _recover(sequence, Cause.NODE_LOST)
             else:
                 self._send_back(sequence, Cause.NODE_LOST)
-        self._link.send(m.LaneLost(error.node, error.reason, len(affected), sum(affected.values())))
+        lost_tokens = sum(affected.values())
+        self._link.send(m.LaneLost(error.node, error.reason, len(affected), lost_tokens, replaced))
 
     # -- settings and questions ------------------------------------------------------------------
 

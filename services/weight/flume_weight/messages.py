@@ -147,6 +147,7 @@ class LaneLost(msgspec.Struct, tag=True):
     reason: str
     sequences: int
     lost_tokens: int
+    replaced: bool = False  # by another one, to what is another process of that node now
 
 
 class MoveRanges(msgspec.Struct, tag=True):

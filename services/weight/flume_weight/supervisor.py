@@ -255,7 +255,7 @@ class Supervisor:
                     "lane_lost", attention_node=node, reason=reason, sequences=affected, lost_tokens=lost,
                     **self._recomputed_fields(),
                 )  # fmt: skip
-                if self._attachments is not None:
+                if self._attachments is not None and not message.replaced:
                     self._attachments.lost(node)
                 self._poked.set()
 

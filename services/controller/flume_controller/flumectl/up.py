@@ -60,6 +60,10 @@ PORT = click.IntRange(1, 65535)
 @click.option(
     "--host", default="127.0.0.1", show_default=True, help="Where the HTTP API listens; 0.0.0.0 for everyone."
 )
+@click.option(
+    "--node-host", default="127.0.0.1", show_default=True, metavar="ADDRESS",
+    help="An address of this machine, where nodes of other machines reach its nodes; those bring an --etcd.",
+)  # fmt: skip
 @click.option("--http-port", type=PORT, default=8000, show_default=True, help="Of the OpenAI API.")
 @click.option("--admin-port", type=PORT, default=9400, show_default=True, help="Of the admin API.")
 @click.option("--etcd-port", type=PORT, default=2379, show_default=True, help="Of the etcd it runs.")
