@@ -7,6 +7,7 @@ import json
 import subprocess
 import sys
 import time
+from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
@@ -28,7 +29,11 @@ DEADLINE_S = 10.0
 
 @pytest.fixture(scope="module")
 def there():
-    with host() as there:
+    with ExitStack() as stack:
+        try:
+            there = stack.enter_context(host())
+        except subprocess.CalledProcessError as error:
+            pytest.skip(f"this kernel gives us no network namespace: {error.stderr.strip()}")
         yield there
 
 
