@@ -118,10 +118,12 @@ class Cluster:
         (node,) = self.nodes("router")
         return router_rpc.RouterStub(grpc.insecure_channel(node.address))
 
-    def stats(self) -> list[attention_pb2.StatsReply]:
-        """Of the attention nodes, from themselves."""
+    def stats(self, *ids: str) -> list[attention_pb2.StatsReply]:
+        """Of these attention nodes, from themselves; without ids of all."""
         replies = []
         for node in self.nodes("attention"):
+            if ids and node.id not in ids:
+                continue
             with grpc.insecure_channel(node.address) as channel:
                 stub = attention_pb2_grpc.AttentionStub(channel)
                 replies.append(stub.Stats(attention_pb2.StatsRequest(), timeout=5))

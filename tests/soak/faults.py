@@ -210,9 +210,7 @@ def _epoch(round: Round) -> int:
 def _lanes(round: Round) -> list[int]:
     """Steps it has answered on each lane it has now; none when it does not answer."""
     with suppress(grpc.RpcError):
-        for stats in round.cluster.stats():
-            if stats.node == FAR:
-                return [lane.steps for lane in stats.lanes]
+        return [lane.steps for stats in round.cluster.stats(FAR) for lane in stats.lanes]
     return []
 
 
