@@ -6,6 +6,8 @@ import asyncio
 import importlib.util
 import itertools
 import os
+import signal
+import time
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -469,6 +471,55 @@ async def test_a_wrong_request_is_refused_by_name_and_leaves_nothing():
             one.weight.send(message)
             assert (await one.end_of(name)).code == "INVALID_ARGUMENT"
         assert await one.is_free()
+
+
+async def test_who_does_not_need_a_silent_node_keeps_its_pace_and_who_does_waits_for_it():
+    async with rig(4096, 4096, args=["--tail-margin-tokens", "100000"]) as two:
+        alone = {name: await two.generate(name, prompt(90, seed), 90) for seed, name in enumerate("xy")}
+        two.submit("a", prompt(90, 0), 90)
+        await two.tokens_of("a", 2)
+        two.submit("b", prompt(90, 1), 90)
+        homes = [(await two.route_of(name, bool))[0].node for name in "ab"]
+        assert homes[0] != homes[1]
+        await two.tokens_of("b", 5)
+        silent = two.nodes[homes[1]].engine.process
+        os.kill(silent.pid, signal.SIGSTOP)
+        try:
+            said = await two.until(lambda message: isinstance(message, m.NodeSilent), 5)
+            assert (said.node, said.sequences) == (homes[1], 1)
+            had = len(two.tokens("b"))
+            await two.tokens_of("a", len(two.tokens("a")) + 20)
+            two.submit("c", prompt(20), 5)
+            await two.end_of("c")
+            assert len(two.tokens("b")) <= had + 1
+        finally:
+            os.kill(silent.pid, signal.SIGCONT)
+        for name in "ab":
+            await two.end_of(name)
+        assert [two.tokens(name) for name in "ab"] == list(alone.values())
+        assert not any(isinstance(message, m.LaneLost | m.Recomputed) for message in two.said)
+
+
+async def test_a_node_that_stays_silent_is_lost_when_its_time_is_over():
+    args = ["--tail-margin-tokens", "100000", "--step-timeout-s", "3"]
+    async with rig(4096, 4096, args=args) as two:
+        alone = await two.generate("x", prompt(90), 40)
+        two.submit("a", prompt(90, 1), 400)
+        home = (await two.route_of("a", bool))[0].node
+        await two.tokens_of("a", 2)
+        two.submit("b", prompt(90), 40)
+        (tail,) = await two.route_of("b", bool)
+        assert tail.node != home
+        await two.tokens_of("b", 3)
+        os.kill(two.nodes[tail.node].engine.process.pid, signal.SIGSTOP)
+        stopped_s = time.monotonic()
+        two.nodes.pop(tail.node)
+        lost = await two.until(lambda message: isinstance(message, m.LaneLost), 8)
+        assert (lost.node, lost.reason) == (tail.node, "no answer within 3 s")
+        assert 2.5 < time.monotonic() - stopped_s < 5
+        await two.end_of("b")
+        assert two.tokens("b") == alone
+        two.weight.send(m.Cancel("a"))
 
 
 async def test_a_new_epoch_is_told_on_lanes_that_have_nothing_else_to_say():

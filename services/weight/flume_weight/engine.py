@@ -7,6 +7,7 @@ supervisor does waits for a step.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -18,11 +19,11 @@ from flume_common.wire import LaneShape
 
 from flume_weight import messages as m
 from flume_weight.batch import Batch, build, commit
-from flume_weight.errors import PeerLost, RequestRefused
+from flume_weight.errors import PeerLost, PeerSilent, RequestRefused
 from flume_weight.evacuation import Evacuation
-from flume_weight.fleet import Fleet
+from flume_weight.fleet import Fleet, needs
 from flume_weight.model import Transformer
-from flume_weight.peer import Peer
+from flume_weight.peer import PATIENCE_S, Peer
 from flume_weight.placement import Balance
 from flume_weight.range_attention import Exchange, RangeAttention
 from flume_weight.reports import Reports
@@ -60,7 +61,9 @@ class WeightEngine:
         self._limits = limits
         self._threads = threads
         self._fleet = Fleet(shape.layout, balance, node)
-        self._attention = RangeAttention(port, shape.layout, shape.layout.head_dim**-0.5, step_timeout_s)
+        self._attention = RangeAttention(
+            port, shape.layout, shape.layout.head_dim**-0.5, step_timeout_s, self._may_leave
+        )
         self._roster = Roster(self._fleet, shape.layout.block_tokens)
         self._evacuation = Evacuation(self._fleet)
         self._reports = Reports(link)
@@ -94,7 +97,7 @@ class WeightEngine:
     def _turn(self) -> bool:
         """Everything between two steps, then a step if there is one. Whether it made progress."""
         _, lost = self._fleet.hear()
-        for error in lost:
+        for error in (*lost, *self._fleet.overdue(self._attention.timeout_s)):
             self._lose(error)
         for sequence in self._roster.admit(self._limits):
             self._reports.route(sequence)
@@ -111,6 +114,9 @@ class WeightEngine:
         except PeerLost as error:
             self._lose(error)
             return True
+        except PeerSilent as error:
+            self._set_aside(error)
+            return True
         return stepped or self._make_room()
 
     def _report(self) -> None:
@@ -121,8 +127,10 @@ class WeightEngine:
         self._reports.epoch_rejected(self._epoch_rejected + sum(peer.epoch_rejected for peer in peers))
 
     def _idle(self) -> None:
-        """Sleep until someone speaks: the supervisor, or an attention node."""
-        self._port.wait(self._heard_or_lost, _IDLE_WAIT_S, fds=(self._link.fileno(),))
+        """Sleep until someone speaks: the supervisor, or an attention node; or has been silent too long."""
+        overdue_s = min(self._fleet.silent.values(), default=math.inf) + self._attention.timeout_s
+        wait_s = min(max(overdue_s - time.monotonic(), 0.0), _IDLE_WAIT_S)
+        self._port.wait(self._heard_or_lost, wait_s, fds=(self._link.fileno(),))
 
     def _heard_or_lost(self) -> bool:
         heard, lost = self._fleet.hear()
@@ -150,6 +158,11 @@ class WeightEngine:
         except PeerLost as error:
             self._lose(error)
             return True
+        except PeerSilent as error:
+            self._set_aside(error)
+            return True
+        for exchange in batch.exchanges:
+            exchange.peer.patience_s = PATIENCE_S
         lost = self._attention.finish()
         again = commit(batch, self._fleet.peers, self._shape.layout.block_tokens)
         self._note_recovery(batch, again)
@@ -248,7 +261,7 @@ class WeightEngine:
     def _make_room(self) -> bool:
         """Nobody could step: if it is for want of memory, the youngest gives way. Whether one did."""
         youngest = self._roster.to_give_way()
-        if youngest is None:
+        if youngest is None or self._fleet.silent:
             return False
         if self._roster.gave_way_in_vain(youngest):
             message = f"KV memory is full at {len(youngest.tokens)} tokens and nothing else can be freed"
@@ -292,6 +305,17 @@ class WeightEngine:
         """This is a token boundary: the routes of what is whole on its new node are swapped."""
         for sequence in self._evacuation.moved(message, self._roster.by_name()):
             self._reports.route(sequence)
+
+    def _may_leave(self, node: str) -> bool:
+        """Whether somebody could go on if this node were not waited for."""
+        silent = {node, *self._fleet.silent}
+        return bool(self._roster.waiting) or not all(needs(item, silent) for item in self._roster.running)
+
+    def _set_aside(self, error: PeerSilent) -> None:
+        """Sequences that need this node wait for it; the abandoned step is made again without them."""
+        self._fleet.peers[error.node].fall_silent(error.since_s)
+        waiting = sum(needs(sequence, (error.node,)) for sequence in self._roster.running)
+        self._link.send(m.NodeSilent(error.node, waiting))
 
     def _lose(self, error: PeerLost, *, replaced: bool = False) -> None:
         """A lane is gone: tokens that were stored there are computed again, nothing else is.

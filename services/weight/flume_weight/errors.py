@@ -2,6 +2,7 @@
 
 * WeightError
   + PeerLost        an attention node is gone or not answering: its sequences are recovered elsewhere
+  + PeerSilent      one has left a step waiting: the step is abandoned, so that others can go on
   + StepRefused     an attention node refused a step: its lane is closed and set up again
   + RequestRefused  a request that cannot be served, with the gRPC status name a client should see
   + ConfigRefused   a flag or combination of flags that cannot work
@@ -31,6 +32,15 @@ class PeerLost(WeightError):
         the cyclic garbage collector comes by: it sees a few objects, and takes its time.
         """
         return PeerLost(self.node, self.reason)
+
+
+class PeerSilent(WeightError):
+    """A peer may be stopped or cut off, or just slow: nothing is lost yet."""
+
+    def __init__(self, node: str, since_s: float) -> None:
+        super().__init__(f"attention node {node} does not answer")
+        self.node = node
+        self.since_s = since_s  # monotonic
 
 
 class StepRefused(PeerLost):

@@ -7,7 +7,8 @@ appends there.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+import time
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 
 from flume_common.layout import KvLayout
 from flume_common.routes import Route
@@ -19,6 +20,7 @@ from flume_weight.moves import Batch, ClosedRange
 from flume_weight.moves import choose as choose_moves
 from flume_weight.peer import Peer
 from flume_weight.placement import Balance, NodeView, TailView, place, relieve
+from flume_weight.range_attention import no_answer
 from flume_weight.scheduler import Candidate, needed_blocks
 from flume_weight.sequence import Sequence as Seq
 from flume_weight.storage import Hole, Part, Slot
@@ -50,8 +52,20 @@ class Fleet:
                 lost.append(error.bare())
         return heard, lost
 
+    @property
+    def silent(self) -> dict[str, float]:
+        """Nodes that left a step waiting and have said nothing since, and since when (monotonic)."""
+        since_s = {name: peer.silent_since_s for name, peer in self.peers.items()}
+        return {name: at_s for name, at_s in since_s.items() if at_s is not None}
+
+    def overdue(self, timeout_s: float) -> list[PeerLost]:
+        """Those that have been silent for so long."""
+        until_s = time.monotonic() - timeout_s
+        return [no_answer(node, timeout_s) for node, at_s in self.silent.items() if at_s <= until_s]
+
     def candidates(self, running: Iterable[Seq]) -> list[Candidate]:
-        """The running sequences whose next tokens have an attached node to go to."""
+        """The running sequences whose next tokens have an attached node to go to, and none to wait for."""
+        silent = self.silent
         return [
             Candidate(
                 sequence=sequence.name,
@@ -60,14 +74,17 @@ class Fleet:
                 slack_tokens=self._slack_tokens(sequence),
             )
             for sequence in running
-            if sequence.node is not None and sequence.node in self.peers
+            if sequence.node is not None and sequence.node in self.peers and not needs(sequence, silent)
         ]
 
     def unused_blocks(self) -> dict[str, int]:
         return {name: peer.ledger.unused_blocks for name, peer in self.peers.items()}
 
     def views(self, running: Sequence[Seq]) -> list[NodeView]:
-        """The nodes as placement sees them: what running sequences still need is promised to them."""
+        """The nodes as placement sees them: what running sequences still need is promised to them.
+
+        A silent one is no place for anything.
+        """
         need = needed_blocks(self.candidates(running), self._block_tokens)
         tails: dict[str, int] = {}
         for sequence in running:
@@ -81,6 +98,7 @@ class Fleet:
                 draining=peer.draining,
             )
             for name, peer in self.peers.items()
+            if peer.silent_since_s is None
         ]
 
     def set_wants(self, running: Sequence[Seq]) -> None:
@@ -140,7 +158,8 @@ class Fleet:
 
     def move_tails(self, running: Sequence[Seq]) -> list[Seq]:
         """Tails that leave full, draining or much fuller nodes at this token boundary."""
-        whole = [s for s in running if not s.holes and s.tail_node in self.peers]
+        silent = self.silent
+        whole = [s for s in running if not s.holes and s.tail_node in self.peers and not needs(s, silent)]
         if len(self.peers) < 2 or not whole:
             return []
         views = self.views(running)
@@ -275,7 +294,7 @@ class Fleet:
     def flush(self, send: Callable[[Peer], None]) -> None:
         """Tell nodes what they should hear although no step went to them."""
         for peer in list(self.peers.values()):
-            if peer.has_news:
+            if peer.has_news and peer.silent_since_s is None:
                 send(peer)
 
     def _is_stuck(self, sequence: Seq, peer: Peer) -> bool:
@@ -284,6 +303,11 @@ class Fleet:
     def _slack_tokens(self, sequence: Seq) -> int:
         part = sequence.growing
         return part.slack_tokens(self._block_tokens) if part is not None else 0
+
+
+def needs(sequence: Seq, nodes: Collection[str]) -> bool:
+    """Whether a step of the sequence asks, or adds to, any of these nodes."""
+    return bool(nodes) and (sequence.node in nodes or any(node in nodes for node in sequence.slots))
 
 
 def _tail_view(sequence: Seq) -> TailView:

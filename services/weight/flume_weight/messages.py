@@ -150,6 +150,13 @@ class LaneLost(msgspec.Struct, tag=True):
     replaced: bool = False  # by another one, to what is another process of that node now
 
 
+class NodeSilent(msgspec.Struct, tag=True):
+    """An attention node left a step waiting: so many sequences wait for it now, others go on."""
+
+    node: str
+    sequences: int
+
+
 class MoveRanges(msgspec.Struct, tag=True):
     """Have the target pull these ranges from the source. Answered by RangesMoved."""
 
@@ -278,6 +285,7 @@ Outbound = (
     | MoveRanges
     | Recovered
     | Adopted
+    | NodeSilent
     | Recomputed
     | EpochRejected
     | Produced

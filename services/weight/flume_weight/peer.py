@@ -23,6 +23,8 @@ from flume_common.wire import (
 from flume_weight.credit import CreditLedger
 from flume_weight.errors import PeerLost, StepRefused
 
+PATIENCE_S = 1.0
+"""How long others wait for a node. Longer each time that it was in vain, as it may only be slow."""
 _NO_ROWS = np.zeros((0, ROW_WORDS), dtype=np.int64)
 
 
@@ -37,6 +39,8 @@ class Peer:
         self.ledger = CreditLedger(capacity_blocks)
         self.leaving = False  # the node is draining, by its own word or the control plane's
         self.evacuating = False  # its closed ranges are to go to other nodes, too
+        self.silent_since_s: float | None = None  # it left a step waiting and has said nothing since
+        self.patience_s = PATIENCE_S
         self.want_blocks = 0  # unused credit we would like to have
         self.kv_sent_step = 0  # the last step whose KV went out whole
         self._ops: list[tuple[int, int, int, int]] = []
@@ -44,6 +48,7 @@ class Peer:
         self._num_slots = 0
         self._plans = lane.sender(Kind.PLAN)
         self._credits = lane.receiver(Kind.CREDIT)
+        self._partials = lane.receiver(Kind.PARTIAL)
         self._told: tuple[int, int] | None = (0, 0)  # want and returned of the last PLAN
 
     @property
@@ -77,9 +82,14 @@ class Peer:
         self._free_slots.append(slot)
 
     def hear(self) -> bool:
-        """Take in CREDIT messages; whether there were any. Raises PeerLost or StepRefused."""
+        """Take in CREDIT messages; whether there were any. Raises PeerLost or StepRefused.
+
+        A silent node is heard by whatever it says, and is silent no more.
+        """
         heard = False
         try:
+            if self.silent_since_s is not None:
+                heard = self._hear_late_partials()
             while (frame := self._credits.poll()) is not None:
                 if not self.accepts(frame):
                     self._credits.give_back(frame)
@@ -92,7 +102,22 @@ class Peer:
                     raise StepRefused(self.node, credit.refusal)
         except LaneDown as error:
             raise PeerLost(self.node, str(error)) from error
+        if heard:
+            self.silent_since_s = None
         return heard
+
+    def _hear_late_partials(self) -> bool:
+        """Of the step that was abandoned."""
+        heard = False
+        while (frame := self._partials.poll()) is not None:
+            self._partials.give_back(frame)
+            heard = True
+        return heard
+
+    def fall_silent(self, since_s: float) -> None:
+        """Nothing is asked of it before it speaks; its sequences wait."""
+        self.silent_since_s = since_s
+        self.patience_s *= 2
 
     def accepts(self, frame: Frame) -> bool:
         """Whether the frame is from the node as we know it; one of an older epoch is counted."""

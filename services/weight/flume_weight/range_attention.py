@@ -8,6 +8,7 @@ Partials are folded in the order of the nodes' names, so a run repeats itself bi
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -20,7 +21,7 @@ from flume_kernels.merge import merge_into
 from flume_kernels.partial_attention import causal_attention
 from torch import Tensor
 
-from flume_weight.errors import PeerLost
+from flume_weight.errors import PeerLost, PeerSilent
 from flume_weight.peer import Peer
 
 Index = slice | Tensor
@@ -70,11 +71,20 @@ class _Views:
 class RangeAttention:
     """The `Attention` of a step (see `flume_weight.model`), over the lanes of its exchanges."""
 
-    def __init__(self, port: Port, layout: KvLayout, scale: float, timeout_s: float) -> None:
+    def __init__(
+        self,
+        port: Port,
+        layout: KvLayout,
+        scale: float,
+        timeout_s: float,
+        may_leave: Callable[[str], bool] = lambda node: False,
+    ) -> None:
+        """`may_leave`: whether anybody could go on without this node, should it not answer."""
         self._port = port
         self._layout = layout
         self._scale = scale
         self.timeout_s = timeout_s  # a node that has not answered by then is lost
+        self.may_leave = may_leave
         self._views: dict[Peer, _Views] = {}
         self._kv_frames: dict[Peer, Frame] = {}
         self._exchanges: Sequence[Exchange] = ()
@@ -83,7 +93,10 @@ class RangeAttention:
         self.epoch = 0  # our fencing number, on every message
 
     def begin(self, step: int, exchanges: Sequence[Exchange], chunks: Sequence[slice]) -> None:
-        """Send the PLANs. `chunks` are the batch's prefill rows of more than one token. Raises PeerLost."""
+        """Send the PLANs. `chunks` are the batch's prefill rows of more than one token.
+
+        Raises PeerLost or PeerSilent.
+        """
         self._step = step
         self._exchanges, self._chunks = exchanges, chunks
         self._kv_frames.clear()
@@ -91,7 +104,7 @@ class RangeAttention:
             self.send_plan(exchange)
 
     def send_plan(self, exchange: Exchange) -> None:
-        """A PLAN of this step, in as many messages as its ops need. Raises PeerLost."""
+        """A PLAN of this step, in as many messages as its ops need. Raises PeerLost or PeerSilent."""
         peer, sent = exchange.peer, False
         while not sent:
             frame = self._await_frame(peer, peer.plan_frame)
@@ -231,18 +244,27 @@ class RangeAttention:
         return found[0]
 
     def _wait(self, peer: Peer, ready: Callable[[], bool]) -> None:
+        patience_s = min(peer.patience_s, self.timeout_s)
         try:
-            if ready() or self._port.wait(ready, self.timeout_s):
+            if ready() or self._port.wait(ready, patience_s):
+                return
+            if self.may_leave(peer.node):
+                raise PeerSilent(peer.node, time.monotonic() - patience_s)
+            if self._port.wait(ready, self.timeout_s - patience_s):
                 return
         except LaneDown as error:
             raise PeerLost(peer.node, str(error)) from error
-        raise PeerLost(peer.node, f"no answer within {self.timeout_s:g} s")
+        raise no_answer(peer.node, self.timeout_s)
 
     def _views_of(self, peer: Peer) -> _Views:
         views = self._views.get(peer)
         if views is None:
             views = self._views[peer] = _Views(self._layout)
         return views
+
+
+def no_answer(node: str, timeout_s: float) -> PeerLost:
+    return PeerLost(node, f"no answer within {timeout_s:g} s")
 
 
 def merge_rows(o: Tensor, lse: Tensor, part_o: Tensor, part_lse: Tensor, rows: Index) -> None:

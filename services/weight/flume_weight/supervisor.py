@@ -250,6 +250,8 @@ class Supervisor:
                     "recovery_done", sequence=message.sequence, cause=message.cause,
                     recomputed_tokens=message.recomputed_tokens, elapsed_s=round(message.elapsed_s, 3),
                 )  # fmt: skip
+            case m.NodeSilent(node=node, sequences=waiting):
+                log.warning("attention_node_silent", attention_node=node, sequences_waiting=waiting)
             case m.LaneLost(node=node, reason=reason, sequences=affected, lost_tokens=lost):
                 log.warning(
                     "lane_lost", attention_node=node, reason=reason, sequences=affected, lost_tokens=lost,
