@@ -46,7 +46,8 @@ def nodes():
         pb.Node(id="weight-1", role="weight", pid=11, address="127.0.0.1:5001", epoch=7, age_s=3725.25,
                 sequences=2, **common),
         pb.Node(id="attention-1", role="attention", pid=12, address="127.0.0.1:5002", epoch=8, age_s=65,
-                kv_capacity_tokens=4096, kv_used_tokens=1234, sequences=2, **common),
+                kv_capacity_tokens=4096, kv_used_tokens=1234, sequences=2,
+                metrics_address="127.0.0.1:5003", **common),
         pb.Node(id="attention-2", role="attention", pid=13, age_s=0.5, state="PREPARING"),
     ]  # fmt: skip
 

@@ -14,13 +14,13 @@ import httpx
 import openai
 import pytest
 import pytest_asyncio
+from flume_common.listening import bind
 from flume_common.membership import Member, Role, State, register
 from flume_common.model_source import resolve_model
 from flume_common.serving import serve as grpc_serve
 from flume_protos.v1 import weight_pb2 as pb
 from flume_protos.v1 import weight_pb2_grpc as rpc
 from flume_router.config import parse
-from flume_router.http.server import bind
 from flume_router.serve import serve
 from flume_router.text_model import load_text_model
 

@@ -237,25 +237,41 @@ def etcd_leader(round: Round, times: int = 3, every_s: float = 4.0) -> None:
 
 def etcd_outage(seconds: float, ask_every_s: float = 10.0) -> Callable[[Round], None]:
     def fault(round: Round) -> None:
-        before = _ours()
+        before, pages = _ours(), _pages(round)
         round.world.etcds.kill()
         ends_s = time.monotonic() + seconds
         try:
             round.cluster.until(lambda: not round.cluster.status().store_connected, 15, "status says so")
-            round.cluster.until(lambda: _metric(round, "flume_store_connected") == 0, 15, "metrics say so")
+            round.cluster.until(lambda: not any(_connected(pages)), 15, "metrics of every process say so")
             while time.monotonic() < ends_s:
                 asked_s = time.monotonic()
                 round.fresh()
                 time.sleep(max(0.0, min(asked_s + ask_every_s, ends_s) - time.monotonic()))
+            assert not any(_connected(pages)), "a process says that etcd answers"
         finally:
             round.world.etcds.start()
+        round.cluster.until(lambda: all(_connected(pages)), 30, "metrics say that etcd is back")
+        round.notes.append(f"{len(pages)} processes said so")
         assert _ours() == before, f"processes came or went: {_ours() ^ before}"
 
     return fault
 
 
-def _metric(round: Round, name: str) -> float:
-    families = text_string_to_metric_families(httpx.get(f"{round.cluster.url}/metrics", timeout=5).text)
+def _pages(round: Round) -> list[str]:
+    """The metrics of every member, of which we learn from etcd."""
+    nodes = round.cluster.nodes()
+    without = [node.id for node in nodes if not node.metrics_address]
+    assert not without, f"no metrics of {without}"
+    return [f"http://{node.metrics_address}/metrics" for node in nodes]
+
+
+def _connected(pages: list[str]) -> list[bool]:
+    """Whether etcd answers, as each of them says."""
+    return [_metric(page, "flume_store_connected") == 1 for page in pages]
+
+
+def _metric(page: str, name: str) -> float:
+    families = text_string_to_metric_families(httpx.get(page, timeout=5).text)
     return next(family.samples[0].value for family in families if family.name == name)
 
 

@@ -123,7 +123,7 @@ class ListNodesRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class Node(_message.Message):
-    __slots__ = ("id", "role", "state", "pid", "host", "address", "epoch", "kv_capacity_tokens", "kv_used_tokens", "age_s", "version", "sequences", "leave_by_s")
+    __slots__ = ("id", "role", "state", "pid", "host", "address", "epoch", "kv_capacity_tokens", "kv_used_tokens", "age_s", "version", "sequences", "leave_by_s", "metrics_address")
     ID_FIELD_NUMBER: _ClassVar[int]
     ROLE_FIELD_NUMBER: _ClassVar[int]
     STATE_FIELD_NUMBER: _ClassVar[int]
@@ -137,6 +137,7 @@ class Node(_message.Message):
     VERSION_FIELD_NUMBER: _ClassVar[int]
     SEQUENCES_FIELD_NUMBER: _ClassVar[int]
     LEAVE_BY_S_FIELD_NUMBER: _ClassVar[int]
+    METRICS_ADDRESS_FIELD_NUMBER: _ClassVar[int]
     id: str
     role: str
     state: str
@@ -150,7 +151,8 @@ class Node(_message.Message):
     version: str
     sequences: int
     leave_by_s: float
-    def __init__(self, id: _Optional[str] = ..., role: _Optional[str] = ..., state: _Optional[str] = ..., pid: _Optional[int] = ..., host: _Optional[str] = ..., address: _Optional[str] = ..., epoch: _Optional[int] = ..., kv_capacity_tokens: _Optional[int] = ..., kv_used_tokens: _Optional[int] = ..., age_s: _Optional[float] = ..., version: _Optional[str] = ..., sequences: _Optional[int] = ..., leave_by_s: _Optional[float] = ...) -> None: ...
+    metrics_address: str
+    def __init__(self, id: _Optional[str] = ..., role: _Optional[str] = ..., state: _Optional[str] = ..., pid: _Optional[int] = ..., host: _Optional[str] = ..., address: _Optional[str] = ..., epoch: _Optional[int] = ..., kv_capacity_tokens: _Optional[int] = ..., kv_used_tokens: _Optional[int] = ..., age_s: _Optional[float] = ..., version: _Optional[str] = ..., sequences: _Optional[int] = ..., leave_by_s: _Optional[float] = ..., metrics_address: _Optional[str] = ...) -> None: ...
 
 class ListNodesReply(_message.Message):
     __slots__ = ("nodes", "revision")

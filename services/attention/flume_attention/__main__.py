@@ -17,6 +17,7 @@ from flume_common.config_schema import Scope
 from flume_common.config_watch import follow_log_level
 from flume_common.keys import Keys
 from flume_common.membership import Member, Registration, Role, State, register
+from flume_common.metrics_page import MetricsPage, metrics_page
 from flume_common.serving import CannotListen, Server, serve, until_signalled
 from flume_common.standby import until_called
 from flume_common.store import connect
@@ -30,6 +31,7 @@ from setproctitle import getproctitle, setproctitle
 from flume_attention.config import Config, engine_args, parse
 from flume_attention.errors import ConfigRefused
 from flume_attention.memory import kv_bytes, measure
+from flume_attention.metrics import families
 from flume_attention.servicer import AttentionServicer
 from flume_attention.startup import elapsed_ms
 from flume_attention.supervisor import Supervisor
@@ -68,9 +70,12 @@ async def run(config: Config, budget_bytes: int) -> None:
         # First, as it takes longest; last to stop, so that ranges are served until we are out of the list.
         background(engine=supervisor.keep_engine()),
         connect(config.store) as store,
+        metrics_page(
+            config.metrics_listen, lambda: store.connected, advertise_host=config.advertise_host
+        ) as page,
         serve(config.listen, lambda server: _add(server, servicer), [SERVICE]) as server,
         _joining(config, supervisor) as config,
-        register(store, keys, _member(config, server), ttl_s=config.lease_ttl_s) as registration,
+        register(store, keys, _member(config, server, page), ttl_s=config.lease_ttl_s) as registration,
         background(
             publish=supervisor.publish(registration, server),
             log_level=follow_log_level(store, keys, Scope.ATTENTION, config.log_level),
@@ -78,6 +83,7 @@ async def run(config: Config, budget_bytes: int) -> None:
     ):
         servicer.node = config.node
         registered.append(registration)
+        page.show(lambda: families(supervisor), lambda: _checks(supervisor))
         log.info("registered", elapsed_ms=elapsed_ms(), address=server.address, epoch=registration.epoch)
         await until_signalled()
         log.info("stopping", used_tokens=supervisor.report.used_tokens)
@@ -107,7 +113,11 @@ def _add(server: grpc.aio.Server, servicer: AttentionServicer) -> None:
     rpc.add_AttentionServicer_to_server(servicer, server)  # type: ignore[no-untyped-call]
 
 
-def _member(config: Config, server: Server) -> Member:
+def _checks(supervisor: Supervisor) -> dict[str, bool]:
+    return {"engine": supervisor.engine_pid is not None, "not-draining": not supervisor.draining}
+
+
+def _member(config: Config, server: Server, page: MetricsPage) -> Member:
     host = config.advertise_host
     return Member(
         id=config.node,
@@ -119,6 +129,7 @@ def _member(config: Config, server: Server) -> Member:
         version=version(),
         protocol_version=PROTOCOL_VERSION,
         started_at_s=time.time(),
+        metrics_address=page.address,
     )
 
 

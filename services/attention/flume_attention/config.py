@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from flume_common.etcd_flags import add_etcd_flags, store_config
 from flume_common.layout import DTYPE_BYTES
+from flume_common.metrics_page import METRICS_LISTEN, METRICS_LISTEN_HELP
 from flume_common.store import StoreConfig
 
 from flume_attention.errors import ConfigRefused
@@ -18,6 +19,7 @@ _EXAMPLES = """examples:
   python -m flume_attention --etcd 127.0.0.1:2379
   python -m flume_attention --etcd e1:2379,e2:2379 --cluster prod --node attention-7 --kv-memory 8GiB
   python -m flume_attention --listen 0.0.0.0:9300 --advertise-host 10.0.3.7 --kv-memory 60%
+  python -m flume_attention --metrics-listen 0.0.0.0:9301   # then: curl 10.0.3.7:9301/metrics
 
 SIGTERM stops at once: what the node holds is gone, and weight nodes recompute it elsewhere.
 Drain it first (flumectl scale, or the Drain call) to lose nothing.
@@ -30,6 +32,7 @@ class Config:
     node: str
     store: StoreConfig
     listen: str
+    metrics_listen: str
     advertise_host: str
     kv_memory: str
     dtype: str | None  # the only one taken; None: whatever the weight node brings
@@ -59,6 +62,7 @@ def flags() -> argparse.ArgumentParser:
     add("--node", default=f"attention-{socket.gethostname()}", help="this node's id, unique in it")
     add_etcd_flags(add)
     add("--listen", default="127.0.0.1:0", help="gRPC address; port 0 takes a free one")
+    add("--metrics-listen", default=METRICS_LISTEN, metavar="HOST:PORT", help=METRICS_LISTEN_HELP)
     add("--advertise-host", default="", help="host that peers dial; default: that of --listen")
     add(
         "--kv-memory",

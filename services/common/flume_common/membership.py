@@ -74,6 +74,7 @@ class Member(msgspec.Struct, frozen=True, kw_only=True):
     model: str = ""
     context_tokens: int = 0
     http_address: str = ""
+    metrics_address: str = ""  # host:port of its /metrics
     leave_by_s: float = 0.0  # DRAINING: Unix time at which what it holds is to be elsewhere; 0: none
     epoch: int = 0  # of the key, not in the JSON: its create revision
 

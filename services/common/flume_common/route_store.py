@@ -96,6 +96,8 @@ class RouteWriter:
     """
 
     def __init__(self, store: Store, keys: Keys, registration: Registration) -> None:
+        self.refused = 0  # transactions, by etcd
+        self.taken_over = 0  # routes of ours, by another owner
         self._store = store
         self._keys = keys
         self._registration = registration
@@ -245,6 +247,7 @@ class RouteWriter:
     def _lose(self, sequence: str) -> None:
         if self._wanted.pop(sequence, None) is not None:
             self._lost.add(sequence)
+        self.taken_over += 1
         self._claimed.discard(sequence)
         log.info("route_taken_over", sequence=sequence)
 
@@ -259,6 +262,7 @@ class RouteWriter:
         fence = create_revision(owner, life.epoch)
         result = await self._store.txn([fence, *unchanged], list(ops.values()), [Get(owner)])
         if not result.succeeded:
+            self.refused += 1
             self._revisions |= dict.fromkeys(ops)
             self._registration.look()
             raise NotWritten(self._registration.key, life.epoch, result.kv(0))

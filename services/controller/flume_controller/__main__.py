@@ -11,6 +11,7 @@ from typing import Any
 import click
 from flume_common.election import Timing
 from flume_common.etcd_flags import ENDPOINTS, store_config
+from flume_common.metrics_page import METRICS_LISTEN
 from flume_common.serving import until_signalled
 from flume_common.telemetry import LEVELS, configure_logging
 
@@ -26,6 +27,11 @@ from flume_controller.serve import run
 @etcd_option(ENDPOINTS, required=True)
 @etcd_security_options
 @click.option("--listen", default="127.0.0.1:9400", show_default=True, help="Address of the admin API.")
+@click.option(
+    "--metrics-listen", default=METRICS_LISTEN, show_default=True, metavar="HOST:PORT",
+    help="HTTP address of /metrics, /livez and /readyz. Port 0 takes a free one, which "
+    "`flumectl get nodes -o wide` shows.",
+)  # fmt: skip
 @click.option("--provider", type=click.Choice(["local"]), default="local", show_default=True)
 @click.option(
     "--attention-command",

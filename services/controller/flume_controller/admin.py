@@ -204,6 +204,7 @@ def node_message(member: Member, held: Held | None, now_s: float) -> pb.Node:
         version=member.version,
         sequences=held.sequences if held else member.sequences,
         leave_by_s=member.leave_by_s,
+        metrics_address=member.metrics_address,
     )
 
 

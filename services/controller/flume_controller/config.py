@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 
 import msgspec
 from flume_common.election import Timing
+from flume_common.metrics_page import METRICS_LISTEN
 from flume_common.store import StoreConfig
 
 STANDARD_COMMAND = (sys.executable, "-m", "flume_attention")
@@ -19,6 +20,7 @@ class ControllerConfig(msgspec.Struct, frozen=True, kw_only=True):
     node: str
     store: StoreConfig
     listen: str = "127.0.0.1:9400"
+    metrics_listen: str = METRICS_LISTEN
 
     provider: Literal["local"] = "local"
     attention_command: tuple[str, ...] = STANDARD_COMMAND

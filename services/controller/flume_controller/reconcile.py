@@ -31,6 +31,14 @@ log = structlog.get_logger()
 RESULTS = ("success", "error", "requeue", "requeue_after")
 
 
+BOUNDS_S = (
+    *(0.005, 0.01, 0.025, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.35, 0.4, 0.45, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0),
+    *(1.25, 1.5, 1.75, 2.0, 2.5, 3.0, 3.5, 4.0, 4.5, 5.0, 6.0, 7.0, 8.0, 9.0, 10.0, 15.0, 20.0, 25.0, 30.0),
+    *(40.0, 50.0, 60.0),
+)
+"""Of controller-runtime's histogram of passes."""
+
+
 class TerminalError(Exception):
     """Trying again does not help until somebody changes something."""
 
@@ -70,7 +78,7 @@ class Reconciler:
         self.terminal_reconcile_errors_total = 0
         self.reconcile_panics_total = 0
         self.reconcile_timeouts_total = 0
-        self.reconcile_time_seconds = Durations()
+        self.reconcile_time_seconds = Durations(BOUNDS_S)
         self.active_workers = 0
         self.queue = queue or WorkQueue[str]()
         self._reconcile = reconcile

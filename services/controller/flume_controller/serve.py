@@ -16,6 +16,7 @@ from flume_common.config_watch import watch_config
 from flume_common.election import Candidate
 from flume_common.keys import Keys
 from flume_common.membership import Member, Members, Role, State, register, watch_members
+from flume_common.metrics_page import MetricsPage, metrics_page
 from flume_common.serving import Server, serve
 from flume_common.store import connect
 from flume_common.tasks import background
@@ -27,6 +28,7 @@ from flume_controller import event_store
 from flume_controller.admin import AdminServicer, Sources
 from flume_controller.config import ControllerConfig
 from flume_controller.lead import Leader, Surroundings, autoscale_settings
+from flume_controller.metrics import families
 from flume_controller.nodes import GrpcNodes, node_calls
 from flume_controller.views import watch_spec, watch_status
 
@@ -38,6 +40,7 @@ async def run(config: ControllerConfig) -> NoReturn:
     keys = Keys(config.cluster)
     async with (
         connect(config.store) as store,
+        metrics_page(config.metrics_listen, lambda: store.connected) as page,
         watch_members(store, keys) as members,
         watch_spec(store, keys) as wish,
         watch_status(store, keys) as report,
@@ -51,13 +54,18 @@ async def run(config: ControllerConfig) -> NoReturn:
         sources = Sources(store, keys, members, wish, report, leader.provider, nodes, events)
         async with (
             serve(config.listen, _adder(sources), [SERVICE], ready=True, grace_s=1.0) as server,
-            register(store, keys, _member(config, server), ttl_s=config.lease_ttl_s),
+            register(store, keys, _member(config, server, page), ttl_s=config.lease_ttl_s),
             # Innermost: it resigns first, so that another one leads while we still answer.
             background(
                 campaign=candidate.campaign(leader.lead),
                 tidy_channels=_tidy(members, nodes),
             ),
         ):
+            page.show(
+                lambda: families(candidate, leader, wish, report),
+                lambda: {"started": True},
+                lambda: {"leading": candidate.leading},
+            )
             await asyncio.get_running_loop().create_future()
     raise AssertionError("the future above never completes")
 
@@ -81,7 +89,7 @@ def _adder(sources: Sources) -> Callable[..., None]:
     )
 
 
-def _member(config: ControllerConfig, server: Server) -> Member:
+def _member(config: ControllerConfig, server: Server, page: MetricsPage) -> Member:
     return Member(
         id=config.node,
         role=Role.CONTROLLER,
@@ -92,6 +100,7 @@ def _member(config: ControllerConfig, server: Server) -> Member:
         version=version(),
         protocol_version=PROTOCOL_VERSION,
         started_at_s=time.time(),
+        metrics_address=page.address,
     )
 
 

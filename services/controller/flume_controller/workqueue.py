@@ -13,9 +13,10 @@ from __future__ import annotations
 
 import asyncio
 import time
+from bisect import bisect_left
 from collections import deque
 from collections.abc import Callable, Hashable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
 K = TypeVar("K", bound=Hashable)
@@ -24,6 +25,8 @@ FIRST_DELAY_S = 0.005
 DELAY_CAP_S = 1000.0
 RATE_PER_S = 10.0
 BURST = 100
+BOUNDS_S = tuple(10.0**exponent for exponent in range(-8, 4))
+"""Of the histograms of client-go's work queues."""
 
 Clock = Callable[[], float]
 
@@ -34,13 +37,22 @@ class ShutDown(Exception):
 
 @dataclass(slots=True)
 class Durations:
-    """How often something was timed and for how long in all; what a histogram begins from."""
+    """How long something took each time: a histogram."""
 
-    count: int = 0
+    bounds_s: tuple[float, ...] = BOUNDS_S
     sum_s: float = 0.0
+    counts: list[int] = field(init=False)
+    """Up to each bound and above the one before; the last is above all of them."""
+
+    def __post_init__(self) -> None:
+        self.counts = [0] * (len(self.bounds_s) + 1)
+
+    @property
+    def count(self) -> int:
+        return sum(self.counts)
 
     def add(self, seconds: float) -> None:
-        self.count += 1
+        self.counts[bisect_left(self.bounds_s, seconds)] += 1
         self.sum_s += seconds
 
 
@@ -106,12 +118,13 @@ class WorkQueue(Generic[K]):
     def unfinished_work_seconds(self) -> float:
         """All that is being worked on, since it began."""
         now_s = self._clock()
-        return sum(now_s - began_s for began_s in self._processing.values())
+        # A copy, as metrics ask from another thread.
+        return sum(now_s - began_s for began_s in list(self._processing.values()))
 
     @property
     def longest_running_processor_seconds(self) -> float:
         now_s = self._clock()
-        return max((now_s - began_s for began_s in self._processing.values()), default=0.0)
+        return max((now_s - began_s for began_s in list(self._processing.values())), default=0.0)
 
     @property
     def shutting_down(self) -> bool:

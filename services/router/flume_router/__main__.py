@@ -7,6 +7,7 @@ import socket
 import sys
 from contextlib import suppress
 
+from flume_common.listening import bind
 from flume_common.model_source import ModelSource, ModelSourceError, resolve_model
 from flume_common.serving import CannotListen, stop_event
 from flume_common.store import StoreError
@@ -15,7 +16,6 @@ from flume_common.telemetry import configure_logging
 
 from flume_router.chat_template import TemplateBroken
 from flume_router.config import RouterConfig, parse
-from flume_router.http.server import bind
 from flume_router.serve import serve
 from flume_router.text_model import TextModel, load_text_model
 from flume_router.tokenizer import TokenizerError

@@ -12,6 +12,7 @@ import structlog
 from flume_common.config_schema import Scope, Values
 from flume_common.config_watch import LiveConfig, watch_config
 from flume_common.keys import Keys
+from flume_common.listening import reachable_address
 from flume_common.membership import Member, Role, State, register, watch_members
 from flume_common.model_source import ModelSource
 from flume_common.serving import Server, channel
@@ -24,7 +25,7 @@ from flume_protos.v1.router_pb2_grpc import add_RouterServicer_to_server
 from flume_router.config import RouterConfig
 from flume_router.generation import Generation
 from flume_router.http.app import build_app
-from flume_router.http.server import http_server, reachable_address
+from flume_router.http.server import http_server
 from flume_router.in_flight import InFlight
 from flume_router.progress import ResumeLimits
 from flume_router.service import Service
@@ -68,6 +69,7 @@ async def serve(
         generation = Generation(pool, text.tokenizer, ResumeLimits(resume_s=config.resume_s))
         service = Service(model, text, pool, generation, in_flight, started_at_s)
         servicer = RouterServicer(service)
+        http_address = reachable_address(config.listen_http, bound, config.advertise_host)
         async with (
             grpc_server(
                 config.listen_grpc,
@@ -90,7 +92,8 @@ async def serve(
                     protocol_version=0,
                     started_at_s=started_at_s,
                     model=model,
-                    http_address=_advertised(reachable_address(config.listen_http, bound), config),
+                    http_address=http_address,
+                    metrics_address=http_address,
                 ),
                 ttl_s=config.lease_ttl_s,
             ) as registration,

@@ -17,6 +17,7 @@ from flume_common.config_watch import watch_config
 from flume_common.etcd_flags import store_config
 from flume_common.keys import Keys
 from flume_common.membership import Member, Role, State, register, watch_members
+from flume_common.metrics_page import MetricsPage, metrics_page
 from flume_common.model_source import ModelSource, ModelSourceError, resolve_model
 from flume_common.route_store import RouteWriter
 from flume_common.serving import CannotListen, Server, serve, until_signalled
@@ -29,6 +30,7 @@ from flume_protos.v1 import weight_pb2_grpc as rpc
 from flume_weight import settings
 from flume_weight.config import check, supervisor_flags
 from flume_weight.errors import ConfigRefused
+from flume_weight.metrics import families
 from flume_weight.servicer import WeightServicer
 from flume_weight.supervisor import Supervisor
 
@@ -53,17 +55,23 @@ async def run(args: argparse.Namespace, source: ModelSource) -> None:
     keys = Keys(args.cluster)
     async with (
         connect(store_config(vars(args))) as store,
+        metrics_page(
+            args.metrics_listen, lambda: store.connected, advertise_host=args.advertise_host
+        ) as page,
         watch_members(store, keys) as members,
         watch_config(store, keys, Scope.WEIGHT, settings.base(args)) as config,
     ):
         supervisor = Supervisor(args, source, members, config)
         async with (
             serve(args.listen, lambda server: _add(server, supervisor), [SERVICE]) as server,
-            register(store, keys, _member(args, supervisor, server), ttl_s=args.lease_ttl_s) as registration,
+            register(
+                store, keys, _member(args, supervisor, server, page), ttl_s=args.lease_ttl_s
+            ) as registration,
             RouteWriter(store, keys, registration) as routes,
             supervisor.detaching(registration),
             background(engine=supervisor.run(registration, routes), readiness=_report(supervisor, server)),
         ):
+            page.show(lambda: families(supervisor, routes), lambda: {"engine": supervisor.ready is not None})
             await until_signalled()
             log.info("stopping", live_requests=len(supervisor.streams))
             server.set_ready(False)
@@ -80,7 +88,7 @@ def _add(server: grpc.aio.Server, supervisor: Supervisor) -> None:
     rpc.add_WeightServicer_to_server(WeightServicer(supervisor), server)  # type: ignore[no-untyped-call]
 
 
-def _member(args: argparse.Namespace, supervisor: Supervisor, server: Server) -> Member:
+def _member(args: argparse.Namespace, supervisor: Supervisor, server: Server, page: MetricsPage) -> Member:
     host = args.advertise_host
     return Member(
         id=args.node,
@@ -93,6 +101,7 @@ def _member(args: argparse.Namespace, supervisor: Supervisor, server: Server) ->
         protocol_version=PROTOCOL_VERSION,
         started_at_s=time.time(),
         model=supervisor.model_name,
+        metrics_address=page.address,
     )
 
 

@@ -67,7 +67,8 @@ class Attachments:
 
     @property
     def up(self) -> list[str]:
-        return sorted(node for node, attachment in self._nodes.items() if attachment.up)
+        # A copy, as metrics ask from another thread.
+        return sorted(node for node, attachment in list(self._nodes.items()) if attachment.up)
 
     def lost(self, node: str) -> None:
         """The engine closed this lane; the next pass sets up another if the node is still listed."""

@@ -7,12 +7,14 @@ import os
 import socket
 
 from flume_common.etcd_flags import add_etcd_flags
+from flume_common.metrics_page import METRICS_LISTEN, METRICS_LISTEN_HELP
 
 from flume_weight.errors import ConfigRefused
 
 _EXAMPLES = """examples:
   python -m flume_weight --etcd 127.0.0.1:2379 --model ./SmolLM2-135M-Instruct.gguf
   python -m flume_weight --etcd e1:2379,e2:2379 --model /models/Llama-3.2-1B --dtype float32
+  python -m flume_weight --model smollm2-135m --metrics-listen 0.0.0.0:9201   # then: curl HOST:9201/metrics
 """
 
 
@@ -29,6 +31,9 @@ def supervisor_flags() -> argparse.ArgumentParser:
     )
     add_etcd_flags(flags.add_argument)
     flags.add_argument("--listen", default="127.0.0.1:0", help="gRPC address; port 0 takes a free one")
+    flags.add_argument(
+        "--metrics-listen", default=METRICS_LISTEN, metavar="HOST:PORT", help=METRICS_LISTEN_HELP
+    )
     flags.add_argument("--advertise-host", default="", help="host that peers dial; default: that of --listen")
     flags.add_argument("--model-name", default="", help="name it is served under; default: that of --model")
     flags.add_argument("--lease-ttl-s", type=float, default=10.0, help="how long a silent node stays listed")

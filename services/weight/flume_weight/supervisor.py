@@ -53,6 +53,7 @@ class Supervisor:
         self.streams = Streams()
         self.ready: m.Ready | None = None
         self.capacity_tokens = 0
+        self.running = self.waiting = 0  # sequences of this engine
         self.recomputed = m.Recomputed()  # of this engine
         self.epoch_rejected = 0  # of this engine
         self.started = asyncio.Event()  # the first engine is ready
@@ -69,6 +70,12 @@ class Supervisor:
         self._epoch = 0
         self._numbers = itertools.count(1)
         self._answers: dict[int, asyncio.Future[list[m.SequenceState]]] = {}
+
+    @property
+    def lanes(self) -> int:
+        """Attention nodes we are attached to."""
+        attachments = self._attachments
+        return len(attachments.up) if attachments else 0
 
     @property
     def epoch(self) -> int:
@@ -179,7 +186,7 @@ class Supervisor:
 
     async def _engine_gone(self) -> None:
         self._engine = self.ready = self._attachments = None
-        self.capacity_tokens = 0
+        self.capacity_tokens = self.running = self.waiting = 0
         self.recomputed, self.epoch_rejected = m.Recomputed(), 0
         self.streams.fail_all("UNAVAILABLE", f"the engine of weight node {self._args.node} ended")
         self._routes.end_all()  # or they would be written again after a lost lease
@@ -232,7 +239,7 @@ class Supervisor:
                 if future is not None and not future.done():
                     future.set_result(sequences)
             case m.Capacity(capacity_tokens=capacity, running=running, waiting=waiting):
-                self.capacity_tokens = capacity
+                self.capacity_tokens, self.running, self.waiting = capacity, running, waiting
                 await self._registration.update(kv_capacity_tokens=capacity, sequences=running + waiting)
             case m.LaneUp(node=node):
                 log.info("lane_up", attention_node=node)

@@ -133,6 +133,7 @@ def _node(row: Row, now_s: float) -> list[str]:
         "Role": node["role"],
         "State": node["state"],
         "Address": node["address"] or "<none>",
+        "Metrics": f"http://{node['metrics_address']}/metrics" if node["metrics_address"] else "<none>",
         "Host": f"{node['host'] or '<unknown>'}, pid {node['pid']}",
         "Epoch": node["epoch"],
         "Version": node["version"] or "<unknown>",

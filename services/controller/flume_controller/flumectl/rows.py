@@ -22,6 +22,7 @@ def node_row(node: admin_pb2.Node) -> Row:
         "pid": node.pid,
         "host": node.host,
         "address": node.address,
+        "metrics_address": node.metrics_address or None,
         "epoch": node.epoch,
         "kv_capacity_tokens": node.kv_capacity_tokens,
         "kv_used_tokens": node.kv_used_tokens,
@@ -220,6 +221,7 @@ NODE_COLUMNS: Sequence[Column] = (
     column("EPOCH", "epoch", wide=True),
     column("VERSION", "version", wide=True),
     Column("LEAVES-IN", _leaves_in, wide=True),
+    Column("METRICS", lambda row: row["metrics_address"] or "-", wide=True),
 )
 ROUTE_COLUMNS: Sequence[Column] = (
     column("SEQUENCE", "sequence"),

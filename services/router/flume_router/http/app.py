@@ -5,6 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import msgspec
+from flume_common.metrics import registry_of
+from flume_common.readiness import readiness
 from flume_common.telemetry import version
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.applications import Starlette
@@ -20,7 +22,7 @@ from flume_router.http.completions import CompletionApi
 from flume_router.http.context import RequestContext
 from flume_router.http.endpoint import CompletionEndpoint
 from flume_router.http.errors import ErrorReply, HttpError, reply_of, unexpected
-from flume_router.http.metrics import registry_of
+from flume_router.http.metrics import families
 from flume_router.service import Service
 
 
@@ -56,7 +58,7 @@ class _Pages:
 
     def __init__(self, service: Service) -> None:
         self._service = service
-        self._registry = registry_of(service)
+        self._registry = registry_of(lambda: families(service))
 
     async def models(self, _request: Request) -> Response:
         return _json({"object": "list", "data": [self._model()]})
@@ -96,11 +98,9 @@ class _Pages:
             "weight-node": self._service.pool.ready,
             "not-draining": not self._service.in_flight.draining,
         }
-        passed = all(checks.values())
-        lines = [f"[+]{name} ok" if ok else f"[-]{name} failed" for name, ok in checks.items()]
-        lines.append(f"store_connected: {str(self._service.pool.store_connected).lower()}")
-        verbose = "verbose" in request.query_params or not passed
-        return PlainTextResponse("\n".join(lines) if verbose else "ok", 200 if passed else 503)
+        facts = {"store_connected": self._service.pool.store_connected}
+        said = readiness(checks, facts, verbose="verbose" in request.query_params)
+        return PlainTextResponse(said.text, said.status)
 
     async def version(self, _request: Request) -> Response:
         return _json({"version": version()})

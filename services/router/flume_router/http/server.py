@@ -10,12 +10,10 @@ import socket
 from collections.abc import AsyncIterator, Iterator
 
 import uvicorn
-from flume_common.serving import CannotListen
 from flume_common.tasks import background
 from starlette.types import ASGIApp
 
 _KEEP_ALIVE_S = 75  # longer than clients keep an idle connection, so that they never meet a closed one
-_BACKLOG = 2048
 _TICK_S = 0.1  # uvicorn counts ten of them as a second
 _CLOSE_S = 3  # for connections that are still writing when requests are already over
 
@@ -53,36 +51,6 @@ class _Server(uvicorn.Server):
     def capture_signals(self) -> Iterator[None]:
         """Signals are the process's business (`serve.py`)."""
         yield
-
-
-def bind(address: str) -> socket.socket:
-    """Listen on `host:port`. Raises CannotListen with the system's reason."""
-    host, _, port = address.rpartition(":")
-    try:
-        [(family, kind, _, _, where), *_] = socket.getaddrinfo(
-            host.strip("[]"), int(port), type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-        )
-        # The protocol by name: asyncio turns Nagle's algorithm off only where it sees TCP, and with it
-        # every small write, thus every token, waits 40 ms for an acknowledgement.
-        bound = socket.socket(family, kind, socket.IPPROTO_TCP)
-        try:
-            bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            bound.bind(where)
-            bound.listen(_BACKLOG)
-        except OSError:
-            bound.close()
-            raise
-    except (OSError, OverflowError) as error:
-        raise CannotListen(address, getattr(error, "strerror", None) or str(error)) from error
-    return bound
-
-
-def reachable_address(address: str, bound: socket.socket) -> str:
-    """host:port for others; a wildcard becomes this machine's name."""
-    host = address.rpartition(":")[0]
-    if host in ("0.0.0.0", "[::]"):
-        host = socket.gethostname()
-    return f"{host}:{bound.getsockname()[1]}"
 
 
 @contextlib.asynccontextmanager

@@ -1,0 +1,49 @@
+"""The node as Prometheus sees it.
+
+Counters are the engine's, so they begin at 0 with a new one; those of routes are the supervisor's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import msgspec
+from flume_common.membership import State
+from flume_common.metrics import counter, epoch_rejected, gauge, node_state
+from flume_common.route_store import RouteWriter
+from prometheus_client import Metric
+
+from flume_weight.supervisor import Supervisor
+
+
+def families(supervisor: Supervisor, routes: RouteWriter) -> Iterator[Metric]:
+    """Safe to read from another thread: numbers, and messages that are replaced, never altered."""
+    yield node_state(State.PREPARING if supervisor.ready is None else State.READY)
+    yield gauge("flume_requests_running", "Sequences that have a place in steps.", supervisor.running)
+    yield gauge("flume_requests_waiting", "Sequences that wait for KV memory.", supervisor.waiting)
+    yield gauge(
+        "flume_kv_capacity_tokens",
+        "Tokens for which the attention nodes it is attached to have memory.",
+        supervisor.capacity_tokens,
+    )
+    yield gauge("flume_lanes", "Lanes to attention nodes.", supervisor.lanes)
+    yield counter(
+        "flume_kv_recomputed_tokens_total",
+        "Tokens computed again, by why their KV was gone.",
+        msgspec.structs.asdict(supervisor.recomputed),
+        by="cause",
+    )
+    yield epoch_rejected("weight", supervisor.epoch_rejected)
+    yield from _routes(routes)
+
+
+def _routes(routes: RouteWriter) -> Iterator[Metric]:
+    yield gauge("flume_routes_pending", "Routes whose newest value is not in etcd yet.", routes.pending)
+    yield counter(
+        "flume_route_writes_refused_total",
+        "Transactions that etcd refused: another epoch, or a key that has changed.",
+        routes.refused,
+    )
+    yield counter(
+        "flume_routes_taken_over_total", "Routes of ours that another node took over.", routes.taken_over
+    )
