@@ -12,6 +12,7 @@ from asyncio.subprocess import PIPE
 from contextlib import asynccontextmanager, suppress
 
 import grpc
+import httpx
 import psutil
 import pytest
 from fake_weight_node import LAYOUT, FakeWeightNode
@@ -23,6 +24,7 @@ from flume_common.wire import PROTOCOL_VERSION
 from flume_protos.v1 import attention_pb2 as pb
 from flume_protos.v1 import attention_pb2_grpc as rpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
+from metrics_lint import problems, values
 
 pytestmark = pytest.mark.e2e
 KV_BYTES = 32 * LAYOUT.block_bytes
@@ -57,6 +59,17 @@ class Running:
     async def stub(self):
         async with channel(self.member.address) as opened:
             yield rpc.AttentionStub(opened)
+
+    async def metrics(self):
+        """The values on its page, found as Prometheus would."""
+        async with httpx.AsyncClient() as client:
+            answer = await client.get(f"http://{self.member.metrics_address}/metrics", timeout=5)
+        assert problems(answer.text) == []
+        return {name.removeprefix("flume_"): value for name, value in values(answer.text).items()}
+
+    async def readyz(self):
+        async with httpx.AsyncClient() as client:
+            return await client.get(f"http://{self.member.metrics_address}/readyz", timeout=5)
 
     async def health(self):
         async with channel(self.member.address) as opened:
@@ -129,6 +142,7 @@ async def test_the_life_of_a_node(etcd_endpoint, store, keys):
         member = await node.in_state("READY")
         assert member.protocol_version == PROTOCOL_VERSION and member.pid == node.process.pid
         assert await node.health()
+        assert (await node.readyz()).text == "ok"
         with Port() as port:
             async with node.stub() as stub:
                 w = FakeWeightNode(port)
@@ -138,11 +152,17 @@ async def test_the_life_of_a_node(etcd_endpoint, store, keys):
                 w.step((0, 1, 1))
                 await eventually(lambda: node.member.kv_used_tokens == 11 and node.member.sequences == 1)
                 assert node.member.kv_capacity_tokens == 32 * LAYOUT.block_tokens
+                page = await node.metrics()
+                assert page["kv_used_tokens"] == 11 and page["lanes"] == page["sequences_held"] == 1
+                assert page['kv_blocks{state="used"}'] == blocks_of(11)
+                assert page['node_state{state="ready"}'] == page["store_connected"] == 1
 
                 await stub.Drain(pb.DrainRequest(deadline_s=60), timeout=5)
                 drained = await node.in_state("DRAINING")
                 assert time.time() + 50 < drained.leave_by_s < time.time() + 60
                 w.await_credit(lambda credit: credit.draining)
+                assert (await node.metrics())['node_state{state="draining"}'] == 1
+                assert (await node.readyz()).status_code == 503
                 assert not (await stub.Stats(pb.StatsRequest(), timeout=5)).safe_to_delete
                 w.step((0, 1, 1))
                 w.plan(ops=[w.release(0)])

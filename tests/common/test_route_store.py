@@ -118,7 +118,7 @@ async def test_a_replaced_owner_writes_nothing(store, keys):
         writer.put(Route.start("s", "w0", 0, "a0"))
         await asyncio.sleep(0.5)
         assert await store.get(keys.route("s")) is None
-        assert writer.pending == 1
+        assert writer.pending == 1 and writer.refused > 0 and writer.taken_over == 0
 
 
 def _fields(member: Member) -> dict[str, object]:
@@ -272,3 +272,4 @@ async def test_a_route_that_another_owner_took_over_is_theirs_from_then_on(store
         adopter.end("s")
         await asyncio.wait_for(adopter.settled(), 5)
         assert decode_route(await store.get(keys.route("s"))).weight_node == "w1"
+        assert (stopped.taken_over, adopter.taken_over) == (1, 1)

@@ -1,0 +1,60 @@
+"""What a weight node's page says after what its engine said."""
+
+from argparse import Namespace
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from flume_common.metrics import registry_of
+from flume_weight import messages as m
+from flume_weight.metrics import families
+from flume_weight.supervisor import Supervisor
+from metrics_lint import problems, values
+from prometheus_client import generate_latest
+
+
+async def accept(**_):
+    pass
+
+
+@pytest.fixture
+def supervisor():
+    args = Namespace(node="w1", model_name="m")
+    made = Supervisor(args, SimpleNamespace(name="m", path=Path("m")), None, None)
+    made._registration = SimpleNamespace(update=accept, epoch=1)
+    made._routes = SimpleNamespace(pending=4, refused=5, taken_over=6, end_all=lambda: None)
+    return made
+
+
+def shown(supervisor):
+    text = generate_latest(registry_of(lambda: families(supervisor, supervisor._routes))).decode()
+    assert problems(text) == []
+    found = values(text)
+    return {name.removeprefix("flume_"): value for name, value in found.items() if "flume_" in name}
+
+
+async def test_a_page_says_what_the_engine_said_last(supervisor):
+    await supervisor._hear(m.Capacity(capacity_tokens=900, running=3, waiting=2))
+    await supervisor._hear(m.Recomputed(node_lost=10, preempted=20, weight_node_lost=30))
+    await supervisor._hear(m.EpochRejected(messages=7))
+    assert shown(supervisor) == {
+        'node_state{state="preparing"}': 1, 'node_state{state="ready"}': 0, 'node_state{state="draining"}': 0,
+        "requests_running": 3, "requests_waiting": 2, "kv_capacity_tokens": 900, "lanes": 0,
+        'kv_recomputed_tokens_total{cause="node_lost"}': 10,
+        'kv_recomputed_tokens_total{cause="preempted"}': 20,
+        'kv_recomputed_tokens_total{cause="weight_node_lost"}': 30,
+        'epoch_rejected_total{component="weight"}': 7,
+        "routes_pending": 4, "route_writes_refused_total": 5, "routes_taken_over_total": 6,
+    }  # fmt: skip
+
+
+async def test_without_an_engine_nothing_runs_and_its_counters_begin_again(supervisor):
+    await supervisor._hear(m.Capacity(capacity_tokens=900, running=3, waiting=2))
+    await supervisor._hear(m.Recomputed(node_lost=10))
+    supervisor._attachments = SimpleNamespace(up=["a1", "a2"])
+    assert shown(supervisor)["lanes"] == 2
+    await supervisor._engine_gone()
+    page = shown(supervisor)
+    engine = ("requests_running", "requests_waiting", "kv_capacity_tokens", "lanes")
+    assert [page[name] for name in engine] == [0, 0, 0, 0]
+    assert page['kv_recomputed_tokens_total{cause="node_lost"}'] == 0
