@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import encodings.idna  # noqa: F401 - what getaddrinfo loads: here, as forks then have it already
 import socket
 
 from flume_common.serving import CannotListen
