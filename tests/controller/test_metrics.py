@@ -45,7 +45,8 @@ async def test_the_numbers_of_nodes_follow_a_scale(controller, store, keys):
     controller.until(lambda: attention(page) == [1, 1, 1, 0])
     controller.scale(2)
     controller.until(lambda: attention(page) == [2, 2, 2, 0])
-    controller.hold("attention-2", 5)
+    for node in controller.nodes():  # whichever goes has to stay a while
+        controller.hold(node, 5)
     controller.scale(1)
     controller.until(lambda: attention(page) == [1, 2, 1, 1])
     found = shown(page)
