@@ -1,5 +1,8 @@
 """What controllers' pages say: real processes, and counts of the loop beside them."""
 
+import socket
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import httpx
@@ -69,6 +72,16 @@ def test_a_controller_that_does_not_lead_has_every_counter_at_0():
         assert found['flume_epoch_rejected_total{component="controller"}'] == 4
         assert found['controller_runtime_reconcile_total{controller="attention",result="error"}'] == 0
         assert found['workqueue_adds_total{controller="attention",name="attention"}'] == 0
+
+
+def test_an_address_that_is_taken_is_told_in_one_line(tmp_path):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        address = f"127.0.0.1:{taken.getsockname()[1]}"
+        words = ("--etcd", "127.0.0.1:1", "--data-dir", str(tmp_path), "--metrics-listen", address)
+        argv = [sys.executable, "-m", "flume_controller", *words]
+        ended = subprocess.run(argv, capture_output=True, text=True, timeout=20, check=False)
+    assert ended.returncode == 1
+    assert ended.stderr.splitlines()[-1] == f"Error: cannot listen on {address}: Address already in use"
 
 
 def series(*found):

@@ -19,7 +19,7 @@ _EXAMPLES = """examples:
   python -m flume_attention --etcd 127.0.0.1:2379
   python -m flume_attention --etcd e1:2379,e2:2379 --cluster prod --node attention-7 --kv-memory 8GiB
   python -m flume_attention --listen 0.0.0.0:9300 --advertise-host 10.0.3.7 --kv-memory 60%
-  python -m flume_attention --metrics-listen 0.0.0.0:9301   # then: curl 10.0.3.7:9301/metrics
+  python -m flume_attention --metrics-listen 0.0.0.0:9301 # then: curl HOST:9301/metrics
 
 SIGTERM stops at once: what the node holds is gone, and weight nodes recompute it elsewhere.
 Drain it first (flumectl scale, or the Drain call) to lose nothing.

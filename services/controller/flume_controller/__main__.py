@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import shlex
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import click
 from flume_common.election import Timing
 from flume_common.etcd_flags import ENDPOINTS, store_config
 from flume_common.metrics_page import METRICS_LISTEN
-from flume_common.serving import until_signalled
+from flume_common.serving import CannotListen, until_signalled
 from flume_common.telemetry import LEVELS, configure_logging
 
 from flume_controller.config import ControllerConfig
@@ -108,7 +109,13 @@ def main(
         **settings,
     )
     configure_logging("controller", config.node, log_level)
-    asyncio.run(_until_signalled(config))
+    refused: Sequence[BaseException] = ()
+    try:
+        asyncio.run(_until_signalled(config))
+    except* CannotListen as errors:
+        refused = errors.exceptions
+    if refused:
+        raise click.ClickException(str(refused[0]))
 
 
 async def _until_signalled(config: ControllerConfig) -> None:
