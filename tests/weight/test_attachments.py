@@ -24,9 +24,18 @@ class Node(rpc.AttentionServicer):
     def __init__(self, *kept: pb.AdoptReply) -> None:
         self.kept = list(kept)
         self.asked = []
+        self.attached = 0
         self.detached = []
+        self.lanes = []
+
+    async def Stats(self, request, context):
+        return pb.StatsReply(
+            lanes=[pb.LaneStats(weight_node=name, epoch=epoch) for name, epoch in self.lanes]
+        )
 
     async def Attach(self, request, context):
+        self.attached += 1
+        self.lanes = [(request.weight_node, request.epoch)]
         return pb.AttachReply(node="a", epoch=9, worker_address=b"theirs", lane=3, capacity_blocks=10)
 
     async def Adopt(self, request, context):
@@ -154,6 +163,26 @@ async def test_a_lane_that_was_there_for_a_while_is_set_up_again_at_once(ours, m
             await ours.reconcile([one])
             ours.lost("a")
         assert len(ours.said) == 3
+
+
+async def test_with_a_new_epoch_of_ours_a_node_that_ended_our_lane_is_attached_again():
+    node, said, epochs = Node(), [], [8]
+    ours = Attachments("w2", READY, said.append, lambda: epochs[-1])
+    async with listed("a", node) as one:
+        await ours.reconcile([one])
+        node.lanes = []
+        await ours.reconcile([one])
+        assert (node.attached, len(said)) == (1, 1), "nobody asks while nothing has happened to us"
+        epochs.append(20)
+        node.lanes = [("w1", 5), ("w2", 8)]
+        await ours.reconcile([one])
+        assert node.attached == 1, "it has not heard of the epoch yet: asked again"
+        node.lanes = [("w1", 5)]
+        await ours.reconcile([one])
+        assert [type(message) for message in said] == [m.Attach, m.Detach, m.Attach]
+        assert node.attached == 2 and ours.up == ["a"]
+        await ours.reconcile([one])
+        assert node.attached == 2, "it is there under the new epoch"
 
 
 async def test_leaving_tells_every_node_that_answers(ours):

@@ -1,8 +1,10 @@
 """Keeps a lane to every attention node that is listed. Level-triggered: every pass looks again.
 
 A lane belongs to a process, not to a lease: a node that lost its lease and registered again keeps its
-lane, a node that was restarted gets a new one. A node that is no longer listed is given a grace time,
-since a lost lease is no proof of death; a dead process takes its lane down much sooner.
+lane, a node that was restarted gets a new one. Where we lost our own, others may have had our lanes ended
+as those of an epoch that is over, which a lane that says nothing does not notice: so the nodes are asked.
+A node that is no longer listed is given a grace time, since a lost lease is no proof of death; a dead
+process takes its lane down much sooner.
 """
 
 from __future__ import annotations
@@ -32,6 +34,7 @@ _ADOPT_TIMEOUT_S = 1.0
 _KEPT_TIMEOUT_S = 2.0
 _KEPT_RETRY_S = 0.05
 _DETACH_TIMEOUT_S = 1.0
+_STATS_TIMEOUT_S = 1.0
 _RETRY_S = (0.1, 0.2, 0.5, 1.0, 2.0)
 _LASTS_S = 5.0
 """A lane that was lost sooner is set up again after a pause, ever longer ones where that repeats itself:
@@ -45,6 +48,7 @@ class Attachment:
     process: tuple[str, int]  # address and pid: what a lane belongs to
     up: bool = False
     up_at_s: float = 0.0
+    epoch: int = 0  # of ours, under which the node is known to have this lane
     draining: bool = False
     evacuating: bool = False
     failures: int = 0
@@ -85,6 +89,7 @@ class Attachments:
         """Attach what is listed and not attached, detach what has been gone for a while."""
         listed = {member.id: member for member in members if member.state is not State.PREPARING}
         self._forget_unlisted(listed)
+        await asyncio.gather(*(self._confirm(member) for member in listed.values() if self._in_doubt(member)))
         due = [member for member in listed.values() if self._is_due(member)]
         await asyncio.gather(*(self._attach(member) for member in due))
         for member in listed.values():
@@ -146,8 +151,31 @@ class Attachments:
             self._nodes[member.id] = attachment = Attachment(process)
         return not attachment.up and time.monotonic() >= attachment.retry_at_s
 
+    def _in_doubt(self, member: Member) -> bool:
+        attachment = self._nodes.get(member.id)
+        return attachment is not None and attachment.up and attachment.epoch != self._epoch()
+
+    async def _confirm(self, member: Member) -> None:
+        """Ask whether our lane is there under our present epoch. It is not before the engine has said so."""
+        attachment, epoch = self._nodes[member.id], self._epoch()
+        try:
+            async with grpc.aio.insecure_channel(member.address) as channel:
+                stub = rpc.AttentionStub(channel)  # type: ignore[no-untyped-call]
+                reply: pb.StatsReply = await stub.Stats(pb.StatsRequest(), timeout=_STATS_TIMEOUT_S)
+        except grpc.aio.AioRpcError:
+            return  # asked again by the next pass
+        known = [lane.epoch for lane in reply.lanes if lane.weight_node == self._node]
+        if not attachment.up:
+            return  # lost meanwhile
+        if not known:
+            log.warning("lane_ended_by_node", attention_node=member.id, epoch=attachment.epoch)
+            attachment.up = False
+            self._send(m.Detach(member.id, "it has no lane of ours any more"))
+        elif known[0] == epoch:
+            attachment.epoch = epoch
+
     async def _attach(self, member: Member) -> None:
-        attachment = self._nodes[member.id]
+        attachment, epoch = self._nodes[member.id], self._epoch()
         try:
             lane = next(self._lane_numbers)
             reply = await self._call(member, lane)
@@ -156,7 +184,7 @@ class Attachments:
             log.warning("attach_failed", attention_node=member.id, code=error.code().name,
                         reason=error.details(), retry_s=delay_s)  # fmt: skip
             return
-        attachment.up, attachment.up_at_s = True, time.monotonic()
+        attachment.up, attachment.up_at_s, attachment.epoch = True, time.monotonic(), epoch
         attachment.draining = attachment.evacuating = False
         self._send(
             m.Attach(
