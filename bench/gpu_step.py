@@ -25,13 +25,13 @@ import torch
 from flume_attention.blocks import BlockPool
 from flume_attention.cuda.answers import Answers
 from flume_attention.cuda.device_pool import DevicePool
-from flume_attention.cuda.session import GpuLaneSession, lane_buffers
+from flume_attention.cuda.session import RINGS, GpuLaneSession, lane_buffers
 from flume_attention.frame_tensors import FrameTensors
 from flume_attention.messages import Attach
 from flume_attention.node import Node
-from flume_common.lanes import Lane, Port, Side, frames
+from flume_common.lanes import Lane, Port, Side
 from flume_common.layout import KvLayout
-from flume_common.wire import Kind, LaneShape
+from flume_common.wire import LaneShape
 from flume_kernels.gpu.watchdog import Watchdog
 from flume_weight.cuda.buckets import StepSize
 from flume_weight.cuda.captured_steps import CapturedSteps
@@ -178,11 +178,6 @@ def one_process(problem: Problem, device: Any, ops: Ops, attention_ops: Any) -> 
 # Two processes
 
 
-def rings_of_one_frame() -> None:
-    """Captured answers read and write at fixed addresses. Both ends derive their buffers from this."""
-    frames.RING_FRAMES.update({Kind.QUERY: 1, Kind.PARTIAL: 1})
-
-
 class Bookkeeping(Node):
     """A node without memory of its own: that is on the GPU."""
 
@@ -192,7 +187,6 @@ class Bookkeeping(Node):
 
 def attention_node(problem: Problem, device: Any, ops: Any, pipe: Connection) -> None:
     """Serves one lane until the pipe says something."""
-    rings_of_one_frame()
     with torch.inference_mode(), Port() as port, Watchdog() as watchdog:
         pipe.send(port.address)
         session = _session(problem, device, ops, port, watchdog, pipe.recv())
@@ -225,15 +219,13 @@ def _session(
     holdings = node.add("weight-1", node.admit(request))
     lane: Lane[LaneShape] = port.connect(
         "weight-1", address, shape, Side.ATTENTION, send_lane=1, receive_lane=2,
-        allocate=lambda size: device.host_tensor(size, dtype=torch.uint8).numpy(),
+        allocate=lambda size: device.host_tensor(size, dtype=torch.uint8).numpy(), rings=RINGS,
     )  # fmt: skip
     pool = DevicePool(device, ops, problem.layout, problem.blocks, shape.kv_frame_bytes)
     for layer in pool.layers:
         layer.kv.normal_()
     node.pool = pool  # type: ignore[assignment]
-    (query,), partial = lane.receiver(Kind.QUERY)._posted, lane.sender(Kind.PARTIAL).frame()
-    assert partial is not None
-    buffers = lane_buffers(FrameTensors(problem.layout), query, partial, shape.max_step_tokens)
+    buffers = lane_buffers(FrameTensors(problem.layout), lane, shape.max_step_tokens)
     longest = problem.context + problem.steps + problem.warm_up + 1
     answers = Answers(
         device, ops, pool, buffers, max_rows=shape.max_step_sequences, max_length=longest, watchdog=watchdog
@@ -259,7 +251,6 @@ def weight_node(
     problem: Problem, device: Any, ops: Ops, where: torch.device, pipe: Connection
 ) -> dict[str, float]:
     """Decodes against the attention node at the other end of the pipe."""
-    rings_of_one_frame()
     weights = random_weights(problem, where)
     steps = CapturedSteps(device, ops, problem.config, weights, parts=1)
     size = StepSize(problem.batch)

@@ -9,13 +9,12 @@ from types import SimpleNamespace
 import torch
 from flume_attention.cuda.answers import Answers
 from flume_attention.cuda.device_pool import DevicePool
-from flume_attention.cuda.session import GpuLaneSession, lane_buffers
+from flume_attention.cuda.session import RINGS, GpuLaneSession, lane_buffers
 from flume_attention.frame_tensors import FrameTensors
 from flume_attention.messages import Attached
 from flume_attention.node import Node
 from flume_common.lanes import Port, Side
 from flume_common.layout import KvLayout
-from flume_common.wire import Kind
 from flume_kernels.gpu import reference
 from flume_kernels.gpu.watchdog import Watchdog
 from simulated_device import SimulatedDevice
@@ -145,7 +144,7 @@ class GpuNode:
         holdings = node.add(request.weight_node, shape)
         lane = port.connect(
             request.weight_node, request.worker_address, shape, Side.ATTENTION,
-            send_lane=request.lane, receive_lane=1, allocate=self._allocate,
+            send_lane=request.lane, receive_lane=1, allocate=self._allocate, rings=RINGS,
         )  # fmt: skip
         self.attached = Attached(
             request=request.request, worker_address=port.address, lane=1, capacity_blocks=self.blocks
@@ -154,9 +153,7 @@ class GpuNode:
         for layer in pool.layers:
             layer.kv.fill_(torch.nan)
         node.pool = pool
-        queries, partial = lane.receiver(Kind.QUERY)._posted, lane.sender(Kind.PARTIAL).frame()
-        assert len(queries) == 1, "captured steps need rings of one frame"
-        buffers = lane_buffers(FrameTensors(self.layout), queries[0], partial, shape.max_step_tokens)
+        buffers = lane_buffers(FrameTensors(self.layout), lane, shape.max_step_tokens)
         self._answers = Answers(
             self.device, self._ops, pool, buffers, max_rows=self.max_rows, max_length=self.max_length,
             watchdog=self._watchdog, query_timeout_s=self.query_timeout_s,

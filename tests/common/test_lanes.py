@@ -71,6 +71,16 @@ def test_frames_hold_the_largest_body_and_share_no_byte():
             assert (frame.words == -(100 * mark + index)).all()
 
 
+def test_one_end_may_have_rings_of_its_own_and_a_ring_has_a_frame():
+    rings = {Kind.QUERY: 1, Kind.PARTIAL: 6}
+    frames = cut(allocate_pages(block_bytes(SHAPE, rings)), SHAPE, rings)
+    assert {kind: len(ring) for kind, ring in frames.items()} == {
+        kind: RING_FRAMES[kind] for kind in SHAPE.kinds
+    } | rings
+    with pytest.raises(ValueError, match="a QUERY ring has at least 1 frame, not 0"):
+        block_bytes(SHAPE, {Kind.QUERY: 0})
+
+
 def test_only_the_bytes_of_the_message_are_sent_and_many_sizes_cost_no_memory():
     frame = cut(allocate_pages(block_bytes(SHAPE)), SHAPE)[Kind.KV][0]
     for size in range(1000):
@@ -108,6 +118,19 @@ def test_a_lane_uses_the_memory_it_is_given():
         )
         assert np.shares_memory(given[0], lane.sender(Kind.PLAN).frame().body)
     assert len(given) == 1
+
+
+def test_the_frames_of_a_channel_can_be_looked_at_until_the_lane_is_closed():
+    rings = {Kind.QUERY: 1, Kind.PARTIAL: 2}
+    with Port() as here, Port() as there:
+        lane = here.connect(
+            "there", there.address, SHAPE, Side.ATTENTION, send_lane=1, receive_lane=2, rings=rings
+        )
+        partials, queries = lane.sender(Kind.PARTIAL), lane.receiver(Kind.QUERY)
+        assert [len(partials.frames), len(queries.frames)] == [2, 1]
+        assert partials.frame() is partials.frames[0]
+        lane.close()
+        assert partials.frames == queries.frames == ()
 
 
 @pytest.mark.parametrize("wrong", [{"send_lane": -1}, {"allocate": np.zeros}])

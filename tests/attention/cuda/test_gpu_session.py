@@ -6,16 +6,14 @@ import time
 import pytest
 import torch
 from fake_weight_node import FakeWeightNode
-from flume_common.lanes import Port, frames
-from flume_common.wire import Kind, LaneShape
+from flume_common.lanes import Port
+from flume_common.wire import LaneShape
 from gpu_node import LAYOUT, GpuNode
 
 
 @pytest.fixture(autouse=True)
-def rings_of_one_frame(monkeypatch):
+def one_thread():
     torch.set_num_threads(1)
-    for kind in (Kind.QUERY, Kind.PARTIAL):
-        monkeypatch.setitem(frames.RING_FRAMES, kind, 1)
 
 
 @pytest.fixture

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from flume_common.lanes import frames
 from gpu_node import ON_GPU, ReferenceAttention
 from simulated_device import SimulatedDevice
 from step_fakes import ReferenceOps
@@ -22,7 +21,6 @@ def bench(monkeypatch):
     spec = importlib.util.spec_from_file_location("gpu_step", path)
     module = importlib.util.module_from_spec(spec)
     monkeypatch.setitem(sys.modules, "gpu_step", module)
-    monkeypatch.setattr(frames, "RING_FRAMES", dict(frames.RING_FRAMES))
     spec.loader.exec_module(module)
     return module
 

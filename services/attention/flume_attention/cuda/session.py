@@ -9,13 +9,15 @@ from __future__ import annotations
 
 from typing import Any
 
-from flume_common.lanes import Frame
-from flume_common.wire import Header, Plan
+from flume_common.lanes import Lane
+from flume_common.wire import Header, Kind, LaneShape, Plan
 
 from flume_attention.cuda.answers import Answers
 from flume_attention.cuda.captured_steps import LaneBuffers
 from flume_attention.frame_tensors import FrameTensors
 from flume_attention.lane_session import LaneSession
+
+RINGS = {Kind.QUERY: 1, Kind.PARTIAL: 1}
 
 
 class GpuLaneSession(LaneSession):
@@ -67,6 +69,7 @@ class GpuLaneSession(LaneSession):
         return True
 
 
-def lane_buffers(tensors: FrameTensors, queries: Frame, partial: Frame, tokens: int) -> LaneBuffers:
-    """The two frames as a captured step sees them; `tokens` is the most of a step."""
+def lane_buffers(tensors: FrameTensors, lane: Lane[LaneShape], tokens: int) -> LaneBuffers:
+    """The two frames of a lane with `RINGS` as a captured step sees them; `tokens` is the most of a step."""
+    (queries,), (partial,) = lane.receiver(Kind.QUERY).frames, lane.sender(Kind.PARTIAL).frames
     return LaneBuffers(tensors.queries(queries, tokens), tensors.queries(partial, tokens))

@@ -36,6 +36,11 @@ class Sender:
         self._max_bytes = lane.shape.body_bytes(kind)
 
     @property
+    def frames(self) -> tuple[Frame, ...]:
+        """The ring, to look at where it lies rather than at what it holds; empty once the lane is closed."""
+        return tuple(self._frames)
+
+    @property
     def idle(self) -> bool:
         """Whether nothing is on its way: closing the lane now takes nothing back."""
         return all(frame.request is None or frame.request.completed for frame in self._frames)
@@ -92,9 +97,15 @@ class Receiver:
         self._tag = ucx.lib.UCXXTag(tag)
         self._posted: deque[Frame] = deque()
         self._given: set[Frame] = set()  # with the user
+        self._ring = tuple(frames)
         if lane.alive:
             for frame in frames:
                 self._post(frame)
+
+    @property
+    def frames(self) -> tuple[Frame, ...]:
+        """The ring, to look at where it lies rather than at what it holds; empty once the lane is closed."""
+        return self._ring
 
     def poll(self) -> Frame | None:
         """The oldest message that has arrived and was not polled yet; None if there is none.
@@ -134,6 +145,7 @@ class Receiver:
         in_flight = list(self._posted)
         self._posted.clear()
         self._given.clear()
+        self._ring = ()
         return in_flight
 
     def _post(self, frame: Frame) -> None:

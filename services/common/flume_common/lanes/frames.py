@@ -6,7 +6,7 @@ starts on a page; its header comes first and its body right behind it, so one me
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol, TypeVar
 
 import numpy as np
@@ -25,6 +25,10 @@ _MAX_CACHED_SIZES = 64
 # Frames in flight per channel. The sender of QUERY and PARTIAL runs at most a layer or two ahead, KV
 # frames are few but large, and CREDIT must never hold its sender up.
 RING_FRAMES = dict.fromkeys(Kind, 4) | {Kind.CREDIT: 8}
+
+Rings = Mapping[Kind, int]
+"""Frames of those channels that one end wants another number of; its peer need not know."""
+USUAL: Rings = {}
 
 
 class Shape(Protocol):
@@ -73,14 +77,14 @@ def capacity_bytes(shape: Shape, kind: Kind) -> int:
     return -(-shape.body_bytes(kind) // 8) * 8
 
 
-def block_bytes(shape: Shape) -> int:
+def block_bytes(shape: Shape, rings: Rings = USUAL) -> int:
     """Bytes of all frames of one end of a lane, each on its own pages."""
-    return sum(RING_FRAMES[kind] * _stride(shape, kind) for kind in shape.kinds)
+    return sum(_ring(kind, rings) * _stride(shape, kind) for kind in shape.kinds)
 
 
-def cut(block: Bytes, shape: Shape) -> dict[Kind, list[Frame]]:
+def cut(block: Bytes, shape: Shape, rings: Rings = USUAL) -> dict[Kind, list[Frame]]:
     """Every channel's frames. Raises ValueError unless the block is uint8 [block_bytes] on a page."""
-    size = block_bytes(shape)
+    size = block_bytes(shape, rings)
     if block.dtype != np.uint8 or block.ndim != 1 or block.size < size or not block.flags.c_contiguous:
         raise ValueError(f"a lane's block is contiguous uint8 [{size}], not {block.dtype} {block.shape}")
     if block.ctypes.data % PAGE_BYTES:
@@ -89,7 +93,7 @@ def cut(block: Bytes, shape: Shape) -> dict[Kind, list[Frame]]:
     at = 0
     for kind in shape.kinds:
         length, stride = HEADER_BYTES + capacity_bytes(shape, kind), _stride(shape, kind)
-        starts = range(at, at + RING_FRAMES[kind] * stride, stride)
+        starts = range(at, at + _ring(kind, rings) * stride, stride)
         frames[kind] = [Frame(block[start : start + length]) for start in starts]
         at = starts.stop
     return frames
@@ -102,6 +106,14 @@ def allocate_pages(size_bytes: int) -> Bytes:
     block: Bytes = raw[start : start + size_bytes]
     block.fill(0)
     return block
+
+
+def _ring(kind: Kind, rings: Rings) -> int:
+    """Raises ValueError for a channel without a frame."""
+    frames = rings.get(kind, RING_FRAMES[kind])
+    if frames < 1:
+        raise ValueError(f"a {kind.name} ring has at least 1 frame, not {frames}")
+    return frames
 
 
 def _stride(shape: Shape, kind: Kind) -> int:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Generic
 from flume_common.lanes import ucx
 from flume_common.lanes.channel import Receiver, Sender
 from flume_common.lanes.errors import LaneDown
-from flume_common.lanes.frames import Allocate, S, block_bytes, cut
+from flume_common.lanes.frames import Allocate, Rings, S, block_bytes, cut
 from flume_common.lanes.tags import Side, tag_of
 from flume_common.wire import Kind
 
@@ -42,6 +42,7 @@ class Lane(Generic[S]):
         send_lane: int,
         receive_lane: int,
         allocate: Allocate,
+        rings: Rings,
     ) -> None:
         self.peer = peer
         self.shape = shape
@@ -50,7 +51,7 @@ class Lane(Generic[S]):
         self._endpoint = endpoint
         self._error: str | None = None
         self._receive_lane = receive_lane
-        frames = cut(allocate(block_bytes(shape)), shape)
+        frames = cut(allocate(block_bytes(shape, rings)), shape, rings)
         self._senders = {
             kind: Sender(self, endpoint, kind, tag_of(send_lane, kind), frames[kind]) for kind in side.sends
         }

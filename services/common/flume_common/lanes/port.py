@@ -16,7 +16,7 @@ from contextlib import ExitStack
 from typing import Any, Self
 
 from flume_common.lanes import ucx
-from flume_common.lanes.frames import Allocate, Frame, S, allocate_pages
+from flume_common.lanes.frames import USUAL, Allocate, Frame, Rings, S, allocate_pages
 from flume_common.lanes.lane import Lane
 from flume_common.lanes.processes import Process
 from flume_common.lanes.strays import Strays
@@ -124,15 +124,17 @@ class Port:
         send_lane: int,
         receive_lane: int,
         allocate: Allocate = allocate_pages,
+        rings: Rings = USUAL,
     ) -> Lane[S]:
         """A lane to the port with this address, every receive posted. Does not wait for the peer.
 
         `peer` is a name for messages. What one end calls `send_lane` the other calls `receive_lane`;
         a port must never use a `receive_lane` twice, as messages for a closed one are thrown away.
-        `allocate(size_bytes)` returns uint8 [size_bytes] on a page boundary. The lane to a peer that
+        `allocate(size_bytes)` returns uint8 [size_bytes] on a page boundary. `rings` are how many frames
+        this end has of some kinds, where another number than the usual is wanted. The lane to a peer that
         is known to be gone is down from the start.
 
-        Raises ValueError for an address, a lane number or a block that cannot be one.
+        Raises ValueError for an address, a lane number, a block or a ring that cannot be one.
         """
         self._tidy()
         process, worker = address[: Process.SIZE_BYTES], address[Process.SIZE_BYTES :]
@@ -145,7 +147,9 @@ class Port:
                 endpoint = ucx.connect(self._worker, worker)
             except ProcessLookupError as error:
                 process_fd, endpoint = None, ucx.Nowhere(str(error))
-            lane = Lane(self, endpoint, process_fd, peer, shape, side, send_lane, receive_lane, allocate)
+            lane = Lane(
+                self, endpoint, process_fd, peer, shape, side, send_lane, receive_lane, allocate, rings
+            )
             undo.pop_all()
         self._lanes.append(lane)
         return lane
