@@ -120,7 +120,7 @@ class AttendsItself:
         self._device = device
         self._ops = attention_ops
         self._problem = problem
-        self._pool = DevicePool(device, attention_ops, problem.layout, problem.blocks, 1 << 20)
+        self._pool = DevicePool(device, attention_ops, problem.layout, problem.blocks)
         for layer in self._pool.layers:
             layer.kv.normal_()
         per_row = problem.layout.blocks_of(problem.context)
@@ -221,10 +221,10 @@ def _session(
         "weight-1", address, shape, Side.ATTENTION, send_lane=1, receive_lane=2,
         allocate=lambda size: device.host_tensor(size, dtype=torch.uint8).numpy(), rings=RINGS,
     )  # fmt: skip
-    pool = DevicePool(device, ops, problem.layout, problem.blocks, shape.kv_frame_bytes)
+    pool = DevicePool(device, ops, problem.layout, problem.blocks)
     for layer in pool.layers:
         layer.kv.normal_()
-    node.pool = pool  # type: ignore[assignment]
+    node.pool = pool
     buffers = lane_buffers(FrameTensors(problem.layout), lane, shape.max_step_tokens)
     longest = problem.context + problem.steps + problem.warm_up + 1
     answers = Answers(

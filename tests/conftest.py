@@ -68,12 +68,20 @@ def engine_zygote(tmp_path_factory):
     with bind(supervisors) as one, bind(engines) as other:
         fds = one.fileno(), other.fileno()
         flags = ["--supervisors-fd", str(fds[0]), "--engines-fd", str(fds[1])]
-        process = subprocess.Popen([sys.executable, "-m", "flume_attention.zygote", *flags], pass_fds=fds)
+        process = subprocess.Popen(
+            [sys.executable, "-m", "flume_attention.zygote", *flags], pass_fds=fds, env=_with_our_modules()
+        )
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv(ENGINE_ZYGOTE, engines)
         yield
     process.terminate()
     process.wait(timeout=10)
+
+
+def _with_our_modules():
+    """So that it can also run engines that lie beside the tests."""
+    paths = [str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])]
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
 
 
 @pytest.fixture

@@ -16,6 +16,7 @@ import time
 from collections import deque
 from contextlib import contextmanager, nullcontext
 from functools import partial
+from types import SimpleNamespace
 
 import torch
 from flume_kernels.gpu.device import on_page
@@ -37,7 +38,7 @@ class SimulatedGraph:
 
     def launch(self):
         self.replays += 1
-        self._device.queue.extend(self._operations)
+        self._device.launch(self._operations)
 
     def done(self):
         self._device.move_on()
@@ -45,11 +46,21 @@ class SimulatedGraph:
 
 
 class SimulatedDevice:
-    def __init__(self):
+    """One stream of a device, which several may be of. Each moves on alone, but for `running`."""
+
+    name = torch.device("cpu")
+
+    def __init__(self, streams=None):
         self.queue = deque()  # operations; each answers False while it cannot pass
         self.captures = 0
         self._recording = None
-        self._by_itself = False
+        self._streams = streams or SimpleNamespace(
+            all=[], run_by_themselves=False, launched=threading.Event()
+        )
+        self._streams.all.append(self)
+
+    def with_stream(self):
+        return SimulatedDevice(self._streams)
 
     def tensor(self, *size, dtype):
         return torch.zeros(size, dtype=dtype)
@@ -95,12 +106,18 @@ class SimulatedDevice:
 
     def synchronize(self):
         while self.queue:
-            if not self.run_some(len(self.queue)):
+            if self._streams.run_by_themselves:
+                time.sleep(0)
+            elif not self.run_some(len(self.queue)):
                 raise RuntimeError("the device waits for ever")
+
+    def launch(self, operations):
+        self.queue.extend(operations)
+        self._streams.launched.set()
 
     def move_on(self):
         """Do a few operations, where no thread does them."""
-        if not self._by_itself:
+        if not self._streams.run_by_themselves:
             self.run_some(4)
 
     def run_some(self, count):
@@ -114,23 +131,27 @@ class SimulatedDevice:
 
     @contextmanager
     def running(self):
-        """The device works by itself, until the block ends."""
+        """All streams work by themselves, until the block ends."""
         ended = threading.Event()
 
         def work():
             while not ended.is_set():
-                if not self.run_some(64):
-                    time.sleep(0)
+                if not any(stream.queue for stream in self._streams.all):
+                    self._streams.launched.wait(0.5)
+                self._streams.launched.clear()
+                if not sum([stream.run_some(64) for stream in self._streams.all]):
+                    time.sleep(2e-5)
 
-        thread = threading.Thread(target=work)
-        self._by_itself = True
+        thread = threading.Thread(target=work, daemon=True)
+        self._streams.run_by_themselves = True
         thread.start()
         try:
             yield
         finally:
             ended.set()
+            self._streams.launched.set()
             thread.join()
-            self._by_itself = False
+            self._streams.run_by_themselves = False
 
 
 def _signal(flags, number):

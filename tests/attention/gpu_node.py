@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import random
 import threading
-from types import SimpleNamespace
 
 import torch
 from flume_attention.cuda.answers import Answers
@@ -15,47 +14,13 @@ from flume_attention.messages import Attached
 from flume_attention.node import Node
 from flume_common.lanes import Port, Side
 from flume_common.layout import KvLayout
-from flume_kernels.gpu import reference
 from flume_kernels.gpu.watchdog import Watchdog
+from reference_attention import ReferenceAttention
 from simulated_device import SimulatedDevice
 
 ON_GPU = torch.cuda.is_available()
 LAYOUT = KvLayout(3, 4, 2, 64, "float32", 16) if ON_GPU else KvLayout(3, 4, 2, 16, "float32", 4)
 WAIT_S = 20.0
-
-
-class ReferenceAttention:
-    """`flume_attention.cuda.ops.AttentionOps` by the definitions of the kernels, queued as kernels are."""
-
-    def __init__(self, device):
-        self._device = device
-
-    def plan(self, rows, tokens, max_length):
-        return SimpleNamespace(most=(rows, tokens, max_length))
-
-    def update(self, plan, lengths, query_starts=None):
-        def run():
-            assert lengths.numel() <= plan.most[0] and int(lengths.max()) <= plan.most[2]
-            plan.lengths, plan.starts = lengths.clone(), query_starts
-
-        self._device.call(run)
-
-    def attend(self, plan, q, pool, tables, o, lse):
-        def run():
-            starts = plan.starts
-            got = reference.paged_attention(q, pool, tables, plan.lengths, starts, q.shape[-1] ** -0.5)
-            o.copy_(got[0])
-            lse.copy_(got[1])
-
-        self._device.call(run)
-
-    def merge(self, o, lse, out, out_lse):
-        got = reference.merge_partials(o, lse)
-        out.copy_(got[0])
-        out_lse.copy_(got[1])
-
-    def append(self, pool, k, v, slots):
-        pool.kv.copy_(reference.kv_append(pool, k, v, slots))
 
 
 def attention_device(layout):
@@ -149,7 +114,7 @@ class GpuNode:
         self.attached = Attached(
             request=request.request, worker_address=port.address, lane=1, capacity_blocks=self.blocks
         )
-        pool = DevicePool(self.device, self._ops, self.layout, self.blocks, shape.kv_frame_bytes)
+        pool = DevicePool(self.device, self._ops, self.layout, self.blocks)
         for layer in pool.layers:
             layer.kv.fill_(torch.nan)
         node.pool = pool

@@ -12,6 +12,7 @@ from flume_common.engine_link import run_engine
 from flume_common.zygote import ENGINE_ZYGOTE
 
 CAPACITY = 32
+MODULES = {"cpu": "flume_attention.engine", "cuda": "simulated_gpu_attention"}
 ENV = {"OMP_NUM_THREADS": "1", "UCX_TLS": "tcp,sm,self"}
 
 
@@ -31,10 +32,20 @@ class Node:
                 if isinstance(message, kind) and where(message):
                     return message
 
-    async def report(self) -> Report:
+    async def report(self, after: FakeWeightNode | None = None) -> Report:
+        """How it is now; `after` this one's last step, whose keys may still be on their way, was stored."""
+        if after is not None:
+            after.await_credit(lambda credit: credit.committed_step == after.number)
         self.requests += 1
         self.engine.send(Ask(request=self.requests))
         return await self.expect(Report, where=lambda r: r.request == self.requests)
+
+    async def becomes(self, found) -> Report:
+        """The first report that `found` likes."""
+        async with asyncio.timeout(10.0):
+            while not found(report := await self.report()):
+                await asyncio.sleep(0.01)
+        return report
 
     async def attach(self, node: FakeWeightNode, *, want: int = 16, **changes) -> FakeWeightNode:
         """Attach, and wait until all the wanted credit is granted."""
@@ -47,10 +58,13 @@ class Node:
 
 
 @asynccontextmanager
-async def engine_with(blocks=CAPACITY, layout=LAYOUT, args=()):
-    args = ["--kv-bytes", str(blocks * layout.block_bytes + 5), *args]
+async def engine_with(blocks=CAPACITY, layout=LAYOUT, args=(), device="cpu", env=None):
+    """On "cuda" the GPU is simulated."""
+    args = ["--kv-bytes", str(blocks * layout.block_bytes + 5), "--device", device, *args]
     zygote = os.environ.get(ENGINE_ZYGOTE)
-    async with run_engine("flume_attention.engine", args, inbox=FromEngine, env=ENV, zygote=zygote) as engine:
+    async with run_engine(
+        MODULES[device], args, inbox=FromEngine, env=ENV | (env or {}), zygote=zygote
+    ) as engine:
         node = Node(engine)
         await node.expect(Started, timeout_s=60)
         yield node

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import signal
 import sys
+import time
 from asyncio.subprocess import PIPE
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -15,6 +16,7 @@ import pytest
 import pytest_asyncio
 import torch
 from fake_weight_node import LAYOUT, FakeSlot, FakeWeightNode, RunningStep
+from flume_attention.engine import QUIET_CREDIT_S
 from flume_attention.messages import (
     Adopt,
     Attach,
@@ -35,9 +37,9 @@ from real_engine import CAPACITY, Node, engine_with
 pytestmark = [pytest.mark.asyncio(loop_scope="module"), pytest.mark.usefixtures("engine_zygote")]
 
 
-@pytest_asyncio.fixture(scope="module", loop_scope="module")
-async def shared_engine(engine_zygote):
-    async with engine_with() as running:
+@pytest_asyncio.fixture(scope="module", loop_scope="module", params=["cpu", "cuda"])
+async def shared_engine(engine_zygote, request):
+    async with engine_with(device=request.param) as running:
         yield running.engine
 
 
@@ -112,7 +114,7 @@ async def test_a_sequence_is_prefilled_and_decoded_token_by_token(node, port):
     w.step((0, 7, 7))
     for _ in range(9):
         w.step((0, 1, 1), kv_layers=3)
-    report = await node.report()
+    report = await node.report(after=w)
     assert (report.used_tokens, report.used_blocks, report.capacity_tokens) == (26, 7, CAPACITY * 4)
 
 
@@ -163,7 +165,7 @@ async def test_a_tail_that_comes_back_makes_a_second_range_in_its_slot(node, por
     w.step((0, 1, 0), ops=[w.close(0)])
     w.step((0, 1, 1), ops=[w.open(0)])
     w.step((0, 2, 2))
-    report = await node.report()
+    report = await node.report(after=w)
     assert report.lanes[0].ranges == 2 and report.lanes[0].sequences == 1 and report.used_blocks == 3
 
 
@@ -182,7 +184,8 @@ async def test_two_weight_nodes_interleave_their_steps(node, port):
     one.send_kv()
     first.step((0, 1, 1))
     second.step((0, 1, 1))
-    report = await node.report()
+    await node.report(after=first)
+    report = await node.report(after=second)
     held = {lane.weight_node: lane.held_blocks for lane in report.lanes}
     assert held == {first.name: 3, second.name: 4}
 
@@ -211,7 +214,7 @@ async def test_a_plan_abandons_an_unfinished_step_and_nothing_of_it_is_kept(node
     broken.ask(1)  # nobody waits for this answer
     w.step((0, 2, 2))
     w.step((0, 1, 1))
-    report = await node.report()
+    report = await node.report(after=w)
     assert (report.used_tokens, report.used_blocks) == (8, 2)
 
 
@@ -222,7 +225,7 @@ async def test_a_step_abandoned_before_its_queries_came_does_not_disturb_the_nex
         w.begin((0, 1, 9))
     w.plan()
     w.step((0, 1, 1))
-    assert (await node.report()).used_tokens == 6
+    assert (await node.report(after=w)).used_tokens == 6
 
 
 async def test_a_plan_that_overtakes_the_kv_sent_before_it_waits_for_it(node, port):
@@ -242,7 +245,7 @@ async def test_a_plan_that_overtakes_the_kv_sent_before_it_waits_for_it(node, po
         running.check(layer)
     running.send_kv()
     w.step((0, 1, 1))
-    assert (await node.report()).used_tokens == 9
+    assert (await node.report(after=w)).used_tokens == 9
 
 
 @pytest.mark.parametrize(
@@ -274,7 +277,7 @@ async def test_a_refused_step_says_why_and_the_next_one_goes_on(node, port, rows
 async def test_a_plan_of_an_older_epoch_is_refused_and_counted(node, port):
     w = await node.attach(FakeWeightNode(port, epoch=5))
     w.step((0, 0, 5), ops=[w.open(0)])
-    before = (await node.report()).epoch_rejected
+    before = (await node.report(after=w)).epoch_rejected
     number = w.plan(ops=[(3, 0, 0, 0)], epoch=4)
     assert w.await_credit(lambda c: c.refused_step == number).refusal is Refusal.STALE_EPOCH
     report = await node.report()
@@ -284,7 +287,7 @@ async def test_a_plan_of_an_older_epoch_is_refused_and_counted(node, port):
 async def test_an_owner_that_was_replaced_is_not_answered_and_stores_nothing(node, port):
     w = await node.attach(FakeWeightNode(port, epoch=5))
     w.step((0, 0, 5), ops=[w.open(0)])
-    before = (await node.report()).epoch_rejected
+    before = (await node.report(after=w)).epoch_rejected
     running = w.begin((0, 1, 1))
     w.epoch = 4  # it does not know yet
     w.query(running.number, 0, w.rand(1, LAYOUT.num_query_heads, LAYOUT.head_dim))
@@ -292,7 +295,7 @@ async def test_an_owner_that_was_replaced_is_not_answered_and_stores_nothing(nod
     w.epoch = 5
     w.finish(running)
     w.step((0, 1, 1))
-    report = await node.report()
+    report = await node.report(after=w)
     assert (report.epoch_rejected, report.used_tokens) == (before + 2, 7)
 
 
@@ -358,9 +361,11 @@ async def test_a_decode_step_sends_no_credit_of_its_own(node, port):
     w = await node.attach(FakeWeightNode(port), want=4)
     w.step((0, 0, 1), ops=[w.open(0)])
     w.credits_waiting(0.5)
+    started_s = time.monotonic()
     for _ in range(2):
         w.step((0, 1, 1))
-    assert w.credits_waiting(0.05) == 0
+    rounds = (time.monotonic() - started_s) // QUIET_CREDIT_S  # of credit that nobody waits for
+    assert w.credits_waiting(0.05) <= rounds
     assert w.credits_waiting(0.5) <= 2 and w.credit.committed_step == w.number
 
 
@@ -523,7 +528,7 @@ async def test_an_attach_that_cannot_be_is_refused_by_the_fields_name(node, port
     node.engine.send(FakeWeightNode(port, **names).attach_request(**changes))
     assert (await node.expect(Refused)).field == field
     seen.step((0, 1, 1))
-    assert (await node.report()).used_tokens == 6
+    assert (await node.report(after=seen)).used_tokens == 6
 
 
 async def test_a_weight_node_that_contradicts_itself_loses_its_lane(node, port):

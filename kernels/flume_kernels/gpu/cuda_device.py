@@ -1,6 +1,6 @@
 """The NVIDIA GPU behind `device.Device`: the last call into CUDA, and the only module that makes it.
 
-* DeviceUnusable    flags cannot work here; says why
+* DeviceUnusable    there is no GPU that torch can use, or flags cannot work with it; says why
 """
 
 from __future__ import annotations
@@ -43,14 +43,23 @@ class CudaDevice:
     Nothing here waits for other streams: a step on one of them may be waiting for its host, and that may be
     us.
 
-    Raises DeviceUnusable where the host may reorder stores: a gate could then open before its data is there.
+    Raises DeviceUnusable, also where the host may reorder stores: a gate could then open before its data is
+    there.
     """
 
     def __init__(self, name: str = "cuda:0", beside: torch.cuda.Stream | None = None) -> None:
         if platform.machine() != "x86_64":
             raise DeviceUnusable(f"flags need the ordered stores of x86-64, this is {platform.machine()}")
+        if torch.version.cuda is None:
+            raise DeviceUnusable(f"torch {torch.__version__} is built without CUDA")
+        if not torch.cuda.is_available():
+            raise DeviceUnusable("torch finds no GPU that it can use")
         self.name = torch.device(name)
-        torch.cuda.set_device(self.name)
+        try:
+            torch.cuda.set_device(self.name)
+            torch.empty(1, device=self.name)  # makes the context
+        except RuntimeError as error:
+            raise DeviceUnusable(f"{name}: {error}") from error
         self._stream = torch.cuda.Stream(self.name)
         self._beside = beside or torch.cuda.Stream(self.name)
         # Common to all graphs of the stream: one runs at a time, and none keeps anything in there.

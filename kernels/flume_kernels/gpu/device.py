@@ -31,6 +31,12 @@ class Graph(Protocol):
 class Device(Protocol):
     """One device and one stream of work on it."""
 
+    name: torch.device
+
+    def with_stream(self) -> Device:
+        """The same device with another stream; what runs beside is common to both."""
+        ...
+
     def tensor(self, *size: int, dtype: torch.dtype) -> Tensor:
         """Zeroed device memory."""
         ...

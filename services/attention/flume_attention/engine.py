@@ -1,6 +1,6 @@
 """The engine process: owns the KV memory and the UCX port, and answers steps in a plain loop.
 
-    python -m flume_attention.engine --link-fd N --kv-bytes N [--dtype D] [--device cpu] [--threads N] ...
+    python -m flume_attention.engine --link-fd N --kv-bytes N [--dtype D] [--device D] [--threads N] ...
 
 Started by the supervisor (`flume_common.engine_link.run_engine`), never by hand; it ends when the
 supervisor closes the link. The loop sleeps until a message or the supervisor wakes it.
@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import os
 import signal
+import sys
 import time
 from collections.abc import Sequence
 
@@ -20,13 +21,15 @@ from flume_common.lanes import Lane, LaneDown, Port, Side
 from flume_common.layout import DTYPE_BYTES
 from flume_common.wire import LaneShape, sequence_key
 
-from flume_attention.errors import AttachRefused, ProtocolError, StepRefused
+from flume_attention.backend import Backend, CpuBackend, Threads
+from flume_attention.errors import AttachRefused, ConfigRefused, DeviceStuck, ProtocolError, StepRefused
 from flume_attention.lane_session import LaneSession
 from flume_attention.messages import (
     Adopt,
     Ask,
     Attach,
     Attached,
+    CannotRun,
     Detach,
     Detached,
     EndPull,
@@ -55,20 +58,23 @@ QUIET_CREDIT_S = 0.1
 LINK_INTERVAL_S = 0.002
 # A lane that died while nothing moves on it is noticed at the latest after this.
 IDLE_LOOK_S = 0.5
+# How long a new lane waits for steps of others to end.
+STEP_END_S = 2.0
 # SmolLM2-135M in float32: 2.9 MB, 1 ms of a step at each end.
 PULL_TOKENS_PER_STEP = 64
+DEVICE_STUCK = 3  # exit code
 
 
 class Engine:
     """Everything of one attention node that touches its memory. One thread."""
 
-    def __init__(self, node: Node, port: Port, link: EngineLink[ToEngine], threads: Threads,
+    def __init__(self, node: Node, port: Port, link: EngineLink[ToEngine], backend: Backend,
         *, pull_tokens_per_step: int = PULL_TOKENS_PER_STEP,
     ) -> None:  # fmt: skip
         self._node = node
         self._port = port
         self._link = link
-        self._threads = threads
+        self._backend = backend
         self._sessions: dict[str, LaneSession] = {}  # by weight node
         self._last_lane = 0  # numbers are never used twice
         self._pulls = Pulls(node, port, link, self._next_lane, pull_tokens_per_step)
@@ -81,7 +87,8 @@ class Engine:
         """Until the supervisor closes the link."""
         fds = (self._link.fileno(),)
         while True:
-            self._port.wait(self._work, self._housekeep(), fds)
+            wait_s = self._housekeep()
+            self._port.wait(self._work, 0.0 if self._busy else wait_s, fds)
             self._keep_working()
             for message in self._link.receive():
                 self._handle(message)
@@ -90,8 +97,12 @@ class Engine:
         until = time.monotonic() + LINK_INTERVAL_S
         while time.monotonic() < until:
             self._port.progress()
-            if not self._work():
+            if not self._work() and not self._busy:
                 return
+
+    @property
+    def _busy(self) -> bool:
+        return any(session.busy for session in self._sessions.values())
 
     def _work(self) -> bool:
         """One thing for each lane that has something to do."""
@@ -172,6 +183,7 @@ class Engine:
                 self._pulls.end(message.request)
 
     def _attach(self, request: Attach) -> None:
+        self._let_steps_end()
         try:
             session = self._join(request)
         except AttachRefused as error:
@@ -202,21 +214,42 @@ class Engine:
         except AttachRefused:
             self._node.remove(name)
             raise
-        return LaneSession(
-            self._node, name, request.epoch, lane, holdings,
-            engine=request.worker_address, node_epoch=request.node_epoch,
-            use_threads=self._threads.use,
-            on_refused=lambda step, error: self._tell_refused(name, step, error),
-        )  # fmt: skip
+        try:
+            return self._backend.session(
+                self._node, name, request.epoch, lane, holdings,
+                engine=request.worker_address, node_epoch=request.node_epoch,
+                on_refused=lambda step, error: self._tell_refused(name, step, error),
+            )  # fmt: skip
+        except torch.OutOfMemoryError as error:
+            lane.close()
+            self._node.remove(name)
+            raise AttachRefused("max_step_sequences", f"no memory for a lane's steps: {error}") from error
 
     def _connect(self, request: Attach, shape: LaneShape) -> Lane[LaneShape]:
         try:
             return self._port.connect(
                 request.weight_node, request.worker_address, shape, Side.ATTENTION,
                 send_lane=request.lane, receive_lane=self._next_lane(),
+                allocate=self._backend.allocate, rings=self._backend.rings,
             )  # fmt: skip
         except ValueError as error:
             raise AttachRefused("worker_address", f"worker_address: {error}") from error
+
+    def _let_steps_end(self) -> None:
+        """Until nothing is under way: what makes memory may wait for a whole device, and a step on it for
+        us. The step of a weight node that does not go on is given up."""
+        until = time.monotonic() + STEP_END_S
+        self._hold_back(True)
+        while self._busy and time.monotonic() < until:
+            self._port.progress()
+            self._work()
+        for session in [session for session in self._sessions.values() if session.busy]:
+            self._orphan(session, f"its step did not go on within {STEP_END_S:g} s")
+        self._hold_back(False)
+
+    def _hold_back(self, held_back: bool) -> None:
+        for session in self._sessions.values():
+            session.held_back = held_back
 
     def _next_lane(self) -> int:
         self._last_lane += 1
@@ -280,6 +313,7 @@ class Engine:
 
     def _close(self, session: LaneSession, reason: str) -> None:
         del self._sessions[session.weight_node]
+        session.close()
         session.lane.close()
         self._note_change()
         self._link.send(LaneClosed(weight_node=session.weight_node, epoch=session.epoch, reason=reason))
@@ -321,30 +355,12 @@ def _lane_report(session: LaneSession) -> LaneReport:
     )
 
 
-class Threads:
-    """How many threads torch uses: few for decode, where one memory stream is the limit, many for prefill.
-
-    Switching costs 0.2 us, waking the others 15 us.
-    """
-
-    def __init__(self, few: int, many: int) -> None:
-        self._few, self._many = few, max(few, many)
-        self._now = few
-        torch.set_num_threads(few)
-
-    def use(self, many: bool) -> None:
-        wanted = self._many if many else self._few
-        if wanted != self._now:
-            torch.set_num_threads(wanted)
-            self._now = wanted
-
-
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="flume_attention.engine", description=__doc__)
     parser.add_argument("--link-fd", type=int, required=True)
     parser.add_argument("--kv-bytes", type=int, required=True)
     parser.add_argument("--dtype", choices=sorted(DTYPE_BYTES))
-    parser.add_argument("--device", choices=["cpu"], default="cpu")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--prefill-threads", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--orphan-grace-s", type=float, default=30.0)
@@ -358,16 +374,35 @@ def main() -> None:
     args = parse()
     import_ms, imported = elapsed_ms(), time.monotonic()
     link: EngineLink[ToEngine] = EngineLink(args.link_fd, ToEngine)
-    node = Node(args.kv_bytes, dtype=args.dtype, orphans=Orphans(args.orphan_grace_s))
-    threads = Threads(args.threads, args.prefill_threads)
+    try:
+        backend = open_backend(args)
+    except ConfigRefused as refused:
+        link.send(CannotRun(reason=str(refused)))
+        return
+    node = Node(args.kv_bytes, dtype=args.dtype, make_pool=backend.pool, orphans=Orphans(args.orphan_grace_s))
     with torch.inference_mode(), Port(spin_s=args.spin_us * 1e-6) as port:
         opened = time.monotonic()
         try:
             link.send(Started(import_ms=import_ms, port_ms=1e3 * (opened - imported)))
-            engine = Engine(node, port, link, threads, pull_tokens_per_step=args.pull_tokens_per_step)
+            engine = Engine(node, port, link, backend, pull_tokens_per_step=args.pull_tokens_per_step)
             engine.run()
         except LinkClosed:
             pass
+        except DeviceStuck as error:
+            # At once: to free memory that the device uses would wait for it.
+            sys.stderr.write(f"Error: {error}\n")
+            sys.stderr.flush()
+            os._exit(DEVICE_STUCK)
+
+
+def open_backend(args: argparse.Namespace) -> Backend:
+    """Raises ConfigRefused for a device that cannot be used."""
+    if args.device == "cpu":
+        return CpuBackend(Threads(args.threads, args.prefill_threads))
+    from flume_attention.cuda import backend
+
+    torch.set_num_threads(1)
+    return backend.open_gpu()
 
 
 if __name__ == "__main__":

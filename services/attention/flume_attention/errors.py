@@ -5,6 +5,7 @@
 * ConfigRefused   a flag's value cannot be
 * EngineGone      the engine is not up now, or did not answer; it is being restarted
 * LenderGone      the node that ranges should be pulled from did not answer, or refused
+* DeviceStuck     the device did not end a step although its wait was released: the engine must go
 * ProtocolError   a weight node's messages contradict each other; its lane is closed
 
 `blocks.OutOfBlocks` and `blocks.StaleBlock` are bugs of the node itself and end the engine.
@@ -47,3 +48,11 @@ class LenderGone(Exception):
 
 class ProtocolError(Exception):
     """The lane is closed with this reason, and everything it holds is freed."""
+
+
+class DeviceStuck(Exception):
+    """Ends the engine: whatever it gave the device next would wait behind that step."""
+
+    def __init__(self, timeout_s: float) -> None:
+        super().__init__(f"the device did not end a released step within {timeout_s:g} s")
+        self.timeout_s = timeout_s

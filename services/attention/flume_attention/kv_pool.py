@@ -1,4 +1,4 @@
-"""The memory of a node's keys and values: one tensor, cut into runs of tokens.
+"""The memory of a node's keys and values. On a CPU: one tensor, cut into runs of tokens.
 
 Heads come before tokens, so that the keys of one head lie next to each other for as long as a run lasts
 and attention reads them in place. `blocks` and `ranges` decide what lies where; nothing here checks it.
@@ -6,7 +6,8 @@ and attention reads them in place. `blocks` and `ranges` decide what lies where;
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Protocol
 
 import torch
 from flume_common.layout import KvLayout
@@ -15,6 +16,28 @@ from flume_kernels.partial_attention import KvRun
 from torch import Tensor
 
 from flume_attention.ranges import Run
+
+
+class Pool(Protocol):
+    """The memory of a node's keys and values on whatever device."""
+
+    @property
+    def layout(self) -> KvLayout: ...
+
+    @property
+    def num_blocks(self) -> int: ...
+
+    def read(self, first_layer: int, runs: Sequence[Run], out: Tensor) -> None:
+        """Copy what lies in `runs`, in order, to out [layers, 2, tokens, kv_heads, head_dim] in host
+        memory."""
+
+    def write(self, first_layer: int, kv: Tensor, targets: Sequence[Run]) -> None:
+        """Put kv [layers, 2, tokens, kv_heads, head_dim], in host memory, where `targets`, in order, say.
+        It may be reused at once."""
+
+
+MakePool = Callable[[KvLayout, int], Pool]
+"""Room for so many blocks. Raises RuntimeError or MemoryError where there is not so much."""
 
 
 class KvPool:

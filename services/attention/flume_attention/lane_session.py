@@ -18,6 +18,7 @@ from torch import Tensor
 from flume_attention.errors import ProtocolError, StepRefused
 from flume_attention.frame_tensors import FrameTensors
 from flume_attention.holdings import Holdings, Step
+from flume_attention.kv_pool import KvPool
 from flume_attention.node import Node
 
 # Below this many queries a second thread costs more than it brings (waking it: 15 us).
@@ -47,6 +48,7 @@ class LaneSession:
         self.holdings = holdings
         self.credit_due = True  # the weight node should hear of its credit at once
         self.changed = True  # what is held or granted differs from what was last reported
+        self.held_back = False  # no further step begins for now
         self._node = node
         self._node_epoch = node_epoch
         self._plans = lane.receiver(Kind.PLAN)
@@ -65,6 +67,14 @@ class LaneSession:
         self._use_threads = use_threads
         self._on_refused = on_refused
 
+    @property
+    def busy(self) -> bool:
+        """Whether a step is under way that goes on only if somebody looks: the engine must not sleep."""
+        return False
+
+    def close(self) -> None:
+        """Leave nothing behind that uses the lane's memory: before the lane is closed."""
+
     def advance(self) -> bool:
         """Do one thing; False when there is nothing to do. Queries first: the weight node awaits them."""
         return (
@@ -74,7 +84,7 @@ class LaneSession:
     # PLAN
 
     def _take_plan(self) -> bool:
-        plan = self._next_plan or self._poll_plan()
+        plan = None if self.held_back else self._next_plan or self._poll_plan()
         if plan is None:
             return False
         self._next_plan = plan
@@ -179,7 +189,7 @@ class LaneSession:
             at = end
 
     def _open_past(self, step: Step) -> list[list[tuple[KvRun, ...]]]:
-        assert self._node.pool is not None
+        assert isinstance(self._node.pool, KvPool)
         self._past = [self._node.pool.layers_of(row.past) for row in step.asking]
         return self._past
 

@@ -113,6 +113,12 @@ class Started(msgspec.Struct, tag=True, frozen=True, kw_only=True):
     port_ms: float
 
 
+class CannotRun(msgspec.Struct, tag=True, frozen=True, kw_only=True):
+    """In place of Started: there is no use in trying again."""
+
+    reason: str
+
+
 class Attached(msgspec.Struct, tag=True, frozen=True, kw_only=True):
     request: int
     worker_address: bytes
@@ -211,6 +217,7 @@ class StepNotTaken(msgspec.Struct, tag=True, frozen=True, kw_only=True):
 ToEngine = Attach | Detach | Adopt | SetDraining | Ask | Lend | PreparePull | Pull | EndPull
 FromEngine = (
     Started
+    | CannotRun
     | Attached
     | Detached
     | Kept

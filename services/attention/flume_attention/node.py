@@ -17,7 +17,7 @@ from flume_attention.blocks import BlockPool
 from flume_attention.credit import grants
 from flume_attention.errors import AttachRefused
 from flume_attention.holdings import Holdings
-from flume_attention.kv_pool import KvPool
+from flume_attention.kv_pool import KvPool, MakePool, Pool
 from flume_attention.messages import Attach
 from flume_attention.orphans import Orphans
 from flume_attention.ranges import Range
@@ -36,7 +36,8 @@ class Node:
     pulled_tokens: int = 0  # read from other nodes
     pulls_refused: int = 0  # reads of ranges that are not there any more
     reads: ReadSums = field(default_factory=ReadSums)  # by steps of few queries
-    pool: KvPool | None = None
+    make_pool: MakePool = KvPool
+    pool: Pool | None = None
     blocks: BlockPool = field(default_factory=lambda: BlockPool(0))
     holdings: dict[str, Holdings] = field(default_factory=dict)  # by weight node
     orphans: Orphans = field(default_factory=Orphans)
@@ -152,7 +153,9 @@ class Node:
         self.pool, self.blocks = None, BlockPool(0)  # before the next one is allocated
         num_blocks = self.kv_bytes // layout.block_bytes
         try:
-            self.pool = KvPool(layout, num_blocks)
+            self.pool = self.make_pool(layout, num_blocks)
+        except ValueError as error:
+            raise AttachRefused("layout", str(error)) from error
         except (RuntimeError, MemoryError) as error:
             raise AttachRefused("layout", f"no {num_blocks} blocks of KV memory: {error}") from error
         self.blocks = BlockPool(num_blocks)

@@ -21,7 +21,7 @@ from flume_common.serving import Server
 from flume_common.tasks import background
 
 from flume_attention import messages as m
-from flume_attention.errors import AttachRefused, EngineGone
+from flume_attention.errors import AttachRefused, ConfigRefused, EngineGone
 from flume_attention.startup import elapsed_ms
 
 log = structlog.get_logger()
@@ -72,7 +72,7 @@ class Supervisor:
         await self._up.wait()
 
     async def keep_engine(self) -> NoReturn:
-        """Run an engine; when it dies, run another."""
+        """Run an engine; when it dies, run another. Raises ConfigRefused when it says that none can run."""
         backoff = Backoff(cap_s=5.0)
         while True:
             started_at = time.monotonic()
@@ -94,6 +94,8 @@ class Supervisor:
         started_at = time.monotonic()
         async with asyncio.timeout(ENGINE_START_S):
             started = await engine.receive()
+        if isinstance(started, m.CannotRun):
+            raise ConfigRefused(started.reason)
         assert isinstance(started, m.Started), started
         log.info(
             "engine_started", engine_pid=engine.pid, elapsed_ms=round(1e3 * (time.monotonic() - started_at)),

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from gpu_node import ON_GPU, ReferenceAttention
+from gpu_node import ON_GPU
+from reference_attention import ReferenceAttention
 from simulated_device import SimulatedDevice
 from step_fakes import ReferenceOps
 

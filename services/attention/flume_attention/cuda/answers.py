@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 
+import torch
 from flume_kernels.gpu.device import Device
 from flume_kernels.gpu.flags import Poisoned
 from flume_kernels.gpu.watchdog import Watchdog
@@ -18,18 +19,12 @@ from flume_attention.cuda.device_pool import DevicePool
 from flume_attention.cuda.eager import EagerStep
 from flume_attention.cuda.ops import AttentionOps
 from flume_attention.cuda.paging import Segment, segments
+from flume_attention.errors import DeviceStuck
 from flume_attention.holdings import Step
 
 DRAIN_TIMEOUT_S = 5.0
+MANY_QUERIES = 512
 QUERY_TIMEOUT_S = 30.0  # longer than any weight node waits for its other attention nodes
-
-
-class DeviceStuck(Exception):
-    """The device did not end a step although its wait was released: the engine must go."""
-
-    def __init__(self, timeout_s: float) -> None:
-        super().__init__(f"the device did not end a released step within {timeout_s:g} s")
-        self.timeout_s = timeout_s
 
 
 class Answers:
@@ -37,8 +32,8 @@ class Answers:
     captured, of at most `max_length` tokens each.
 
     A captured step that is not asked about its next layer within `query_timeout_s` is released by the
-    watchdog and stays without further answers until `end`: its engine may be stuck, and the device must not
-    be. `begin` and `end` may raise DeviceStuck.
+    watchdog, which ends with this object, and stays without further answers until `end`: its engine may be
+    stuck, and the device must not be. `begin` and `end` may raise DeviceStuck.
     """
 
     def __init__(
@@ -70,8 +65,26 @@ class Answers:
 
     @property
     def busy(self) -> bool:
-        """Whether something was asked and not answered: nobody but the device's flag will say when it is."""
-        return self._lse is not None
+        """Whether the device works or waits for the host: nobody but its flag will say when it has answered,
+        and what else the host asks of it may wait until this step is over."""
+        if self._captured is None:
+            return self._lse is not None
+        return self._layers_left > 0 and not self._captured.flags.host.poisoned
+
+    def prepare(self) -> None:
+        """Capture every step, and load what others are made of, so that no step waits for it. Nothing may
+        run, on any lane: making memory and loading kernels may wait for all of a device."""
+        self.steps.prepare()
+        self._load_eager()
+
+    def _load_eager(self) -> None:
+        """Once with one query a row, once with many, with two segments each: what chunks launch."""
+        some = [Segment([0], 1), Segment([0], 1)]
+        for queries in (1, min(MANY_QUERIES, len(self._buffers.queries))):
+            q, o = self._buffers.queries[:queries], self._buffers.o[:queries]
+            lse = torch.empty(queries, self._pool.layout.num_query_heads, dtype=torch.float32)
+            step = EagerStep(self._device, self._ops, [(some, queries)], self._pool.where)
+            step.attend(self._pool.layers[0], q, o, lse)
 
     def begin(self, step: Step) -> None:
         """A step's PLAN is in, and the memory holds all that its queries ask about."""
@@ -129,6 +142,11 @@ class Answers:
         self._drain(captured)
         if captured.flags.host.poisoned:
             captured.flags.rearm()
+
+    def close(self) -> None:
+        """As `end`, for good. Raises DeviceStuck."""
+        self.end()
+        self._watchdog.stop()
 
     def _watch(self, step: CapturedStep) -> None:
         self._watchdog.arm(self._query_timeout_s, step.flags.host.poison)

@@ -91,6 +91,11 @@ class CapturedSteps:
         self._steps: dict[int, CapturedStep] = {}
         self.captures = 0
 
+    def prepare(self) -> None:
+        """Capture all of them now. Nothing may run."""
+        for bucket in dict.fromkeys(_bucket(rows) for rows in range(1, self._max_rows + 1)):
+            self.of(bucket)
+
     def of(self, rows: int) -> CapturedStep:
         """The step for so many rows or a few more; captured if it is the first, when nothing may run."""
         bucket = min(_bucket(rows), self._max_rows)

@@ -35,7 +35,10 @@ class AttentionOps(Protocol):
 
 
 class TritonAttention:
-    """`AttentionOps` on a GPU, run the way that was found best for its card and this layout."""
+    """`AttentionOps` on a GPU, run the way that was found best for its card and this layout.
+
+    Raises ValueError for heads of a size that there are no kernels for.
+    """
 
     @dataclass(frozen=True, slots=True)
     class _Plan:
@@ -47,6 +50,10 @@ class TritonAttention:
         from flume_kernels.gpu.merge_partials import merge_partials
         from flume_kernels.gpu.tuning import TuningCache, default_path
 
+        if layout.head_dim not in decode_attention.HEAD_DIMS:
+            raise ValueError(
+                f"heads of {layout.head_dim} elements; the kernels are for {decode_attention.HEAD_DIMS}"
+            )
         self._layout = layout
         self._device = device
         self._problem = decode_tuning.DecodeProblem(

@@ -21,7 +21,7 @@ RINGS = {Kind.QUERY: 1, Kind.PARTIAL: 1}
 
 
 class GpuLaneSession(LaneSession):
-    """Raises DeviceStuck from `advance`, too. While `busy`, its engine must poll and not sleep."""
+    """Raises DeviceStuck from `advance`, too."""
 
     def __init__(self, *args: Any, answers: Answers, **options: Any) -> None:
         super().__init__(*args, **options)
@@ -33,8 +33,8 @@ class GpuLaneSession(LaneSession):
         return self._answers.busy
 
     def close(self) -> None:
-        """Leave the device idle. The lane's memory may go only after this."""
-        self._answers.end()
+        """Leave the device idle. Raises DeviceStuck."""
+        self._answers.close()
 
     def _run_plan(self, plan: Plan) -> None:
         self._answers.end()

@@ -1,0 +1,91 @@
+"""What an attention engine does on a GPU, and nowhere else. What it does everywhere is in test_engine.py and
+test_pulls.py, which run on a simulated GPU, too."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+
+import psutil
+import pytest
+import torch
+from fake_weight_node import LAYOUT, FakeWeightNode
+from flume_attention.engine import DEVICE_STUCK, STEP_END_S
+from flume_attention.messages import Attached, CannotRun, FromEngine, LaneClosed
+from flume_common.engine_link import LinkClosed, run_engine
+from flume_common.lanes import Port
+from real_engine import engine_with
+
+pytestmark = pytest.mark.usefixtures("engine_zygote")
+
+
+@pytest.fixture
+def port():
+    with Port() as opened:
+        yield opened
+
+
+async def test_a_device_that_does_not_end_a_step_ends_the_engine(port):
+    env = {"SIMULATED_STUCK": "1", "SIMULATED_DRAIN_S": "0.2"}
+    async with engine_with(device="cuda", env=env) as node:
+        w = await node.attach(FakeWeightNode(port))
+        w.step((0, 0, 5), ops=[w.open(0)])
+        w.begin((0, 1, 1)).ask(0)
+        w.begin((0, 1, 1))  # abandons it, so the device has to end it
+        with pytest.raises(LinkClosed):
+            await node.expect(LaneClosed)
+        async with asyncio.timeout(10):
+            assert await node.engine.process.wait() == DEVICE_STUCK
+
+
+async def test_a_new_lane_waits_for_steps_under_way_but_not_for_those_that_do_not_go_on(port):
+    async with engine_with(device="cuda") as node:
+        first = await node.attach(FakeWeightNode(port), want=8)
+        first.step((0, 0, 5), ops=[first.open(0)])
+        running = first.begin((0, 1, 1))
+        running.ask(0)
+        running.check(0)
+        second = FakeWeightNode(port)
+        node.engine.send(second.attach_request())
+        for layer in range(1, LAYOUT.num_layers):
+            running.ask(layer)
+            running.check(layer)
+        running.send_kv()
+        second.connect(await node.expect(Attached))
+        first.step((0, 1, 1))
+        stuck = first.begin((0, 1, 1))
+        stuck.ask(0)
+        stuck.check(0)
+        started_s = time.monotonic()
+        third = await node.attach(FakeWeightNode(port), want=8)
+        closed = next(seen for seen in node.seen if isinstance(seen, LaneClosed))
+        assert closed.weight_node == first.name and "did not go on" in closed.reason
+        assert time.monotonic() - started_s >= STEP_END_S
+        third.step((0, 0, 5), ops=[third.open(0)])
+        third.step((0, 1, 1))
+
+
+async def test_an_engine_polls_while_a_step_is_under_way_and_sleeps_otherwise(port):
+    async with engine_with(device="cuda") as node:
+        w = await node.attach(FakeWeightNode(port))
+        w.step((0, 0, 5), ops=[w.open(0)])
+        w.step((0, 1, 1))
+        process = psutil.Process(node.engine.pid)
+        before = sum(process.cpu_times()[:2])
+        await asyncio.sleep(0.3)
+        idle = sum(process.cpu_times()[:2]) - before
+        running = w.begin((0, 1, 1))
+        await asyncio.sleep(0.3)
+        assert sum(process.cpu_times()[:2]) - before - idle > idle
+        w.finish(running)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+async def test_without_a_gpu_an_engine_says_so_and_ends():
+    async with run_engine(
+        "flume_attention.engine", ["--kv-bytes", "1000000", "--device", "cuda"], inbox=FromEngine
+    ) as engine:
+        async with asyncio.timeout(60):
+            answer = await engine.receive()
+            assert isinstance(answer, CannotRun) and "--device cuda: " in answer.reason
+            assert await engine.process.wait() == 0

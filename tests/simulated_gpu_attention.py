@@ -1,0 +1,42 @@
+"""An attention engine whose GPU is simulated: a process like the real one, but for the device it opens.
+
+    python -m simulated_gpu_attention --device cuda …
+
+SIMULATED_STUCK in the environment: the device never does what it was given. SIMULATED_DRAIN_S: how long a step
+that was released may take to end.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from contextlib import ExitStack
+
+import torch
+from flume_attention import engine
+from flume_attention.cuda import answers, backend
+from reference_attention import ReferenceAttention
+from simulated_device import SimulatedDevice
+
+_for_good = ExitStack()
+
+
+def open_gpu():
+    device = SimulatedDevice()
+    if "SIMULATED_STUCK" in os.environ:
+        SimulatedDevice.move_on = lambda device: None
+    else:
+        _for_good.enter_context(device.running())
+    return backend.GpuBackend(device, lambda layout, device: ReferenceAttention(device))
+
+
+def main():
+    torch.set_num_threads(1)
+    sys.setswitchinterval(1e-4)  # the engine polls, and its device is a thread of the same process here
+    backend.open_gpu = open_gpu
+    answers.DRAIN_TIMEOUT_S = float(os.environ.get("SIMULATED_DRAIN_S", answers.DRAIN_TIMEOUT_S))
+    return engine.main()
+
+
+if __name__ == "__main__":
+    main()
