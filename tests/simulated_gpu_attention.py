@@ -2,8 +2,8 @@
 
     python -m simulated_gpu_attention --device cuda …
 
-SIMULATED_STUCK in the environment: the device never does what it was given. SIMULATED_DRAIN_S: how long a step
-that was released may take to end.
+SIMULATED_STUCK in the environment: the device never does what it was given. SIMULATED_DRAIN_S: how long a
+step that was released may take to end.
 """
 
 from __future__ import annotations

@@ -43,9 +43,9 @@ class Node:
     async def becomes(self, found) -> Report:
         """The first report that `found` likes."""
         async with asyncio.timeout(10.0):
-            while not found(report := await self.report()):
-                await asyncio.sleep(0.01)
-        return report
+            while True:
+                if found(report := await self.report()):
+                    return report
 
     async def attach(self, node: FakeWeightNode, *, want: int = 16, **changes) -> FakeWeightNode:
         """Attach, and wait until all the wanted credit is granted."""

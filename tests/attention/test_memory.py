@@ -1,6 +1,7 @@
 import pytest
 from flume_attention.errors import ConfigRefused
-from flume_attention.memory import Memory, kv_bytes, measure
+from flume_attention.memory import Memory, kv_bytes, measure, measure_gpu
+from flume_common.gpu.nvml import Driver, Gpu, NvmlUnavailable
 
 GIB = 1 << 30
 MACHINE = Memory(total_bytes=8 * GIB, free_bytes=4 * GIB)
@@ -54,3 +55,34 @@ def test_without_a_limit_the_machines_memory_counts(tmp_path, limit):
     memory = measure(tmp_path)
     assert memory.total_bytes > memory.free_bytes > 0
     assert memory.total_bytes == measure(tmp_path / "nowhere").total_bytes
+
+
+CARDS = Driver(
+    "570",
+    "12.8",
+    (
+        Gpu(0, "H200", "GPU-aa", 140 * GIB, 20 * GIB, "9.0", False),
+        Gpu(1, "A100", "GPU-bb", 80 * GIB, 0, "8.0", None),
+    ),
+)
+
+
+@pytest.mark.parametrize(
+    "visible, free_gib", [(None, 120), ("0,1", 120), ("1", 80), ("GPU-bb", 80), ("GPU-aa,1", 120)]
+)
+def test_a_gpus_memory_is_that_of_the_first_card_this_process_sees(monkeypatch, visible, free_gib):
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    assert measure_gpu(lambda: CARDS).free_bytes == free_gib * GIB
+
+
+def test_without_a_gpu_that_can_be_used_it_says_why_and_what_to_do(monkeypatch):
+    def no_driver():
+        raise NvmlUnavailable("no NVIDIA driver")
+
+    with pytest.raises(ConfigRefused, match=r"no GPU can be used: no NVIDIA driver; use --device cpu"):
+        measure_gpu(no_driver)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    with pytest.raises(ConfigRefused, match="the driver shows none here"):
+        measure_gpu(lambda: CARDS)

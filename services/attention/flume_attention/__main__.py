@@ -28,9 +28,9 @@ from flume_common.zygote import ENGINE_ZYGOTE
 from flume_protos.v1 import attention_pb2_grpc as rpc
 from setproctitle import getproctitle, setproctitle
 
-from flume_attention.config import Config, engine_args, parse
+from flume_attention.config import Config, engine_args, parse, silence_s
 from flume_attention.errors import ConfigRefused
-from flume_attention.memory import kv_bytes, measure
+from flume_attention.memory import kv_bytes, measure, measure_gpu
 from flume_attention.metrics import families
 from flume_attention.servicer import AttentionServicer
 from flume_attention.startup import elapsed_ms
@@ -44,7 +44,7 @@ def main() -> int:
     try:
         config = parse()
         configure_logging("attention", config.node, config.log_level)
-        budget_bytes = kv_bytes(config.kv_memory, measure())
+        budget_bytes = kv_bytes(config.kv_memory, measure_gpu() if config.device == "cuda" else measure())
         asyncio.run(run(config, budget_bytes))
     except (ConfigRefused, CannotListen, ValueError) as refused:
         print(f"Error: {refused}", file=sys.stderr)
@@ -60,7 +60,7 @@ async def run(config: Config, budget_bytes: int) -> None:
     supervisor = Supervisor(
         engine_args(config, budget_bytes),
         zygote=os.environ.get(ENGINE_ZYGOTE),
-        silence_s=config.engine_silence_s,
+        silence_s=silence_s(config),
     )
     registered: list[Registration] = []
     servicer = AttentionServicer(

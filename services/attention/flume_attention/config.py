@@ -15,11 +15,13 @@ from flume_common.store import StoreConfig
 
 from flume_attention.errors import ConfigRefused
 
+COMPILE_S = 180.0
 _EXAMPLES = """examples:
   python -m flume_attention --etcd 127.0.0.1:2379
   python -m flume_attention --etcd e1:2379,e2:2379 --cluster prod --node attention-7 --kv-memory 8GiB
   python -m flume_attention --listen 0.0.0.0:9300 --advertise-host 10.0.3.7 --kv-memory 60%
   python -m flume_attention --metrics-listen 0.0.0.0:9301 # then: curl HOST:9301/metrics
+  python -m flume_attention --device cuda --kv-memory 40GiB
 
 SIGTERM stops at once: what the node holds is gone, and weight nodes recompute it elsewhere.
 Drain it first (flumectl scale, or the Drain call) to lose nothing.
@@ -71,7 +73,12 @@ def flags() -> argparse.ArgumentParser:
         "tokens come, so several nodes of one machine can each have their share; default %(default)s",
     )
     add("--dtype", default="auto", choices=["auto", *sorted(DTYPE_BYTES)], help="refuse any other KV")
-    add("--device", default="cpu", choices=["cpu"])
+    add(
+        "--device",
+        default="cpu",
+        choices=["cpu", "cuda"],
+        help="cuda: the first GPU this process sees (CUDA_VISIBLE_DEVICES); --kv-memory is then of its memory",
+    )
     add("--threads", type=int, default=1, help="threads for steps of few queries; default 1")
     add(
         "--prefill-threads", type=int, default=cores, help="threads for steps of many queries; default: cores"
@@ -129,6 +136,11 @@ def parse(argv: Sequence[str] | None = None) -> Config:
     if config.lease_ttl_s < 2:
         raise ConfigRefused(f"--lease-ttl-s must be at least 2, got {config.lease_ttl_s}")
     return config
+
+
+def silence_s(config: Config) -> float:
+    """For how long an engine may say nothing. On a GPU a layout's first lane has kernels compiled."""
+    return max(config.engine_silence_s, COMPILE_S) if config.device == "cuda" else config.engine_silence_s
 
 
 def engine_args(config: Config, kv_bytes: int) -> list[str]:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
+from flume_common.gpu import nvml
 
 from flume_attention.errors import ConfigRefused
 
@@ -17,11 +19,12 @@ _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12} | 
 }
 _SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*|%)\s*")
 _CGROUP = Path("/sys/fs/cgroup")
+_REMEDY = "use --device cpu; flumectl doctor --device cuda says what is missing"
 
 
 @dataclass(frozen=True, slots=True)
 class Memory:
-    """Of the machine, or of the container where that has less."""
+    """Of the machine, or of the container where that has less; or of a GPU."""
 
     total_bytes: int
     free_bytes: int
@@ -34,6 +37,17 @@ def measure(cgroup: Path = _CGROUP) -> Memory:
     if limit is None or limit > machine.total:
         return Memory(machine.total, machine.available)
     return Memory(limit, max(0, min(machine.available, limit - (used or 0))))
+
+
+def measure_gpu(look: Callable[[], nvml.Driver] = nvml.look) -> Memory:
+    """Of the first card that this process sees, other processes' share taken off. Raises ConfigRefused."""
+    try:
+        gpu = nvml.first_visible(look())
+    except nvml.NvmlUnavailable as error:
+        raise ConfigRefused(f"--device cuda: no GPU can be used: {error}; {_REMEDY}") from error
+    if gpu is None:
+        raise ConfigRefused(f"--device cuda: no GPU can be used: the driver shows none here; {_REMEDY}")
+    return Memory(gpu.memory_bytes, gpu.memory_bytes - gpu.memory_used_bytes)
 
 
 def _read(path: Path) -> int | None:
@@ -61,5 +75,5 @@ def kv_bytes(text: str, memory: Memory) -> int:
     if size < 1:
         raise ConfigRefused(f"--kv-memory {text!r} is no memory at all")
     if size > memory.total_bytes:
-        raise ConfigRefused(f"--kv-memory {text!r} is {size} bytes, this machine has {memory.total_bytes}")
+        raise ConfigRefused(f"--kv-memory {text!r} is {size} bytes, there are {memory.total_bytes}")
     return size

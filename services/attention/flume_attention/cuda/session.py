@@ -7,6 +7,7 @@ before.
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 from flume_common.lanes import Lane
@@ -26,7 +27,7 @@ class GpuLaneSession(LaneSession):
     def __init__(self, *args: Any, answers: Answers, **options: Any) -> None:
         super().__init__(*args, **options)
         self._answers = answers
-        self._asked = False
+        self._asked_s: float | None = None  # when, while a layer is asked about
 
     @property
     def busy(self) -> bool:
@@ -38,7 +39,7 @@ class GpuLaneSession(LaneSession):
 
     def _run_plan(self, plan: Plan) -> None:
         self._answers.end()
-        self._asked = False
+        self._asked_s = None
         super()._run_plan(plan)
         step = self.holdings.step
         if step is not None and len(plan.rows):
@@ -52,20 +53,23 @@ class GpuLaneSession(LaneSession):
         answer = self._partials.frame()
         if answer is None:
             return False
-        if not self._asked:
+        if self._asked_s is None:
             self._require_query(step, frame)
             _, lse = self._tensors.partial(answer, step.query_tokens)
             self._answers.ask(step.layers_answered, lse)
-            self._asked = True
+            self._asked_s = time.perf_counter()
         if not self._answers.answered():
             return False
-        self._asked = False
+        self._attended_s += time.perf_counter() - self._asked_s
+        self._asked_s = None
         self._queries.drop()  # before the answer goes out: the next query may follow at once
         header = answer.header
         header[Header.STEP], header[Header.LAYER] = step.number, step.layers_answered
         header[Header.EPOCH] = self._node_epoch
         self._partials.send(answer, self._tensors.partial_bytes(step.query_tokens))
         step.layers_answered += 1
+        if step.layers_answered == self.holdings.shape.layout.num_layers:
+            self._note_reads(step)
         return True
 
 
