@@ -84,5 +84,5 @@ def test_without_a_gpu_that_can_be_used_it_says_why_and_what_to_do(monkeypatch):
     with pytest.raises(ConfigRefused, match=r"no GPU can be used: no NVIDIA driver; use --device cpu"):
         measure_gpu(no_driver)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    with pytest.raises(ConfigRefused, match="the driver shows none here"):
+    with pytest.raises(ConfigRefused, match="the driver shows none under CUDA_VISIBLE_DEVICES=''"):
         measure_gpu(lambda: CARDS)

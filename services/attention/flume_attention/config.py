@@ -77,7 +77,7 @@ def flags() -> argparse.ArgumentParser:
         "--device",
         default="cpu",
         choices=["cpu", "cuda"],
-        help="cuda: the first GPU this process sees (CUDA_VISIBLE_DEVICES); --kv-memory is then of its memory",
+        help="cuda: the first GPU this process sees (CUDA_VISIBLE_DEVICES); --kv-memory is of that",
     )
     add("--threads", type=int, default=1, help="threads for steps of few queries; default 1")
     add(

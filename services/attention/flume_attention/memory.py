@@ -9,6 +9,7 @@ from pathlib import Path
 
 import psutil
 from flume_common.gpu import nvml
+from flume_common.gpu.visible import NoGpu, visible_gpu
 
 from flume_attention.errors import ConfigRefused
 
@@ -19,7 +20,6 @@ _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12} | 
 }
 _SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*|%)\s*")
 _CGROUP = Path("/sys/fs/cgroup")
-_REMEDY = "use --device cpu; flumectl doctor --device cuda says what is missing"
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,11 +42,9 @@ def measure(cgroup: Path = _CGROUP) -> Memory:
 def measure_gpu(look: Callable[[], nvml.Driver] = nvml.look) -> Memory:
     """Of the first card that this process sees, other processes' share taken off. Raises ConfigRefused."""
     try:
-        gpu = nvml.first_visible(look())
-    except nvml.NvmlUnavailable as error:
-        raise ConfigRefused(f"--device cuda: no GPU can be used: {error}; {_REMEDY}") from error
-    if gpu is None:
-        raise ConfigRefused(f"--device cuda: no GPU can be used: the driver shows none here; {_REMEDY}")
+        gpu = visible_gpu(look)
+    except NoGpu as error:
+        raise ConfigRefused(str(error)) from error
     return Memory(gpu.memory_bytes, gpu.memory_bytes - gpu.memory_used_bytes)
 
 

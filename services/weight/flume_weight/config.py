@@ -7,6 +7,7 @@ import os
 import socket
 
 from flume_common.etcd_flags import add_etcd_flags
+from flume_common.gpu.visible import NoGpu, visible_gpu
 from flume_common.metrics_page import METRICS_LISTEN, METRICS_LISTEN_HELP
 
 from flume_weight.errors import ConfigRefused
@@ -56,7 +57,12 @@ def add_engine_flags(flags: argparse.ArgumentParser) -> None:
         "--model", required=True, help="a Hugging Face directory, a .gguf file or smollm2-135m"
     )
     flags.add_argument("--dtype", default="bfloat16", choices=["float32", "bfloat16"])
-    flags.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    flags.add_argument(
+        "--device",
+        default="cpu",
+        choices=["cpu", "cuda"],
+        help="cuda: the first GPU that this process sees (CUDA_VISIBLE_DEVICES)",
+    )
     flags.add_argument("--block-tokens", type=int, default=16, help="tokens in one KV block")
     flags.add_argument("--max-sequences", type=int, default=64, help="most sequences in one step")
     flags.add_argument("--prefill-tokens", type=int, default=1024, help="prompt tokens of a step of its own")
@@ -101,5 +107,8 @@ def check(args: argparse.Namespace) -> None:
     for name in ("step_timeout_s", "engine_silence_s", "lease_ttl_s"):
         if getattr(args, name) <= 0:
             raise ConfigRefused(f"--{name.replace('_', '-')} must be positive, got {getattr(args, name)}")
-    if args.device != "cpu":
-        raise ConfigRefused("--device cuda: weight nodes run on the CPU only so far; use --device cpu")
+    if args.device == "cuda":
+        try:
+            visible_gpu()
+        except NoGpu as error:
+            raise ConfigRefused(str(error)) from error

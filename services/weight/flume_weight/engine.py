@@ -22,10 +22,11 @@ from flume_weight.batch import Batch, build, commit
 from flume_weight.errors import PeerLost, PeerSilent, RequestRefused
 from flume_weight.evacuation import Evacuation
 from flume_weight.fleet import Fleet, needs
-from flume_weight.model import Transformer
+from flume_weight.model import ModelConfig
+from flume_weight.passes import Passes
 from flume_weight.peer import PATIENCE_S, Peer
 from flume_weight.placement import Balance
-from flume_weight.range_attention import Exchange, RangeAttention
+from flume_weight.range_attention import Exchange
 from flume_weight.reports import Reports
 from flume_weight.requests import new_sequence
 from flume_weight.roster import Roster
@@ -33,7 +34,6 @@ from flume_weight.sampling import FinishReason, sample_rows
 from flume_weight.scheduler import StepLimits, schedule
 from flume_weight.sequence import Cause, Recovery, Sequence
 from flume_weight.storage import Part
-from flume_weight.threads import Threads
 
 _IDLE_WAIT_S = 5.0
 
@@ -45,25 +45,23 @@ class WeightEngine:
         self,
         link: EngineLink[m.Inbound],
         port: Port,
-        model: Transformer,
+        config: ModelConfig,
+        passes: Passes,
         shape: LaneShape,
         *,
         node: str,
         limits: StepLimits,
         balance: Balance,
-        step_timeout_s: float,
-        threads: Threads,
     ) -> None:
         self._link = link
         self._port = port
-        self._model = model
+        self._config = config
+        self._passes = passes
         self._shape = shape
         self._limits = limits
-        self._threads = threads
         self._fleet = Fleet(shape.layout, balance, node)
-        self._attention = RangeAttention(
-            port, shape.layout, shape.layout.head_dim**-0.5, step_timeout_s, self._may_leave
-        )
+        self._attention = passes.attention
+        self._attention.may_leave = self._may_leave
         self._roster = Roster(self._fleet, shape.layout.block_tokens)
         self._evacuation = Evacuation(self._fleet)
         self._reports = Reports(link)
@@ -153,8 +151,9 @@ class WeightEngine:
             return False
         batch = build([(by_name[share.sequence], share.tokens) for share in shares], self._fleet.peers)
         self._step += 1
+        chosen = self._passes.of(batch)
         try:
-            logits = self._forward(batch)
+            logits = chosen.forward(self._step, batch)
         except PeerLost as error:
             self._lose(error)
             return True
@@ -163,18 +162,13 @@ class WeightEngine:
             return True
         for exchange in batch.exchanges:
             exchange.peer.patience_s = PATIENCE_S
-        lost = self._attention.finish()
+        lost = chosen.finish()
         again = commit(batch, self._fleet.peers, self._shape.layout.block_tokens)
         self._note_recovery(batch, again)
         self._sample(batch, logits)
         for loss in lost:
             self._lose(loss)
         return True
-
-    def _forward(self, batch: Batch) -> torch.Tensor:
-        self._threads.set_for(len(batch.token_ids))
-        self._attention.begin(self._step, batch.exchanges, batch.chunks)
-        return self._model.forward(batch.token_ids, batch.positions, self._attention, batch.logit_rows)
 
     # -- tokens ----------------------------------------------------------------------------------
 
@@ -217,7 +211,7 @@ class WeightEngine:
         try:
             if self._roster.find(message.sequence) is not None:
                 raise RequestRefused("ALREADY_EXISTS", f"a sequence named {message.sequence} is live")
-            sequence = new_sequence(message, self._model.config, time.monotonic())
+            sequence = new_sequence(message, self._config, time.monotonic())
         except RequestRefused as refused:
             self._link.send(m.Failed(message.sequence, refused.code, str(refused)))
             return
@@ -326,7 +320,7 @@ class WeightEngine:
         if peer is None:
             return
         peer.lane.close()
-        self._attention.forget(peer)
+        self._passes.forget(peer)
         self._epoch_rejected += peer.epoch_rejected
         for sequence in [sequence for sequence in self._roster.running[::-1] if sequence.name in affected]:
             if any(slot.held_tokens for slot in sequence.slots.values()):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import signal
 import sys
 import time
@@ -16,14 +17,18 @@ from flume_kernels.dtypes import DTYPES
 
 from flume_weight import messages as m
 from flume_weight.config import add_engine_flags
+from flume_weight.cuda.errors import StepError
 from flume_weight.engine import WeightEngine
+from flume_weight.errors import ConfigRefused
 from flume_weight.model import ModelError, Transformer, load_model
+from flume_weight.passes import Backend, CpuBackend
 from flume_weight.placement import Balance
 from flume_weight.scheduler import StepLimits
 from flume_weight.threads import Threads
 
 _MIN_KV_FRAME_BYTES = 4 << 20
 _PROGRESS_EVERY_S = 0.5
+DEVICE_FAILED = 3  # exit code
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -36,18 +41,24 @@ def main(argv: list[str] | None = None) -> int:
     link: EngineLink[m.Inbound] = EngineLink(args.link_fd, m.Inbound)
     try:
         serve(link, args)
-    except ModelError as error:
+    except (ModelError, ConfigRefused) as error:
         link.send(m.Refused(str(error)))
         return 1
+    except StepError as error:
+        # At once: to free memory that the device uses would wait for it.
+        sys.stderr.write(f"Error: {error}\n")
+        sys.stderr.flush()
+        os._exit(DEVICE_FAILED)
     return 0
 
 
 def serve(link: EngineLink[m.Inbound], args: argparse.Namespace) -> None:
-    """Load, say ready, run. Raises ModelError."""
+    """Load, say ready, run. Raises ModelError, ConfigRefused, StepError."""
     started = time.monotonic()
     limits = StepLimits(args.max_sequences, args.prefill_tokens, args.mixed_prefill_tokens)
     torch.set_num_threads(args.prefill_threads)
-    model = load_model(Path(args.model), DTYPES[args.dtype], progress=_Progress(link))
+    backend = open_backend(args)
+    model = load_model(Path(args.model), DTYPES[args.dtype], progress=_Progress(link), pack=backend.packs)
     layout = model.layout(args.block_tokens)
     shape = LaneShape(
         layout=layout,
@@ -55,19 +66,28 @@ def serve(link: EngineLink[m.Inbound], args: argparse.Namespace) -> None:
         max_step_sequences=limits.max_sequences,
         kv_frame_bytes=max(_MIN_KV_FRAME_BYTES, limits.max_tokens * layout.layer_token_bytes),
     )
-    with Port() as port:
+    with Port() as port, backend.passes(model, port, layout, limits, args.step_timeout_s) as passes:
+        config = model.config
         link.send(_ready(model, shape, port, time.monotonic() - started))
         WeightEngine(
             link,
             port,
-            model,
+            config,
+            passes,
             shape,
             node=args.node,
             limits=limits,
             balance=Balance(args.tail_margin_tokens),
-            step_timeout_s=args.step_timeout_s,
-            threads=Threads(args.decode_threads, args.prefill_threads),
         ).run()
+
+
+def open_backend(args: argparse.Namespace) -> Backend:
+    """Raises ConfigRefused for a device that cannot be used."""
+    if args.device == "cpu":
+        return CpuBackend(Threads(args.decode_threads, args.prefill_threads))
+    from flume_weight.cuda import backend
+
+    return backend.open_gpu()
 
 
 def _ready(model: Transformer, shape: LaneShape, port: Port, load_s: float) -> m.Ready:

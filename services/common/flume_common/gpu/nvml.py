@@ -6,7 +6,6 @@ Calls follow NVML's C interface (nvml.h); a function that an older driver lacks 
 from __future__ import annotations
 
 import ctypes
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -58,17 +57,6 @@ def look(library: str = LIBRARY) -> Driver:
             cuda=f"{cuda.value // 1000}.{cuda.value % 1000 // 10}",
             gpus=tuple(_gpu(nvml, index) for index in range(count.value)),
         )
-
-
-def first_visible(driver: Driver, visible: str | None = None) -> Gpu | None:
-    """The card that a process with this CUDA_VISIBLE_DEVICES (by default ours) calls "cuda:0"; None where it
-    sees none, and for a MIG instance, of which the driver's list says too little."""
-    names = os.environ.get("CUDA_VISIBLE_DEVICES") if visible is None else visible
-    if names is None:
-        return driver.gpus[0] if driver.gpus else None
-    name = names.split(",")[0].strip()
-    known = (gpu for gpu in driver.gpus if name == str(gpu.index) or (name and gpu.uuid.startswith(name)))
-    return next(known, None)
 
 
 @contextmanager

@@ -51,7 +51,7 @@ class EagerForward:
         return True
 
     def forward(self, number: int, batch: Batch) -> Tensor:
-        """Step `number`: float32 logits [R, vocab] of the batch's logit rows, on the host.
+        """Step `number`: float32 logits [R, vocab] of the batch's logit rows, on the device.
 
         Raises PeerLost and StepRefused.
         """
@@ -60,7 +60,7 @@ class EagerForward:
         ids, positions, rows = (
             each.to(where) for each in (batch.token_ids, batch.positions, batch.logit_rows)
         )
-        return self._model.forward(ids, positions, self._attention, rows).cpu()
+        return self._model.forward(ids, positions, self._attention, rows)
 
     def finish(self) -> list[PeerLost]:
         """Send the last keys. A lane that fails here does not undo the step."""

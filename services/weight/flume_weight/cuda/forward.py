@@ -50,7 +50,7 @@ class CapturedForward:
         )
 
     def forward(self, number: int, batch: Batch) -> Tensor:
-        """Step `number`: float32 logits [R, vocab] of the batch's logit rows, on the host.
+        """Step `number`: float32 logits [R, vocab] of the batch's logit rows, on the device.
 
         Raises PeerLost, naming a node that did not answer in time, StepRefused, StepTimedOut when all did and
         the step still did not end, and DeviceStuck.
@@ -67,7 +67,7 @@ class CapturedForward:
             if silent := self._exchange.silent:
                 raise PeerLost(silent[0].node, f"no answer within {error.timeout_s:g} s") from error
             raise
-        return step.buffers.logits[batch.logit_rows.to(step.buffers.logits.device)].cpu()
+        return step.buffers.logits[batch.logit_rows.to(step.buffers.logits.device)]
 
     def finish(self) -> list[PeerLost]:
         """Send the last keys. A lane that fails here does not undo the step."""

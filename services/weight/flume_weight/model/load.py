@@ -18,11 +18,14 @@ from flume_weight.model.weights import allocate, slots
 DTYPES = (torch.float32, torch.bfloat16)
 
 
-def load_model(path: Path, dtype: torch.dtype, progress: Progress | None = None) -> Transformer:
+def load_model(
+    path: Path, dtype: torch.dtype, progress: Progress | None = None, *, pack: bool = True
+) -> Transformer:
     """A directory with config.json and safetensors, or a .gguf file, in float32 or bfloat16.
 
     Whatever precision the file has is converted, one tensor at a time: at no time is the model in
-    memory twice. `progress` is called after every tensor. Raises a ModelError naming file and place;
+    memory twice. `progress` is called after every tensor. `pack`: for this machine's CPU; no
+    other device reads such weights. Raises a ModelError naming file and place;
     ValueError for another dtype.
     """
     if dtype not in DTYPES:
@@ -33,7 +36,8 @@ def load_model(path: Path, dtype: torch.dtype, progress: Progress | None = None)
     check(source, places, config.architecture)
     fill(source, places, progress)
     del places
-    weights.pack()
+    if pack:
+        weights.pack()
     return Transformer(config, weights)
 
 

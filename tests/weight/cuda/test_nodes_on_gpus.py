@@ -1,0 +1,118 @@
+"""Weight and attention engines on simulated GPUs, as processes over real lanes.
+
+On a real GPU `bench/gpu_check.sh RESULTS nodes` does the same with nodes as they are started by people.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+from contextlib import AsyncExitStack, asynccontextmanager
+
+import pytest
+import torch
+from engine_rig import attention_node, weight_node
+from flume_common.zygote import ENGINE_ZYGOTE
+from flume_weight import messages as m
+from flume_weight.model import LocalAttention
+from simulated_gpu_weight import CONFIG, model
+
+pytestmark = pytest.mark.usefixtures("engine_zygote")
+TOKEN_BYTES = CONFIG.layout("float32").token_bytes
+FLAGS = ["--device", "cuda", "--max-sequences", "4", "--prefill-tokens", "24", "--mixed-prefill-tokens", "8"]
+
+
+def prompt(length, seed=1):
+    return [(seed * 31 + number * 17) % CONFIG.vocab_size for number in range(length)]
+
+
+def own_tokens(ids, count):
+    """What the model says after these, the likeliest token each time."""
+    torch.set_num_threads(1)
+    transformer, attention = model(), LocalAttention(CONFIG.num_layers)
+    said, at, new = [], 0, list(ids)
+    while len(said) < count:
+        attention.next_pass([("s", len(new))])
+        positions = torch.arange(at, at + len(new))
+        logits = transformer.forward(torch.tensor(new), positions, attention, torch.tensor([len(new) - 1]))
+        at, new = at + len(new), [int(logits.argmax())]
+        said += new
+    return said
+
+
+@asynccontextmanager
+async def gpu_nodes(*capacities, **options):
+    """One weight engine with an attention node for each capacity in tokens, all on simulated GPUs."""
+    async with AsyncExitStack() as stack:
+        rig = await stack.enter_async_context(gpu_weight_node("weight-1", **options))
+        for number, capacity in enumerate(capacities, 1):
+            node = attention_node(f"attention-{number}", capacity, TOKEN_BYTES)
+            await rig.attach(await stack.enter_async_context(node))
+        yield rig
+
+
+def gpu_weight_node(name, step_timeout_s=20):
+    flags = [*FLAGS, "--tail-margin-tokens", "16", "--step-timeout-s", str(step_timeout_s)]
+    return weight_node(name, flags, "simulated_gpu_weight", os.environ[ENGINE_ZYGOTE])
+
+
+async def test_tokens_are_the_models_own_wherever_the_ranges_lie():
+    lengths = (5, 40, 90)
+    async with gpu_nodes(512, 512) as rig:
+        for length in lengths:
+            rig.submit(f"s{length}", prompt(length, seed=length), 24)
+        for length in lengths:
+            assert (await rig.end_of(f"s{length}")).reason == "length"
+            assert rig.tokens(f"s{length}") == own_tokens(prompt(length, seed=length), 24)
+        routes = [message for message in rig.said if isinstance(message, m.RouteChanged)]
+        assert any(len({item.node for item in route.ranges}) == 2 for route in routes)
+        assert await rig.is_free()
+
+
+async def test_a_killed_attention_node_costs_time_and_no_token():
+    async with gpu_nodes(512, 512) as rig:
+        rig.submit("s", prompt(60), 60)
+        await rig.route_of("s", lambda ranges: len({item.node for item in ranges}) == 2)
+        rig.nodes.pop("attention-1").engine.process.kill()
+        assert (await rig.end_of("s")).reason == "length"
+        assert rig.tokens("s") == own_tokens(prompt(60), 60)
+        assert any(isinstance(message, m.LaneLost) for message in rig.said)
+
+
+async def test_a_step_whose_node_is_silent_is_released_and_the_sequence_goes_on_elsewhere():
+    async with gpu_nodes(512, 512, step_timeout_s=1) as rig:
+        rig.submit("s", prompt(60), 60)
+        await rig.route_of("s", lambda ranges: len({item.node for item in ranges}) == 2)
+        silent = rig.nodes.pop("attention-1").engine
+        os.kill(silent.pid, signal.SIGSTOP)
+        assert (await rig.end_of("s")).reason == "length"
+        assert rig.tokens("s") == own_tokens(prompt(60), 60)
+        lost = next(message for message in rig.said if isinstance(message, m.LaneLost))
+        assert "no answer within 1 s" in lost.reason
+        silent.process.kill()
+
+
+async def test_another_weight_node_goes_on_where_a_killed_one_stopped():
+    async with gpu_nodes(512, 512) as one, gpu_weight_node("weight-2") as two:
+        for node in one.nodes.values():
+            await two.attach(node)
+        one.submit("s", prompt(60), 200)
+        await one.tokens_of("s", 10)
+        one.weight.process.kill()
+        await one.weight.process.wait()
+        said = one.tokens("s")
+        two.submit("s", prompt(60), len(said) + 20, said, await two.kept("s"))
+        assert (await two.end_of("s")).reason == "length"
+        assert said + two.tokens("s") == own_tokens(prompt(60), len(said) + 20)
+        adopted = next(message for message in two.said if isinstance(message, m.Adopted))
+        assert adopted.tokens >= 60
+
+
+async def test_sampled_tokens_do_not_depend_on_the_company():
+    async with gpu_nodes(512) as rig:
+        alone = await rig.generate("a", prompt(20), 16, temperature=1.0, seed=7)
+        rig.submit("b", prompt(20), 16, temperature=1.0, seed=7)
+        rig.submit("c", prompt(33), 16)
+        await rig.end_of("b")
+        await rig.end_of("c")
+        assert rig.tokens("b") == alone and rig.tokens("c") == own_tokens(prompt(33), 16)
