@@ -1,22 +1,26 @@
 #!/usr/bin/env bash
 # On a machine with an NVIDIA GPU: tests and measurements of the GPU data path. From the repository's root:
-#   bash bench/gpu_check.sh RESULTS_FOLDER [tests|tune|bench|paths|poller|step ...]     (all when none is named)
+#   bash bench/gpu_check.sh RESULTS_FOLDER [tests|tune|bench|paths|poller|step|nodes ...]     (all when none is named)
 #
 #   tests   the kernels against their definitions          tune    how decode attention runs best, kept in tuning.json
 #   bench   the kernels against others                     paths   captured steps on the GPU, over lanes, and their failures
 #   poller  the driver's jitter                            step    whole decode steps, one process against two under MPS
+#   nodes   engines as processes with --device cuda say the model's own tokens, also when one is killed, under MPS
 #
 # Needs python3 with torch, triton, numpy and pytest; nothing of this project need be installed. `paths`, `poller` and
-# `step` need protobuf, msgspec and ucxx (ucxx-cu12 or -cu13), `step` nvidia-cuda-mps-control as well.
+# `step` need protobuf, msgspec and ucxx (ucxx-cu12 or -cu13), `step` and `nodes` nvidia-cuda-mps-control as well, `nodes`
+# also grpcio, structlog, safetensors and gguf. `NODES_DEVICE=cpu` lets `nodes` run on CPUs, without MPS; with
+# `NODES_MODEL=PATH` it tries that model after a small random one.
 set -uo pipefail
 out=${1:?a folder for the results}
 shift
-steps=${*:-tests tune bench paths poller step}
+steps=${*:-tests tune bench paths poller step nodes}
 mkdir -p "$out"
 services=services/common:services/weight:services/attention
 export PYTHONPATH=kernels:$services:protos:tests:tests/attention${PYTHONPATH:+:$PYTHONPATH}
 export PYTHONUNBUFFERED=1 FLUME_TUNING_FILE="$out/tuning.json"
 status=0
+device=${NODES_DEVICE:-cuda}
 
 # The project's own settings need plugins that may not be here.
 run_tests() {
@@ -24,6 +28,34 @@ run_tests() {
   shift
   timeout 300 python3 -m pytest -q --import-mode=importlib -p no:cacheprovider -c /dev/null --rootdir=. \
     --confcutdir=tests/kernels/gpu -W ignore "$@" 2>&1 | tee "$out/$log" | tail -n 40 || status=1
+}
+
+# MPS for as long as the command runs; its pipes are its own.
+under_mps() {
+  local pipes
+  pipes=$(mktemp -d)
+  export CUDA_MPS_PIPE_DIRECTORY=$pipes CUDA_MPS_LOG_DIRECTORY=$pipes
+  nvidia-cuda-mps-control -d || status=1
+  "$@"
+  echo quit | nvidia-cuda-mps-control
+  unset CUDA_MPS_PIPE_DIRECTORY CUDA_MPS_LOG_DIRECTORY
+}
+
+measure_steps() {
+  timeout 500 python3 bench/gpu_step.py --out "$out/step.json" 2>&1 | tee "$out/step.log" || status=1
+}
+
+# float32 must agree to the token; a killed node must cost none; bfloat16 says how far it agrees.
+run_nodes() {
+  local model
+  for model in tiny ${NODES_MODEL:-}; do
+    local name=nodes-${model##*/}
+    for options in "" --kill "--dtype bfloat16"; do
+      # shellcheck disable=SC2086
+      timeout 300 python3 bench/gpu_nodes.py --device "$device" --model "$model" $options \
+        --out "$out/$name${options// /}.json" 2>&1 | tee -a "$out/$name.log" || status=1
+    done
+  done
 }
 
 nvidia-smi --query-gpu=name,driver_version,clocks.sm,clocks.mem,memory.used --format=csv || true
@@ -48,14 +80,8 @@ for step in $steps; do
         tests/attention/cuda/test_gpu_session.py
       ;;
     poller) python3 bench/gpu_poller.py --out "$out/poller.json" 2>&1 | tee "$out/poller.log" || status=1 ;;
-    step)
-      pipes=$(mktemp -d)
-      export CUDA_MPS_PIPE_DIRECTORY=$pipes CUDA_MPS_LOG_DIRECTORY=$pipes
-      nvidia-cuda-mps-control -d || status=1
-      timeout 500 python3 bench/gpu_step.py --out "$out/step.json" 2>&1 | tee "$out/step.log" || status=1
-      echo quit | nvidia-cuda-mps-control
-      unset CUDA_MPS_PIPE_DIRECTORY CUDA_MPS_LOG_DIRECTORY
-      ;;
+    step) under_mps measure_steps ;;
+    nodes) if [ "$device" = cuda ]; then under_mps run_nodes; else run_nodes; fi ;;
     *) echo "no step $step" >&2; status=2 ;;
   esac
 done

@@ -39,7 +39,7 @@ def measure(cgroup: Path = _CGROUP) -> Memory:
     return Memory(limit, max(0, min(machine.available, limit - (used or 0))))
 
 
-def measure_gpu(look: Callable[[], nvml.Driver] = nvml.look) -> Memory:
+def measure_gpu(look: Callable[[], nvml.Driver] | None = None) -> Memory:
     """Of the first card that this process sees, other processes' share taken off. Raises ConfigRefused."""
     try:
         gpu = visible_gpu(look)

@@ -4,6 +4,7 @@ test_pulls.py, which run on a simulated GPU, too."""
 from __future__ import annotations
 
 import asyncio
+import os
 import time
 
 import psutil
@@ -14,6 +15,7 @@ from flume_attention.engine import DEVICE_STUCK, STEP_END_S
 from flume_attention.messages import Attached, CannotRun, FromEngine, LaneClosed
 from flume_common.engine_link import LinkClosed, run_engine
 from flume_common.lanes import Port
+from flume_common.zygote import ENGINE_ZYGOTE
 from real_engine import engine_with
 
 pytestmark = pytest.mark.usefixtures("engine_zygote")
@@ -82,9 +84,8 @@ async def test_an_engine_polls_while_a_step_is_under_way_and_sleeps_otherwise(po
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
 async def test_without_a_gpu_an_engine_says_so_and_ends():
-    async with run_engine(
-        "flume_attention.engine", ["--kv-bytes", "1000000", "--device", "cuda"], inbox=FromEngine
-    ) as engine:
+    flags, zygote = ["--kv-bytes", "1000000", "--device", "cuda"], os.environ[ENGINE_ZYGOTE]
+    async with run_engine("flume_attention.engine", flags, inbox=FromEngine, zygote=zygote) as engine:
         async with asyncio.timeout(60):
             answer = await engine.receive()
             assert isinstance(answer, CannotRun) and "--device cuda: " in answer.reason

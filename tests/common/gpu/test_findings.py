@@ -4,7 +4,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from flume_common.gpu import findings as module
 from flume_common.gpu.findings import Facts, Status, findings, hop, obstacles
 from flume_common.gpu.limits import Limits
 from flume_common.gpu.mps import Mps
@@ -16,12 +15,6 @@ TRIPS = [RoundTrip("shared memory", 8192, 30.0, 60.0), RoundTrip("TCP", 8192, 80
 HOST_UCX = Ucx("1.21.0", ["tcp/lo", "posix/memory"], TRIPS)
 CPU = Facts("no NVIDIA driver", Mps(False, False, Path("/x")), Limits(None, 8 << 30, 8 << 30), HOST_UCX)
 GPU = replace(CPU, driver=Driver("570", "12.8", (H200,)), mps=Mps(True, True, Path("/x")))
-
-
-@pytest.fixture
-def wired(monkeypatch):
-    """As if nodes could run on GPUs."""
-    monkeypatch.setattr(module, "ENGINES_RUN_ON_GPUS", True)
 
 
 def checks(facts, **options):
@@ -38,17 +31,19 @@ def test_a_machine_without_a_gpu_is_fine_for_nodes_on_cpus_and_not_for_others():
     assert checks(CPU)["gpu"].found == "no NVIDIA driver"
 
 
-def test_nodes_cannot_run_on_gpus_yet_whatever_the_machine_has():
-    assert obstacles(GPU) == ["weight and attention nodes cannot run on a GPU yet: use --device cpu"]
-    assert len(obstacles(CPU)) == 2
+def test_a_torch_without_cuda_is_refused_by_its_version():
+    assert obstacles(replace(GPU, torch="2.13.0+cu128")) == []
+    (why,) = obstacles(replace(GPU, torch="2.13.0+cpu"))
+    assert why.startswith("torch 2.13.0+cpu is built without CUDA")
+    assert len(obstacles(replace(CPU, torch="2.13.0+cpu"))) == 2
 
 
-def test_one_card_with_mps_is_enough(wired):
+def test_one_card_with_mps_is_enough():
     assert obstacles(GPU) == []
     assert failed(GPU, for_gpus=True) == []
 
 
-def test_one_card_without_mps_is_refused_with_what_it_costs_unless_that_is_allowed(wired):
+def test_one_card_without_mps_is_refused_with_what_it_costs_unless_that_is_allowed():
     alone = replace(GPU, mps=Mps(True, False, Path("/x")))
     (why,) = obstacles(alone)
     assert "4.4 ms" in why and "nvidia-cuda-mps-control -d" in why and "--allow-time-slicing" in why
@@ -56,18 +51,19 @@ def test_one_card_without_mps_is_refused_with_what_it_costs_unless_that_is_allow
     assert checks(alone)["mps"].status is Status.WARNING
 
 
-def test_two_cards_need_no_mps(wired):
+def test_a_second_card_helps_nothing_as_a_local_cluster_uses_one():
     two = Driver("570", "12.8", (H200, replace(H200, index=1)))
-    assert obstacles(replace(GPU, driver=two, mps=Mps(False, False, Path("/x")))) == []
+    assert len(obstacles(replace(GPU, driver=two, mps=Mps(False, False, Path("/x"))))) == 1
+    assert obstacles(replace(GPU, driver=two)) == []
 
 
-def test_an_old_card_is_refused_by_name(wired):
+def test_an_old_card_is_refused_by_name():
     old = Driver("570", "12.8", (replace(H200, name="Tesla V100", compute_capability="7.0"),))
     (why,) = obstacles(replace(GPU, driver=old))
     assert why.startswith("Tesla V100 has compute capability 7.0")
 
 
-def test_a_driver_without_a_card_is_no_gpu(wired):
+def test_a_driver_without_a_card_is_no_gpu():
     (why,) = obstacles(replace(GPU, driver=Driver("570", "12.8", ())))
     assert why == "no GPU can be used: the driver knows of none"
 

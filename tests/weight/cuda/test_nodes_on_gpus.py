@@ -12,8 +12,12 @@ from contextlib import AsyncExitStack, asynccontextmanager
 import pytest
 import torch
 from engine_rig import attention_node, weight_node
+from flume_common.engine_link import run_engine
+from flume_common.gpu import nvml
 from flume_common.zygote import ENGINE_ZYGOTE
 from flume_weight import messages as m
+from flume_weight.config import check, supervisor_flags
+from flume_weight.errors import ConfigRefused
 from flume_weight.model import LocalAttention
 from simulated_gpu_weight import CONFIG, model
 
@@ -106,6 +110,27 @@ async def test_another_weight_node_goes_on_where_a_killed_one_stopped():
         assert said + two.tokens("s") == own_tokens(prompt(60), len(said) + 20)
         adopted = next(message for message in two.said if isinstance(message, m.Adopted))
         assert adopted.tokens >= 60
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+async def test_without_a_gpu_an_engine_says_so_and_ends():
+    flags = ["--node", "weight-1", "--model", "/none", "--device", "cuda"]
+    engine = run_engine(
+        "flume_weight.engine_process", flags, inbox=m.Outbound, zygote=os.environ[ENGINE_ZYGOTE]
+    )
+    async with engine as weight:
+        refused = await weight.receive()
+        assert isinstance(refused, m.Refused) and refused.message.startswith("--device cuda: ")
+        assert await weight.process.wait() == 1
+
+
+def test_without_a_driver_a_node_is_refused_before_it_starts_anything(monkeypatch):
+    def none():
+        raise nvml.NvmlUnavailable("no NVIDIA driver")
+
+    monkeypatch.setattr(nvml, "look", none)
+    with pytest.raises(ConfigRefused, match=r"--device cuda: no GPU can be used: no NVIDIA driver; use"):
+        check(supervisor_flags().parse_args(["--model", "x", "--device", "cuda"]))
 
 
 async def test_sampled_tokens_do_not_depend_on_the_company():

@@ -10,7 +10,6 @@ from flume_common.gpu.mps import Mps
 from flume_common.gpu.nvml import Driver
 from flume_common.gpu.round_trip import RoundTrip, Ucx
 
-ENGINES_RUN_ON_GPUS = False  # the nodes' --device takes cpu only
 LEAST_COMPUTE_CAPABILITY = (8, 0)  # Ampere
 LEAST_SHARED_BYTES = 256 << 20
 TIME_SLICE_HOP_US = 4400  # two processes on one card without MPS, measured
@@ -33,6 +32,7 @@ class Facts:
     mps: Mps
     limits: Limits
     ucx: Ucx | str
+    torch: str = ""  # its version as installed, "2.13.0+cpu" where it is built without CUDA
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,8 +73,8 @@ def obstacles(facts: Facts, *, allow_time_slicing: bool = False) -> list[str]:
         found = ["no GPU can be used: the driver knows of none"]
     else:
         found = _of_cards(facts.driver, facts.mps, allow_time_slicing)
-    if not ENGINES_RUN_ON_GPUS:
-        found.append("weight and attention nodes cannot run on a GPU yet: use --device cpu")
+    if facts.torch.endswith("+cpu"):
+        found.append(f"torch {facts.torch} is built without CUDA: install a build with it")
     return found
 
 
@@ -84,11 +84,12 @@ def _of_cards(driver: Driver, mps: Mps, allow_time_slicing: bool) -> list[str]:
         for gpu in driver.gpus
         if tuple(map(int, gpu.compute_capability.split("."))) < LEAST_COMPUTE_CAPABILITY
     ]
-    if len(driver.gpus) == 1 and not mps.running and not allow_time_slicing:
+    if not mps.running and not allow_time_slicing:
         how = "start it with nvidia-cuda-mps-control -d" if mps.installed else "it is not installed"
         found.append(
-            f"the nodes would share one GPU without MPS ({how}): the card then gives each its time slice, and"
-            f" each layer of each token takes {TIME_SLICE_HOP_US / 1e3:g} ms instead of tens of microseconds;"
+            f"the nodes of a local cluster would share one GPU without MPS ({how}): the card then gives each"
+            " its time slice, and each layer of each token takes"
+            f" {TIME_SLICE_HOP_US / 1e3:g} ms instead of tens of microseconds;"
             " --allow-time-slicing starts them nevertheless"
         )
     return found

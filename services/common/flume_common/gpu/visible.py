@@ -18,13 +18,13 @@ class NoGpu(Exception):
         super().__init__(f"--device cuda: no GPU can be used: {why}; {REMEDY}")
 
 
-def visible_gpu(look: Callable[[], nvml.Driver] = nvml.look) -> nvml.Gpu:
+def visible_gpu(look: Callable[[], nvml.Driver] | None = None) -> nvml.Gpu:
     """What torch calls "cuda:0". Raises NoGpu.
 
     CUDA_VISIBLE_DEVICES may name it by index or UUID; of MIG instances the driver's list says too little.
     """
     try:
-        driver = look()
+        driver = (look or nvml.look)()
     except nvml.NvmlUnavailable as error:
         raise NoGpu(str(error)) from error
     names = os.environ.get("CUDA_VISIBLE_DEVICES")

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import asdict
+from importlib import metadata
 
 import click
 from flume_common.gpu import limits, mps, nvml, round_trip
 from flume_common.gpu.findings import Facts, Finding, Status, findings, obstacles
+from flume_common.gpu.visible import NoGpu, visible_gpu
 
 from flume_controller.flumectl.errors import CommandError
 from flume_controller.flumectl.options import output_option
@@ -56,15 +58,27 @@ def look(*, at_ucx: bool = True) -> Facts:
             ucx = round_trip.look()
         except round_trip.UcxUnavailable as error:
             ucx = str(error)
-    return Facts(driver, mps.look(), limits.look(), ucx)
+    return Facts(driver, mps.look(), limits.look(), ucx, _torch())
+
+
+def _torch() -> str:
+    """Its version, without importing it."""
+    try:
+        return metadata.version("torch")
+    except metadata.PackageNotFoundError:
+        return ""
 
 
 def failed(found: list[Finding]) -> bool:
     return any(finding.status is Status.FAILED for finding in found)
 
 
-def require_gpus(*, allow_time_slicing: bool) -> None:
-    """Raises CommandError with everything that keeps nodes off this machine's GPUs."""
+def require_gpu(*, allow_time_slicing: bool) -> nvml.Gpu:
+    """The one that nodes will share. Raises CommandError with everything that keeps them off it."""
     against = obstacles(look(at_ucx=False), allow_time_slicing=allow_time_slicing)
     if against:
         raise CommandError("\n  ".join(["a cluster cannot run on GPUs here:", *against]))
+    try:
+        return visible_gpu()
+    except NoGpu as error:
+        raise CommandError(str(error)) from error

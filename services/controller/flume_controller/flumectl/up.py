@@ -10,14 +10,18 @@ import time
 from typing import Any
 
 import click
+import msgspec
+from flume_common.gpu.nvml import Gpu
+from flume_common.model_source import ModelSource
 
 from flume_controller import foreground
 from flume_controller.cluster_files import ClusterState
 from flume_controller.etcd_options import etcd_security_options
-from flume_controller.flumectl.doctor import require_gpus
+from flume_controller.flumectl.doctor import require_gpu
 from flume_controller.flumectl.duration import DURATION
 from flume_controller.flumectl.errors import CommandError
 from flume_controller.flumectl.options import data_dir_option, name_option
+from flume_controller.gpu_budget import TooLittleMemory, kv_bytes, model_bytes
 from flume_controller.local_cluster import DEFAULT_MODEL, ClusterConfig, check
 from flume_controller.logfiles import LineReader
 
@@ -51,10 +55,16 @@ PORT = click.IntRange(1, 65535)
     "--dtype", type=click.Choice(["float32", "bfloat16"]), default="bfloat16", show_default=True,
     help="Of weights and KV. float32 gives the exact same tokens however the KV is split.",
 )  # fmt: skip
-@click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True)
+@click.option(
+    "--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True,
+    help="cuda: all nodes on the first GPU that is visible (CUDA_VISIBLE_DEVICES).",
+)  # fmt: skip
 @click.option("--allow-time-slicing", is_flag=True, help="Let nodes share a GPU without MPS, slow as it is.")
 @click.option(
-    "--kv-memory", default="", metavar="SIZE", help="KV memory of each attention node, like 512MiB or 25%."
+    "--kv-memory",
+    default="",
+    metavar="SIZE",
+    help="KV memory of each attention node, like 512MiB or 25%; on a GPU by default its part of it.",
 )
 @click.option("--detach", is_flag=True, help="Return once it is ready; it goes on in the background.")
 @click.option(
@@ -86,25 +96,40 @@ def up(detach: bool, dry_run: bool, allow_time_slicing: bool, **settings: Any) -
       flumectl up --attention 2 --detach
       flumectl up --model ./Llama-3.2-1B-Instruct --http-port 8080
       flumectl up --name two --http-port 8001 --admin-port 9401 --etcd-port 2380
+      flumectl up --device cuda --model ./Llama-3.1-8B --timeout 5m
       flumectl up --etcd https://etcd-0:2379,https://etcd-1:2379 --etcd-ca ca.pem
     """
     config = ClusterConfig(**settings)
-    if config.device == "cuda":
-        require_gpus(allow_time_slicing=allow_time_slicing)
+    gpu = require_gpu(allow_time_slicing=allow_time_slicing) if config.device == "cuda" else None
     try:
         _ = config.store
     except ValueError as error:
         raise click.UsageError(str(error)) from error
     try:
         model = check(config)
+        if gpu is not None and not config.kv_memory:
+            config = _with_budget(config, model, gpu)
         if dry_run:
             click.echo(_would_run(config, config.model_name or model.name))
         elif detach:
             _detach(config)
         else:
             asyncio.run(foreground.run(config))
-    except foreground.REFUSALS as error:
+    except (*foreground.REFUSALS, TooLittleMemory) as error:
         raise CommandError(str(error)) from error
+
+
+def _with_budget(config: ClusterConfig, model: ModelSource, gpu: Gpu) -> ClusterConfig:
+    """With KV memory said in bytes: shares of what is free would depend on who starts first."""
+    each = kv_bytes(
+        gpu.memory_bytes,
+        gpu.memory_bytes - gpu.memory_used_bytes,
+        model_bytes(model, config.dtype),
+        weights=config.weights,
+        attention=config.attention + config.standby,
+    )
+    click.echo(f"{gpu.name}: {each >> 20} MiB of KV for each attention node (--kv-memory)")
+    return msgspec.structs.replace(config, kv_memory=f"{each >> 20}MiB")
 
 
 def _would_run(config: ClusterConfig, model: str) -> str:
