@@ -13,7 +13,9 @@ import os
 import signal
 import sys
 import time
+import traceback
 from collections.abc import Sequence
+from contextlib import suppress
 
 import torch
 from flume_common.engine_link import EngineLink, LinkClosed
@@ -92,6 +94,11 @@ class Engine:
             self._keep_working()
             for message in self._link.receive():
                 self._handle(message)
+
+    def leave(self) -> None:
+        """Nobody waits for an answer any more: no device may be left with a step that waits for us."""
+        for session in self._sessions.values():
+            session.close()
 
     def _keep_working(self) -> None:
         until = time.monotonic() + LINK_INTERVAL_S
@@ -382,17 +389,17 @@ def main() -> None:
     node = Node(args.kv_bytes, dtype=args.dtype, make_pool=backend.pool, orphans=Orphans(args.orphan_grace_s))
     with torch.inference_mode(), Port(spin_s=args.spin_us * 1e-6) as port:
         opened = time.monotonic()
+        engine = Engine(node, port, link, backend, pull_tokens_per_step=args.pull_tokens_per_step)
         try:
             link.send(Started(import_ms=import_ms, port_ms=1e3 * (opened - imported)))
-            engine = Engine(node, port, link, backend, pull_tokens_per_step=args.pull_tokens_per_step)
-            engine.run()
-        except LinkClosed:
-            pass
-        except DeviceStuck as error:
-            # At once: to free memory that the device uses would wait for it.
-            sys.stderr.write(f"Error: {error}\n")
+            with suppress(LinkClosed):
+                engine.run()
+            engine.leave()
+        except Exception as error:
+            # At once: to free memory that a device uses would wait for it.
+            traceback.print_exc()
             sys.stderr.flush()
-            os._exit(DEVICE_STUCK)
+            os._exit(DEVICE_STUCK if isinstance(error, DeviceStuck) else 1)
 
 
 def open_backend(args: argparse.Namespace) -> Backend:

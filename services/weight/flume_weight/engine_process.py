@@ -20,7 +20,7 @@ from flume_weight.config import add_engine_flags
 from flume_weight.cuda.errors import StepError
 from flume_weight.engine import WeightEngine
 from flume_weight.errors import ConfigRefused
-from flume_weight.model import ModelError, Transformer, load_model
+from flume_weight.model import ModelConfig, ModelError, load_model
 from flume_weight.passes import Backend, CpuBackend
 from flume_weight.placement import Balance
 from flume_weight.scheduler import StepLimits
@@ -68,7 +68,8 @@ def serve(link: EngineLink[m.Inbound], args: argparse.Namespace) -> None:
     )
     with Port() as port, backend.passes(model, port, layout, limits, args.step_timeout_s) as passes:
         config = model.config
-        link.send(_ready(model, shape, port, time.monotonic() - started))
+        del model  # on a device there is a copy
+        link.send(_ready(config, shape, port, time.monotonic() - started))
         WeightEngine(
             link,
             port,
@@ -90,8 +91,8 @@ def open_backend(args: argparse.Namespace) -> Backend:
     return backend.open_gpu()
 
 
-def _ready(model: Transformer, shape: LaneShape, port: Port, load_s: float) -> m.Ready:
-    layout, config = shape.layout, model.config
+def _ready(config: ModelConfig, shape: LaneShape, port: Port, load_s: float) -> m.Ready:
+    layout = shape.layout
     return m.Ready(
         worker_address=port.address,
         architecture=config.architecture,

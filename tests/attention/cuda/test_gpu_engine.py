@@ -11,12 +11,16 @@ import psutil
 import pytest
 import torch
 from fake_weight_node import LAYOUT, FakeWeightNode
+from flume_attention.cuda.backend import GpuBackend
 from flume_attention.engine import DEVICE_STUCK, STEP_END_S
 from flume_attention.messages import Attached, CannotRun, FromEngine, LaneClosed
+from flume_attention.node import Node
 from flume_common.engine_link import LinkClosed, run_engine
-from flume_common.lanes import Port
+from flume_common.lanes import Port, Side
 from flume_common.zygote import ENGINE_ZYGOTE
 from real_engine import engine_with
+from reference_attention import ReferenceAttention
+from simulated_device import SimulatedDevice
 
 pytestmark = pytest.mark.usefixtures("engine_zygote")
 
@@ -65,6 +69,34 @@ async def test_a_new_lane_waits_for_steps_under_way_but_not_for_those_that_do_no
         assert time.monotonic() - started_s >= STEP_END_S
         third.step((0, 0, 5), ops=[third.open(0)])
         third.step((0, 1, 1))
+
+
+def test_a_lane_is_made_with_all_its_steps_captured_on_a_stream_of_its_own(port):
+    device = SimulatedDevice()
+    backend = GpuBackend(device, lambda layout, device: ReferenceAttention(device))
+    node = Node(8 * LAYOUT.block_bytes, make_pool=backend.pool)
+    sessions = []
+    for number in (1, 2):
+        request = FakeWeightNode(port).attach_request()
+        holdings = node.add(request.weight_node, node.admit(request))
+        lane = port.connect(
+            request.weight_node, port.address, holdings.shape, Side.ATTENTION,
+            send_lane=number, receive_lane=10 + number, allocate=backend.allocate, rings=backend.rings,
+        )  # fmt: skip
+        sessions.append(backend.session(node, request.weight_node, 1, lane, holdings))
+    assert [stream.captures for stream in device._streams.all] == [0, 4, 4]  # 1, 2, 4 and 8 rows
+    for session in sessions:
+        session.close()
+
+
+async def test_a_step_under_way_does_not_outlive_the_engine(port):
+    async with engine_with(device="cuda") as node:
+        w = await node.attach(FakeWeightNode(port))
+        w.step((0, 0, 5), ops=[w.open(0)])
+        w.begin((0, 1, 1)).ask(0)
+        w.credits_waiting(0.1)
+        started_s = time.monotonic()
+    assert node.engine.process.returncode == 0 and time.monotonic() - started_s < 4.0
 
 
 async def test_an_engine_polls_while_a_step_is_under_way_and_sleeps_otherwise(port):

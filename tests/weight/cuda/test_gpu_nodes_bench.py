@@ -1,5 +1,7 @@
-"""bench/gpu_nodes.py as far as it needs no engine; `NODES_DEVICE=cpu bash bench/gpu_check.sh RESULTS nodes` is all of
-it."""
+"""bench/gpu_nodes.py as far as it needs no engine. All of it without a GPU:
+
+NODES_DEVICE=cpu bash bench/gpu_check.sh RESULTS nodes
+"""
 
 import importlib.util
 import sys

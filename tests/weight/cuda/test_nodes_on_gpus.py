@@ -8,18 +8,28 @@ from __future__ import annotations
 import os
 import signal
 from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import replace
 
 import pytest
 import torch
 from engine_rig import attention_node, weight_node
 from flume_common.engine_link import run_engine
 from flume_common.gpu import nvml
+from flume_common.lanes import Port
 from flume_common.zygote import ENGINE_ZYGOTE
 from flume_weight import messages as m
+from flume_weight.batch import Batch
 from flume_weight.config import check, supervisor_flags
+from flume_weight.cuda.backend import GpuBackend
+from flume_weight.cuda.buckets import Buckets
+from flume_weight.cuda.eager import EagerForward
+from flume_weight.cuda.forward import CapturedForward
 from flume_weight.errors import ConfigRefused
 from flume_weight.model import LocalAttention
+from flume_weight.scheduler import StepLimits
+from simulated_device import SimulatedDevice
 from simulated_gpu_weight import CONFIG, model
+from step_fakes import ReferenceOps
 
 pytestmark = pytest.mark.usefixtures("engine_zygote")
 TOKEN_BYTES = CONFIG.layout("float32").token_bytes
@@ -58,6 +68,23 @@ async def gpu_nodes(*capacities, **options):
 def gpu_weight_node(name, step_timeout_s=20):
     flags = [*FLAGS, "--tail-margin-tokens", "16", "--step-timeout-s", str(step_timeout_s)]
     return weight_node(name, flags, "simulated_gpu_weight", os.environ[ENGINE_ZYGOTE])
+
+
+def test_decode_batches_are_captured_steps_all_of_them_captured_beforehand_and_others_are_not():
+    device, layout = SimulatedDevice(), CONFIG.layout("float32")
+    with (
+        Port() as port,
+        GpuBackend(device, ReferenceOps()).passes(
+            model(), port, layout, StepLimits(8, 64, 16), 1.0
+        ) as passes,
+    ):
+        assert device.captures == len(Buckets.up_to(8).rows)
+        ids = torch.zeros(8, dtype=torch.int64)
+        decoding = Batch([], ids, ids, ids, [], [])
+        assert isinstance(passes.of(decoding), CapturedForward)
+        assert isinstance(passes.of(replace(decoding, chunks=[slice(0, 2)])), EagerForward)
+        more = torch.zeros(9, dtype=torch.int64)
+        assert isinstance(passes.of(replace(decoding, token_ids=more)), EagerForward)
 
 
 async def test_tokens_are_the_models_own_wherever_the_ranges_lie():

@@ -7,6 +7,7 @@
     eager           the same for what no graph fits: chunks of prompts, sequences whose ranges do not join
     answers         the host's side of both, for one lane
     session         a lane's state machine with such answers
+    backend         all of it as what the engine makes memory and lanes of
 
 A captured step reads queries where a lane receives them and writes partials where it sends them; between
 replays only tables and lengths change. Nothing here but `ops.TritonAttention` needs triton, and nothing but

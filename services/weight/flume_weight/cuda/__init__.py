@@ -11,6 +11,7 @@
     lane_exchange  those messages over lanes
     forward        all of it as the engine's forward pass over a decode batch
     eager          the same for what no captured step takes: the model's own pass, on a device
+    backend        both as what the engine computes steps with
 
 A captured step knows no attention node: it leaves queries in memory, raises a flag, and waits at another for
 partials. Which node is asked is the driver's business, so a change of route is no concern of the graph.

@@ -48,6 +48,7 @@ class GpuBackend:
                 passes = self._make(model, port, layout, limits, StepDriver(watchdog, timeout_s))
             except torch.OutOfMemoryError as error:
                 raise ConfigRefused(f"--device cuda: no room for the model and its steps: {error}") from error
+            del model  # this copy of it
             yield passes
 
     def _make(
