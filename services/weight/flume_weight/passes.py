@@ -32,7 +32,7 @@ class Pass(Protocol):
     def forward(self, number: int, batch: Batch) -> Tensor:
         """Step `number`: float32 logits [R, vocab] of the batch's logit rows, on any device.
 
-        Raises PeerLost.
+        Raises PeerLost or PeerSilent.
         """
         ...
 

@@ -65,19 +65,15 @@ async def gpu_nodes(*capacities, **options):
         yield rig
 
 
-def gpu_weight_node(name, step_timeout_s=20):
-    flags = [*FLAGS, "--tail-margin-tokens", "16", "--step-timeout-s", str(step_timeout_s)]
+def gpu_weight_node(name, step_timeout_s=20, margin=16):
+    flags = [*FLAGS, "--tail-margin-tokens", str(margin), "--step-timeout-s", str(step_timeout_s)]
     return weight_node(name, flags, "simulated_gpu_weight", os.environ[ENGINE_ZYGOTE])
 
 
 def test_decode_batches_are_captured_steps_all_of_them_captured_beforehand_and_others_are_not():
-    device, layout = SimulatedDevice(), CONFIG.layout("float32")
-    with (
-        Port() as port,
-        GpuBackend(device, ReferenceOps()).passes(
-            model(), port, layout, StepLimits(8, 64, 16), 1.0
-        ) as passes,
-    ):
+    device, layout, limits = SimulatedDevice(), CONFIG.layout("float32"), StepLimits(8, 64, 16)
+    backend = GpuBackend(device, ReferenceOps())
+    with Port() as port, backend.passes(model(), port, layout, limits, 1.0) as passes:
         assert device.captures == len(Buckets.up_to(8).rows)
         ids = torch.zeros(8, dtype=torch.int64)
         decoding = Batch([], ids, ids, ids, [], [])
@@ -121,6 +117,29 @@ async def test_a_step_whose_node_is_silent_is_released_and_the_sequence_goes_on_
         lost = next(message for message in rig.said if isinstance(message, m.LaneLost))
         assert "no answer within 1 s" in lost.reason
         silent.process.kill()
+
+
+async def test_who_does_not_need_a_silent_node_goes_on_and_who_does_waits_for_it():
+    async with gpu_nodes(512, 512, margin=10_000) as rig:
+        for seed, name in enumerate("ab"):
+            rig.submit(name, prompt(30, seed), 80)
+            await rig.tokens_of(name, 2)
+        homes = [(await rig.route_of(name, bool))[0].node for name in "ab"]
+        assert homes[0] != homes[1]
+        silent = rig.nodes[homes[1]].engine
+        os.kill(silent.pid, signal.SIGSTOP)
+        try:
+            said = await rig.until(lambda message: isinstance(message, m.NodeSilent), 10)
+            assert (said.node, said.sequences) == (homes[1], 1)
+            had = len(rig.tokens("b"))
+            await rig.tokens_of("a", len(rig.tokens("a")) + 20)
+            assert len(rig.tokens("b")) <= had + 1
+        finally:
+            os.kill(silent.pid, signal.SIGCONT)
+        for seed, name in enumerate("ab"):
+            assert (await rig.end_of(name)).reason == "length"
+            assert rig.tokens(name) == own_tokens(prompt(30, seed), 80)
+        assert not any(isinstance(message, m.LaneLost) for message in rig.said)
 
 
 async def test_another_weight_node_goes_on_where_a_killed_one_stopped():

@@ -12,7 +12,7 @@ from flume_weight.cuda.errors import StepTimedOut
 from flume_weight.cuda.lane_exchange import LaneExchange, widest_route
 from flume_weight.errors import PeerLost
 from flume_weight.peer import Peer
-from flume_weight.range_attention import RangeAttention
+from flume_weight.range_attention import RangeAttention, no_answer
 
 
 class CapturedForward:
@@ -52,12 +52,13 @@ class CapturedForward:
     def forward(self, number: int, batch: Batch) -> Tensor:
         """Step `number`: float32 logits [R, vocab] of the batch's logit rows, on the device.
 
-        Raises PeerLost, naming a node that did not answer in time, StepRefused, StepTimedOut when all did and
-        the step still did not end, and DeviceStuck.
+        Raises PeerLost, naming a node that did not answer in time, PeerSilent, StepRefused, StepTimedOut when
+        all did and the step still did not end, and DeviceStuck.
         """
         step = self._steps.of(StepSize(self._buckets.of(len(batch.token_ids))))
         step.buffers.fill(batch.token_ids, batch.positions)
         self._exchange.epoch = self._attention.epoch
+        self._exchange.may_leave = self._attention.may_leave
         self._exchange.begin(number, batch.exchanges, step.buffers)
         self._attention.begin(number, batch.exchanges, batch.chunks)
         self._driver.timeout_s = self._attention.timeout_s
@@ -65,7 +66,7 @@ class CapturedForward:
             self.times = self._driver.run(step, self._exchange)
         except StepTimedOut as error:
             if silent := self._exchange.silent:
-                raise PeerLost(silent[0].node, f"no answer within {error.timeout_s:g} s") from error
+                raise no_answer(silent[0].node, error.timeout_s) from error
             raise
         return step.buffers.logits[batch.logit_rows.to(step.buffers.logits.device)]
 

@@ -11,6 +11,7 @@ from a partial to its gate; 32 rows over four nodes 12 and 13.
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -25,7 +26,7 @@ from torch import Tensor
 
 from flume_weight.cuda.errors import RouteTooWide
 from flume_weight.cuda.step_buffers import MicrobatchBuffers, StepBuffers
-from flume_weight.errors import PeerLost
+from flume_weight.errors import PeerLost, PeerSilent
 from flume_weight.peer import Peer
 from flume_weight.range_attention import Exchange, Index
 
@@ -97,7 +98,9 @@ class LaneExchange:
         self._appending: list[Exchange] = []
         self._unsent: deque[_Keys] = deque()
         self._rounds = 0
+        self._asked_s = 0.0  # when, about the layer under way
         self.epoch = 0  # our fencing number, on every message
+        self.may_leave: Callable[[str], bool] = _never_leave  # as in RangeAttention
 
     def begin(self, step: int, exchanges: Sequence[Exchange], buffers: StepBuffers) -> None:
         """The messages of this step; its PLANs are the caller's to send. Raises RouteTooWide.
@@ -127,10 +130,19 @@ class LaneExchange:
             self._port.progress()
         else:
             self._port.wait(_never, 0.0)  # also looks whether a peer's process has ended
+            self._leave_silent()
         if self._unsent:
             self._send_keys()
 
+    def _leave_silent(self) -> None:
+        """Raises PeerSilent for a node that others should not wait for any longer."""
+        waited_s = time.monotonic() - self._asked_s
+        for peer in self.silent:
+            if waited_s > peer.patience_s and self.may_leave(peer.node):
+                raise PeerSilent(peer.node, self._asked_s)
+
     def query(self, microbatch: int, layer: int) -> None:
+        self._asked_s = time.monotonic()
         for asked in self._asked:
             frame = self._free(asked.peer, Kind.QUERY)
             # The node has answered what lay in the frames before, so they have left.
@@ -257,6 +269,10 @@ class LaneExchange:
 
 
 def _never() -> bool:
+    return False
+
+
+def _never_leave(node: str) -> bool:
     return False
 
 
