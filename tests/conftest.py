@@ -19,6 +19,7 @@ from flume_common.store import StoreConfig, connect
 from flume_common.zygote import ENGINE_ZYGOTE, abstract_name, bind
 
 sys.path.insert(0, str(Path(__file__).parent))
+import beside
 from etcd_container import docker_answers, etcd_container
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -69,19 +70,13 @@ def engine_zygote(tmp_path_factory):
         fds = one.fileno(), other.fileno()
         flags = ["--supervisors-fd", str(fds[0]), "--engines-fd", str(fds[1])]
         process = subprocess.Popen(
-            [sys.executable, "-m", "flume_attention.zygote", *flags], pass_fds=fds, env=_with_our_modules()
+            [sys.executable, "-m", "flume_attention.zygote", *flags], pass_fds=fds, env=beside.environment()
         )
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv(ENGINE_ZYGOTE, engines)
         yield
     process.terminate()
     process.wait(timeout=10)
-
-
-def _with_our_modules():
-    """So that it can also run engines that lie beside the tests."""
-    paths = [str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])]
-    return {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
 
 
 @pytest.fixture

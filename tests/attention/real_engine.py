@@ -6,6 +6,7 @@ import asyncio
 import os
 from contextlib import asynccontextmanager
 
+import beside
 from fake_weight_node import LAYOUT, FakeWeightNode
 from flume_attention.messages import Ask, Attached, FromEngine, Report, Started
 from flume_common.engine_link import run_engine
@@ -63,7 +64,7 @@ async def engine_with(blocks=CAPACITY, layout=LAYOUT, args=(), device="cpu", env
     args = ["--kv-bytes", str(blocks * layout.block_bytes + 5), "--device", device, *args]
     zygote = os.environ.get(ENGINE_ZYGOTE)
     async with run_engine(
-        MODULES[device], args, inbox=FromEngine, env=ENV | (env or {}), zygote=zygote
+        MODULES[device], args, inbox=FromEngine, env=beside.environment() | ENV | (env or {}), zygote=zygote
     ) as engine:
         node = Node(engine)
         await node.expect(Started, timeout_s=60)

@@ -37,6 +37,10 @@ from real_engine import CAPACITY, Node, engine_with
 pytestmark = [pytest.mark.asyncio(loop_scope="module"), pytest.mark.usefixtures("engine_zygote")]
 
 
+# What is the same on every device, and takes long.
+only_on_cpu = pytest.mark.parametrize("shared_engine", ["cpu"], indirect=True)
+
+
 @pytest_asyncio.fixture(scope="module", loop_scope="module", params=["cpu", "cuda"])
 async def shared_engine(engine_zygote, request):
     async with engine_with(device=request.param) as running:
@@ -389,6 +393,7 @@ async def test_release_frees_everything(node, port):
     assert (report.used_blocks, report.used_tokens, report.lanes[0].sequences) == (0, 0, 0)
 
 
+@only_on_cpu
 async def test_what_a_dead_weight_node_held_is_kept_for_another_one_to_take_over(node, port):
     other = await node.attach(FakeWeightNode(port), want=4)
     other.step((0, 0, 8), ops=[other.open(0)])
@@ -423,6 +428,7 @@ async def test_what_a_dead_weight_node_held_is_kept_for_another_one_to_take_over
     other.await_credit(lambda credit: credit.free_blocks == 0)
 
 
+@only_on_cpu
 async def test_a_stopped_weight_node_whose_epoch_is_over_is_fenced_off(node, port):
     other = await node.attach(FakeWeightNode(port), want=4)
     rejected = (await node.report()).epoch_rejected

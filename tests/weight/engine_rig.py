@@ -10,6 +10,7 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import beside
 from flume_attention import messages as attention
 from flume_common.engine_link import Engine, LinkClosed, run_engine
 from flume_common.zygote import ENGINE_ZYGOTE
@@ -158,7 +159,9 @@ async def attention_node(name: str, capacity_tokens: int, gpu_token_bytes: int =
     module = "simulated_gpu_attention" if gpu_token_bytes else "flume_attention.engine"
     args = ["--kv-bytes", str(capacity_tokens * token_bytes), "--dtype", "float32", "--device", device]
     zygote = os.environ.get(ENGINE_ZYGOTE)
-    async with run_engine(module, args, inbox=attention.FromEngine, zygote=zygote) as engine:
+    async with run_engine(
+        module, args, inbox=attention.FromEngine, env=beside.environment(), zygote=zygote
+    ) as engine:
         assert isinstance(await engine.receive(), attention.Started)
         yield AttentionNode(name, engine)
 
@@ -167,7 +170,7 @@ async def attention_node(name: str, capacity_tokens: int, gpu_token_bytes: int =
 async def weight_node(name: str, args=(), module="flume_weight.engine_process", zygote=None):
     """A weight engine without attention nodes."""
     flags = ["--node", name, "--model", str(GGUF), "--dtype", "float32", "--prefill-threads", "1", *args]
-    async with run_engine(module, flags, inbox=m.Outbound, zygote=zygote) as weight:
+    async with run_engine(module, flags, inbox=m.Outbound, env=beside.environment(), zygote=zygote) as weight:
         while not isinstance(ready := await weight.receive(), m.Ready):
             pass
         made = Rig(weight, ready, name)
