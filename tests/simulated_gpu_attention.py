@@ -3,7 +3,7 @@
     python -m simulated_gpu_attention --device cuda …
 
 SIMULATED_STUCK in the environment: the device never does what it was given. SIMULATED_DRAIN_S: how long a
-step that was released may take to end.
+step that was released may take to end. Exit code 1: something was left on the device.
 """
 
 from __future__ import annotations
@@ -19,10 +19,12 @@ from reference_attention import ReferenceAttention
 from simulated_device import SimulatedDevice
 
 _for_good = ExitStack()
+_devices = []
 
 
 def open_gpu():
     device = SimulatedDevice()
+    _devices.append(device)
     if "SIMULATED_STUCK" in os.environ:
         SimulatedDevice.move_on = lambda device: None
     else:
@@ -35,8 +37,10 @@ def main():
     sys.setswitchinterval(1e-4)  # the engine polls, and its device is a thread of the same process here
     backend.open_gpu = open_gpu
     answers.DRAIN_TIMEOUT_S = float(os.environ.get("SIMULATED_DRAIN_S", answers.DRAIN_TIMEOUT_S))
-    return engine.main()
+    engine.main()
+    left = sum(len(stream.queue) for device in _devices for stream in device._streams.all)
+    return f"{left} operations were left on the device" if left else None
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
