@@ -335,9 +335,9 @@ async def test_a_node_that_stays_silent_is_lost_when_its_time_is_over():
         os.kill(two.nodes[tail.node].engine.process.pid, signal.SIGSTOP)
         stopped_s = time.monotonic()
         two.nodes.pop(tail.node)
-        lost = await two.until(lambda message: isinstance(message, m.LaneLost), 8)
+        lost = await two.until(lambda message: isinstance(message, m.LaneLost), 20)
         assert (lost.node, lost.reason) == (tail.node, "no answer within 3 s")
-        assert 2.5 < time.monotonic() - stopped_s < 5
+        assert 2.5 < time.monotonic() - stopped_s < 9
         await two.end_of("b")
         assert two.tokens("b") == alone
         two.weight.send(m.Cancel("a"))
