@@ -1,4 +1,8 @@
-"""Lanes over TCP to another host whose cable is cut: silence in both directions, and nobody who says so."""
+"""Lanes over TCP to another host whose cable is cut: silence in both directions, and nobody who says so.
+
+To be run alone, `pytest -m soak tests/common/test_lanes_cable.py`: UCX looks for network cards once in a
+process, and in the whole suite others would have used it before there is this one.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +23,7 @@ from flume_common.wire import Header, Kind, LaneShape
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from hosts import host, why_not
 
-pytestmark = pytest.mark.skipif(bool(why_not()), reason=why_not())
+pytestmark = [pytest.mark.soak, pytest.mark.skipif(bool(why_not()), reason=why_not())]
 
 PEER = Path(__file__).with_name("lane_peer.py")
 LAYOUT = KvLayout(num_layers=4, num_query_heads=9, num_kv_heads=3, head_dim=64, dtype="float32")

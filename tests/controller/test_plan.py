@@ -196,7 +196,10 @@ def do(actions, nodes):
 
 @given(DESIRED, VIEWS)
 def test_doing_what_the_plan_says_settles_it(desired, nodes):
-    assert plan(desired, do(plan(desired, nodes), nodes)) == []
+    """In two passes at most: one that is taken back lets an overdue one go, for which somebody must be ready."""
+    for _ in range(2):
+        nodes = do(plan(desired, nodes), nodes)
+    assert plan(desired, nodes) == []
 
 
 @given(DESIRED, VIEWS)
