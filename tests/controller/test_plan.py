@@ -196,7 +196,7 @@ def do(actions, nodes):
 
 @given(DESIRED, VIEWS)
 def test_doing_what_the_plan_says_settles_it(desired, nodes):
-    """In two passes at most: one that is taken back lets an overdue one go, for which somebody must be ready."""
+    """In two passes at most: a node taken back lets an overdue one go, which needs somebody to be ready."""
     for _ in range(2):
         nodes = do(plan(desired, nodes), nodes)
     assert plan(desired, nodes) == []
