@@ -206,6 +206,18 @@ def test_how_a_node_reads_is_measured_between_looks_and_remembered_while_it_is_s
     assert readings.look([]) == {} and readings.look([attention_pb2.StatsReply(node="a")]) == {}, "gone"
 
 
+def test_steps_count_once_however_often_one_looks():
+    readings, sums = Readings(), ReadSums()
+    for size in range(100, 2000, 100):
+        sums.add(size, 0.01 + size / 1000)
+    for _ in range(100):
+        readings.look([reads("a", sums)])
+    for size in range(100, 2000, 100):
+        sums.add(size, 0.01 + size / 2000)
+    found = readings.look([reads("a", sums)])["a"]
+    assert found.bandwidth_bytes_per_s == pytest.approx(2000, rel=0.05), "the older ones have faded"
+
+
 def test_the_rest_of_a_step_is_what_the_slowest_reader_leaves():
     assert rest_s(0.05, [Reading(1e9, 0.01), Reading(1e9, 0.03)]) == pytest.approx(0.02)
     assert rest_s(0.05, []) == 0.05 and rest_s(0.0, [Reading(1e9, 0.01)]) == 0.0
