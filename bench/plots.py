@@ -31,7 +31,7 @@ INCHES_PER_BAR = 0.28
 
 def kernels(found: Found, axes: Axes) -> None:
     """Share of the measured read bandwidth; what reads nothing or failed is left out."""
-    rows = [row for row in found["rows"] if row.get("bytes") and "failed" not in row]
+    rows = [row for row in found["rows"] if row.get("bytes")]
     shares = [row["bytes"] / row["seconds"] / found["read_bytes_per_s"] for row in rows]
     _bars(axes, [f"{row['kernel']}, {row['shape']}" for row in rows], shares, "{:.0%}")
     axes.axvline(1.0, color="black", linewidth=0.8)
