@@ -31,13 +31,22 @@ def words(rows: int, limit: int):
 
 @given(step=COUNT, epoch=COUNT, ops=words(4, 40), rows=words(5, 32), layers=st.integers(0, 30), credit=COUNT)
 def test_a_plan_survives_its_frame(step, epoch, ops, rows, layers, credit):
-    plan = Plan(step, epoch, ops, rows, layers, want_blocks=credit, returned_blocks=credit // 2)
+    plan = Plan(
+        step,
+        epoch,
+        ops,
+        rows,
+        layers,
+        want_blocks=credit,
+        returned_blocks=credit // 2,
+        direct=credit % 2 == 1,
+    )
     header, body = np.zeros(HEADER_WORDS, np.int64), np.full(2000, -1, np.int64)
     num_bytes = plan.encode(header, body)
     assert num_bytes == 8 * (8 + 4 * len(ops) + 5 * len(rows))
     got = Plan.decode(header, body[: num_bytes // 8])
     assert (got.step, got.epoch, got.layers_per_kv) == (step, epoch, layers)
-    assert (got.want_blocks, got.returned_blocks) == (credit, credit // 2)
+    assert (got.want_blocks, got.returned_blocks, got.direct) == (credit, credit // 2, credit % 2 == 1)
     np.testing.assert_array_equal(got.ops, ops)
     np.testing.assert_array_equal(got.rows, rows)
 

@@ -36,7 +36,7 @@ from numpy.typing import NDArray
 
 from flume_common.layout import KvLayout
 
-PROTOCOL_VERSION = 3
+PROTOCOL_VERSION = 4
 
 Words = NDArray[np.int64]
 
@@ -164,13 +164,14 @@ class Plan:
     want_blocks: int  # unused credit W would like to have; A grants up to it, now or later
     returned_blocks: int  # credit W has given back so far, a running total
     kv_sent_step: int = 0  # the last step whose KV W has sent whole on this lane
+    direct: bool = False  # queries and partials go through the lane's region: `direct_region`
 
     def encode(self, header: Words, body: Words) -> int:
         """Write into a frame's header and body (int64 views); returns the body's bytes."""
         num_ops, num_rows = len(self.ops), len(self.rows)
         body[:PLAN_HEAD_WORDS] = (
             num_ops, num_rows, self.layers_per_kv,
-            self.want_blocks, self.returned_blocks, self.kv_sent_step, 0, 0,
+            self.want_blocks, self.returned_blocks, self.kv_sent_step, self.direct, 0,
         )  # fmt: skip
         rows_at = PLAN_HEAD_WORDS + OP_WORDS * num_ops
         end = rows_at + ROW_WORDS * num_rows
@@ -183,7 +184,7 @@ class Plan:
     @classmethod
     def decode(cls, header: Words, body: Words) -> Plan:
         """Arrays are copies: the frame may be given back at once."""
-        num_ops, num_rows, layers_per_kv, want, returned, kv_sent_step = (int(word) for word in body[:6])
+        num_ops, num_rows, layers_per_kv, want, returned, kv_sent_step, direct = (int(w) for w in body[:7])
         rows_at = PLAN_HEAD_WORDS + OP_WORDS * num_ops
         end = rows_at + ROW_WORDS * num_rows
         return cls(
@@ -195,6 +196,7 @@ class Plan:
             want_blocks=want,
             returned_blocks=returned,
             kv_sent_step=kv_sent_step,
+            direct=bool(direct),
         )
 
 
