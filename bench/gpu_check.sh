@@ -1,20 +1,21 @@
 #!/usr/bin/env bash
 # On a machine with an NVIDIA GPU: tests and measurements of the GPU data path. From the repository's root:
-#   bash bench/gpu_check.sh RESULTS_FOLDER [tests|tune|bench|paths|poller|step|nodes ...]     (all when none is named)
+#   bash bench/gpu_check.sh RESULTS_FOLDER [tests|tune|bench|layer|paths|poller|step|nodes ...]     (all when none is named)
 #
 #   tests   the kernels against their definitions          tune    how decode attention runs best, kept in tuning.json
 #   bench   the kernels against others                     paths   captured steps on the GPU, over lanes, and their failures
+#   layer   where each microsecond of a step goes
 #   poller  the driver's jitter                            step    whole decode steps, one process against two under MPS
 #   nodes   engines as processes with --device cuda say the model's own tokens, also when one is killed, under MPS
 #
-# Needs python3 with torch, triton, numpy and pytest; nothing of this project need be installed. `paths`, `poller` and
-# `step` need protobuf, msgspec and ucxx (ucxx-cu12 or -cu13), `step` and `nodes` nvidia-cuda-mps-control as well, `nodes`
+# Needs python3 with torch, triton, numpy and pytest; nothing of this project need be installed. `layer`, `paths`, `poller`
+# and `step` need protobuf, msgspec and ucxx (ucxx-cu12 or -cu13), `step` and `nodes` nvidia-cuda-mps-control as well, `nodes`
 # also grpcio, structlog, safetensors and gguf. `NODES_DEVICE=cpu` lets `nodes` run on CPUs, without MPS; with
 # `NODES_MODEL=PATH` it tries that model after a small random one.
 set -uo pipefail
 out=${1:?a folder for the results}
 shift
-steps=${*:-tests tune bench paths poller step nodes}
+steps=${*:-tests tune bench layer paths poller step nodes}
 mkdir -p "$out"
 services=services/common:services/weight:services/attention
 export PYTHONPATH=kernels:$services:protos:tests:tests/attention${PYTHONPATH:+:$PYTHONPATH}
@@ -75,6 +76,7 @@ for step in $steps; do
       python3 bench/kernels.py --tune-only 2>&1 | tee "$out/tune.log" | tail -n 90 || status=1
       ;;
     bench) python3 bench/kernels.py --out "$out/kernels.json" 2>&1 | tee "$out/bench.log" || status=1 ;;
+    layer) python3 bench/gpu_layer.py --out "$out/layer.json" 2>&1 | tee "$out/layer.log" || status=1 ;;
     paths)
       run_tests paths.log tests/weight/cuda/test_captured_steps.py tests/weight/cuda/test_lane_exchange.py \
         tests/attention/cuda/test_gpu_session.py
