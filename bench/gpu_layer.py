@@ -4,9 +4,9 @@
 
 Every phase is captured alone, once for each layer with that layer's weights, so that none is found in a
 cache; what is given is its time per layer, and beside it the least time in which its weights could be read.
-`whole` is the captured step itself, its waits for attention left out: what it takes beyond the sum of its phases, or
-less, is what lies between them. Random weights. `step / least` is the step over the time of reading all
-weights once at the bandwidth measured here.
+`whole` is the captured step itself, its waits for attention left out: what it takes beyond the sum of its
+phases, or less, is what lies between them. Random weights. `step / least` is the step over the time of
+reading all weights once at the bandwidth measured here.
 """
 
 from __future__ import annotations
