@@ -11,7 +11,7 @@
 # Needs python3 with torch, triton, numpy and pytest; nothing of this project need be installed. `layer`, `paths`, `poller`
 # and `step` need protobuf, msgspec and ucxx (ucxx-cu12 or -cu13), `step` and `nodes` nvidia-cuda-mps-control as well, `nodes`
 # also grpcio, structlog, safetensors and gguf. `NODES_DEVICE=cpu` lets `nodes` run on CPUs, without MPS; with
-# `NODES_MODEL=PATH` it tries that model after a small random one.
+# `NODES_MODEL=PATH` it tries that model after a small random one, `NODES_REFERENCE=transformers` compares with that.
 set -uo pipefail
 out=${1:?a folder for the results}
 shift
@@ -54,6 +54,7 @@ run_nodes() {
     for options in "" --kill "--dtype bfloat16"; do
       # shellcheck disable=SC2086
       timeout 300 python3 bench/gpu_nodes.py --device "$device" --model "$model" $options \
+        --reference "${NODES_REFERENCE:-own}" \
         --out "$out/$name${options// /}.json" 2>&1 | tee -a "$out/$name.log" || status=1
     done
   done
