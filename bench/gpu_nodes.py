@@ -58,7 +58,7 @@ def make_tiny(folder: Path) -> Path:
     header: dict[str, Any] = {}
     data = bytearray()
     for name, place in places.items():
-        values = torch.empty(place.shape).normal_(1.0 if "norm" in name else 0.0, 0.2, generator=generator)
+        values = torch.empty(place.shape).normal_(1.0 if "norm" in name else 0.0, 0.1, generator=generator)
         end = len(data) + values.numel() * 4
         header[name] = {"dtype": "F32", "shape": list(values.shape), "data_offsets": [len(data), end]}
         data += values.numpy().tobytes()
