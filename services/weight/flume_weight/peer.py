@@ -22,6 +22,7 @@ from flume_common.wire import (
 
 from flume_weight.credit import CreditLedger
 from flume_weight.errors import PeerLost, StepRefused
+from flume_weight.mapped_region import MappedRegion
 
 PATIENCE_S = 1.0
 """How long others wait for a node. Longer each time that it was in vain, as it may only be slow."""
@@ -36,6 +37,7 @@ class Peer:
         self.epoch = epoch  # of the node when the lane was set up
         self.epoch_rejected = 0  # messages of an older one, which were ignored
         self.lane = lane
+        self.region: MappedRegion | None = None  # where devices meet; None: only frames can be exchanged
         self.ledger = CreditLedger(capacity_blocks)
         self.leaving = False  # the node is draining, by its own word or the control plane's
         self.evacuating = False  # its closed ranges are to go to other nodes, too
@@ -146,7 +148,15 @@ class Peer:
         except LaneDown as error:
             raise PeerLost(self.node, str(error)) from error
 
-    def send_plan(self, frame: Frame, step: int, epoch: int, rows: Seq[Seq[int]], layers_per_kv: int) -> bool:
+    def send_plan(
+        self,
+        frame: Frame,
+        step: int,
+        epoch: int,
+        rows: Seq[Seq[int]],
+        layers_per_kv: int,
+        direct: bool = False,
+    ) -> bool:
         """Send waiting ops and the step's rows. False: ops are left over and no row was sent; call again."""
         ops, self._ops = self._ops[:MAX_OPS], self._ops[MAX_OPS:]
         whole = not self._ops
@@ -159,6 +169,7 @@ class Peer:
             want_blocks=self.want_blocks,
             returned_blocks=self.ledger.returned_blocks,
             kv_sent_step=self.kv_sent_step,
+            direct=direct and whole,
         )
         self._told = (self.want_blocks, self.ledger.returned_blocks)
         try:

@@ -92,8 +92,11 @@ class RangeAttention:
         self._step = 0
         self.epoch = 0  # our fencing number, on every message
 
-    def begin(self, step: int, exchanges: Sequence[Exchange], chunks: Sequence[slice]) -> None:
-        """Send the PLANs. `chunks` are the batch's prefill rows of more than one token.
+    def begin(
+        self, step: int, exchanges: Sequence[Exchange], chunks: Sequence[slice], direct: bool = False
+    ) -> None:
+        """Send the PLANs. `chunks` are the batch's prefill rows of more than one token; `direct`: whoever is
+        asked is asked through its region.
 
         Raises PeerLost or PeerSilent.
         """
@@ -101,14 +104,16 @@ class RangeAttention:
         self._exchanges, self._chunks = exchanges, chunks
         self._kv_frames.clear()
         for exchange in exchanges:
-            self.send_plan(exchange)
+            self.send_plan(exchange, direct and exchange.num_queries > 0)
 
-    def send_plan(self, exchange: Exchange) -> None:
+    def send_plan(self, exchange: Exchange, direct: bool = False) -> None:
         """A PLAN of this step, in as many messages as its ops need. Raises PeerLost or PeerSilent."""
         peer, sent = exchange.peer, False
         while not sent:
             frame = self._await_frame(peer, peer.plan_frame)
-            sent = peer.send_plan(frame, self._step, self.epoch, exchange.rows, exchange.layers_per_kv)
+            sent = peer.send_plan(
+                frame, self._step, self.epoch, exchange.rows, exchange.layers_per_kv, direct
+            )
 
     def forget(self, peer: Peer) -> None:
         """The lane is closed: its frames are not ours any more."""
