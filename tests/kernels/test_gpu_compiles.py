@@ -20,6 +20,7 @@ import triton
 from flume_kernels.gpu.attention_plan import AttentionPlan, PlanShape
 from flume_kernels.gpu.decode_attention import DecodeConfig, decode_attention, default_config
 from flume_kernels.gpu.decode_merge import decode_merge
+from flume_kernels.gpu.direct import await_flags, direct_merge, push, raise_flags
 from flume_kernels.gpu.kv_append import kv_append
 from flume_kernels.gpu.kv_pool import FP8, KvPool
 from flume_kernels.gpu.merge_partials import merge_partials
@@ -175,3 +176,19 @@ def test_a_wait_reads_its_flag_anew_each_time_and_a_signal_releases_to_the_syste
     loop = awaited[awaited.index("$L__BB0_1:") :]
     assert loop.index("ld.volatile.global") < loop.index("bra")
     assert "ld.volatile.global" in landed and "ld.global" not in landed
+
+
+def test_what_meets_by_address_is_moved_in_16_bytes_a_thread_and_ordered_by_its_flags(compiled):
+    _, kernels = compiled
+    heads = torch.zeros(3, 32, 128, dtype=BF16)
+    word, table = torch.zeros(1, dtype=torch.int64), torch.zeros(4, 3, dtype=torch.int64)
+    push(heads, table)
+    raise_flags(table.flatten(), word, 5, word)
+    await_flags(table.flatten(), word, 5, word, word)
+    direct_merge(heads, heads, heads, table, table, heads.clone(), 0.1)
+    pushed, raised, awaited, merged = (kernel.asm["ptx"] for kernel in kernels)
+    assert "st.global.v4.b32" in pushed
+    assert "sys.release.exch.b64" in raised
+    loop = awaited[awaited.index("$L__BB0_1:") :]
+    assert loop.index("ld.volatile.global.b64") < loop.index("bra") < loop.index("sys.acquire.add.u64")
+    assert re.search(r"ld.volatile.global.v\d", merged)

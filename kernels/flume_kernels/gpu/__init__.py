@@ -4,6 +4,7 @@
     decode_attention   attention over paged KV, split over the chip, with log-sum-exp
     merge_partials     one answer from the partials of several ranges
     decode_merge       the same, with each token's attention to itself
+    direct             queries, flags and partials by address, in memory that two devices share
     causal_attention   a chunk's attention to itself, in plain torch
     kv_append          new keys and values into their blocks
     rms_norm, rope, silu_mul, sampling     the dense path's small parts

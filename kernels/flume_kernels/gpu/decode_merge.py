@@ -14,6 +14,20 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from flume_kernels.gpu.merge_partials import fold
+
+
+@triton.jit
+def own_part(q_ptr, k_ptr, v_ptr, scale, dims, in_head):
+    """(lse, weight, o) of a token's attention to itself, from its head of q and of k and v.
+
+    Its lse is finite, so a merge that starts from here always has something to divide by.
+    """
+    q = tl.load(q_ptr + dims, mask=in_head, other=0.0).to(tl.float32)
+    k = tl.load(k_ptr + dims, mask=in_head, other=0.0).to(tl.float32)
+    o = tl.load(v_ptr + dims, mask=in_head, other=0.0).to(tl.float32)
+    return tl.sum(q * k, 0) * scale, 1.0, o
+
 
 @triton.jit
 def _decode_merge_kernel(
@@ -42,12 +56,15 @@ def _decode_merge_kernel(
     head = tl.program_id(1)
     dims = tl.arange(0, BLOCK_D)
     in_head = dims < HEAD_DIM
-    own = (head // GROUP) * HEAD_DIM + dims
-    q = tl.load(q_ptr + token * q_token_stride + head * HEAD_DIM + dims, mask=in_head, other=0.0)
-    k = tl.load(k_ptr + token * k_token_stride + own, mask=in_head, other=0.0)
-    acc = tl.load(v_ptr + token * v_token_stride + own, mask=in_head, other=0.0).to(tl.float32)
-    top = tl.sum(q.to(tl.float32) * k.to(tl.float32), 0) * scale
-    weight = 1.0
+    kv_head = (head // GROUP) * HEAD_DIM
+    top, weight, acc = own_part(
+        q_ptr + token * q_token_stride + head * HEAD_DIM,
+        k_ptr + token * k_token_stride + kv_head,
+        v_ptr + token * v_token_stride + kv_head,
+        scale,
+        dims,
+        in_head,
+    )
     o_at = o_ptr + token * o_token_stride + head * HEAD_DIM + dims
     lse_at = lse_ptr + token * lse_token_stride + head
     for part in range(num_parts):
@@ -58,14 +75,7 @@ def _decode_merge_kernel(
         else:
             lse = tl.load(lse_at + far * lse_part_stride)
             o = tl.load(o_at + far * o_part_stride, mask=in_head, other=0.0)
-        # The token's own part makes the maximum finite from the start.
-        new_top = tl.maximum(top, lse)
-        fade = tl.exp(top - new_top)
-        share = tl.exp(lse - new_top)
-        # An empty part may hold anything, even nan: select, as 0 · nan is nan.
-        acc = acc * fade + tl.where(share > 0, o.to(tl.float32) * share, 0.0)
-        weight = weight * fade + share
-        top = new_top
+        top, weight, acc = fold(top, weight, acc, lse, o)
     row = token * heads + head
     tl.store(out_ptr + row * HEAD_DIM + dims, (acc / weight).to(out_ptr.dtype.element_ty), mask=in_head)
 

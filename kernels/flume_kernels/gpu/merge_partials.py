@@ -15,6 +15,19 @@ from torch import Tensor
 
 
 @triton.jit
+def fold(top, weight, acc, lse, o):
+    """One more part (lse, o) into a running maximum, the weights' sum and the weighted sum of o."""
+    new_top = tl.maximum(top, lse)
+    # −∞ minus −∞ is nan: shift by 0 while nothing has been seen.
+    shift = tl.where(new_top == -float("inf"), 0.0, new_top)
+    fade = tl.exp(top - shift)
+    share = tl.exp(lse - shift)
+    # An empty part may hold anything, even nan: select, as 0 · nan is nan.
+    acc = acc * fade + tl.where(share > 0, o.to(tl.float32) * share, 0.0)
+    return new_top, weight * fade + share, acc
+
+
+@triton.jit
 def _merge_partials_kernel(
     o_ptr,  # [P, T, H, D]
     lse_ptr,  # [P, T, H] fp32
@@ -47,15 +60,7 @@ def _merge_partials_kernel(
         else:
             lse = tl.load(lse_at + far * lse_part_stride)
             o = tl.load(o_at + far * o_part_stride, mask=in_head, other=0.0)
-        new_top = tl.maximum(top, lse)
-        # −∞ minus −∞ is nan: shift by 0 while nothing has been seen.
-        shift = tl.where(new_top == -float("inf"), 0.0, new_top)
-        fade = tl.exp(top - shift)
-        share = tl.exp(lse - shift)
-        # An empty part may hold anything, even nan: select, as 0 · nan is nan.
-        acc = acc * fade + tl.where(share > 0, o.to(tl.float32) * share, 0.0)
-        weight = weight * fade + share
-        top = new_top
+        top, weight, acc = fold(top, weight, acc, lse, o)
 
     some = weight > 0
     divisor = tl.where(some, weight, 1.0)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 @dataclass(frozen=True, slots=True)
 class MappedRegion:
-    """`memory`: all of the region, uint8 [at least size_bytes] on our device; the mapping lasts as long as it.
+    """`memory`: all of the region, uint8 [at least size_bytes] on our device; mapped for as long as it lives.
 
     Dropped after its lane is closed, when no step runs.
     """
