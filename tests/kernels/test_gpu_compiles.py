@@ -189,6 +189,8 @@ def test_what_meets_by_address_is_moved_in_16_bytes_a_thread_and_ordered_by_its_
     pushed, raised, awaited, merged = (kernel.asm["ptx"] for kernel in kernels)
     assert "st.global.v4.b32" in pushed
     assert "sys.release.exch.b64" in raised
-    loop = awaited[awaited.index("$L__BB0_1:") :]
-    assert loop.index("ld.volatile.global.b64") < loop.index("bra") < loop.index("sys.acquire.add.u64")
+    look = awaited.index("ld.volatile.global.b64")
+    loop = re.findall(r"^\$(L__BB\d+_\d+):", awaited[:look], re.MULTILINE)[-1]
+    assert re.search(rf"bra\s+\${loop};", awaited), "flags are read anew in every round"
+    assert look < awaited.index("sys.acquire.add.u64")
     assert re.search(r"ld.volatile.global.v\d", merged)

@@ -10,7 +10,7 @@ it is at least that:
 
 Steps count up, so what an abandoned step left behind never passes for a later one. Nobody writes poison into
 memory of others; whoever waits looks at a word of its own host now and then (*abort*, a gate of
-`flags.FlagBlock`), and notes poison in its *status*. A step whose status is set asks and answers nothing more.
+`flags.FlagBlock`), and notes poison in its *status*. From then on a step asks and answers nothing.
 
 The memory must take this device's atomic operations: its own, or that of a card over NVLink. What is read
 after `await_flags` on the same stream is what was written before the flag was raised.

@@ -1,4 +1,4 @@
-"""Kernels that find memory by address, against their definitions. What no address names holds NaN and stays."""
+"""Kernels that find memory by address, against their definitions. Memory that no address names holds NaN."""
 
 import threading
 
