@@ -19,6 +19,7 @@ from functools import partial
 from types import SimpleNamespace
 
 import torch
+from flume_kernels.gpu import direct_reference
 from flume_kernels.gpu.device import on_page
 from flume_kernels.gpu.flags import POISON
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -73,6 +74,14 @@ class SimulatedDevice:
 
     def await_(self, flags, number):
         self.call(partial(_await, flags, number))
+
+    def raise_flags(self, flags, flags_at, step, layer):
+        self.call(lambda: direct_reference.raise_flags(flags_at, step, layer, flags.status))
+
+    def await_flags(self, flags, flags_at, step, layer):
+        self.call(
+            lambda: direct_reference.await_flags(flags_at, step, layer, flags.words[0, :1], flags.status)
+        )
 
     def call(self, operation):
         """Queue a Python function; it answers False to be asked again."""

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from flume_kernels.gpu import signals
+from flume_kernels.gpu import direct, signals
 from flume_kernels.gpu.device import Flags, on_page
 
 
@@ -85,6 +85,12 @@ class CudaDevice:
 
     def await_(self, flags: Flags, number: int) -> None:
         signals.await_(*_words(flags, number))
+
+    def raise_flags(self, flags: Flags, flags_at: Tensor, step: Tensor, layer: int) -> None:
+        direct.raise_flags(flags_at, step, layer, flags.status)
+
+    def await_flags(self, flags: Flags, flags_at: Tensor, step: Tensor, layer: int) -> None:
+        direct.await_flags(flags_at, step, layer, flags.words[0, :1], flags.status)
 
     def warm_up(self, run: Callable[[], None]) -> None:
         # What was allocated and filled until now was so on the current stream.

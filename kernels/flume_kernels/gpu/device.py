@@ -51,6 +51,12 @@ class Device(Protocol):
     def await_(self, flags: Flags, number: int) -> None:
         """Queue a wait for the next opening of one of the flags: `signals.await_`."""
 
+    def raise_flags(self, flags: Flags, flags_at: Tensor, step: Tensor, layer: int) -> None:
+        """Queue `direct.raise_flags` with the status of `flags`."""
+
+    def await_flags(self, flags: Flags, flags_at: Tensor, step: Tensor, layer: int) -> None:
+        """Queue `direct.await_flags` with the status of `flags`; poison in their first gate ends the wait."""
+
     def warm_up(self, run: Callable[[], None]) -> None:
         """Run once, for real, and wait for its end: kernels are compiled, libraries have their workspace."""
 
