@@ -11,7 +11,7 @@ from itertools import pairwise
 
 import torch
 from flume_kernels import reference as attention_reference
-from flume_kernels.gpu import reference
+from flume_kernels.gpu import direct_reference, reference
 from flume_weight.model.config import ModelConfig
 from flume_weight.model.weights import allocate, slots
 from simulated_device import SimulatedDevice
@@ -42,6 +42,14 @@ def step_device():
     return device, TritonOps(), device.name
 
 
+# Operations that a capture sees as one each, as they read addresses anew in every replay.
+_by_address = torch.library.Library("flume_by_address", "DEF")
+_by_address.define("push(Tensor q, Tensor queries_at) -> ()")
+_by_address.define("merge(Tensor q, Tensor k, Tensor v, Tensor o_at, Tensor lse_at, float scale) -> Tensor")
+_by_address.impl("push", direct_reference.push, "CPU")
+_by_address.impl("merge", direct_reference.direct_merge, "CPU")
+
+
 class ReferenceOps:
     """`flume_weight.cuda.ops.Ops` by the definitions of the kernels."""
 
@@ -60,6 +68,12 @@ class ReferenceOps:
 
     def merge(self, q, k, v, o, lse, scale):
         return reference.decode_merge(q, k, v, o, lse, scale).to(q.dtype)
+
+    def push(self, q, queries_at):
+        torch.ops.flume_by_address.push(q, queries_at)
+
+    def direct_merge(self, q, k, v, o_at, lse_at, scale):
+        return torch.ops.flume_by_address.merge(q, k, v, o_at, lse_at, scale).to(q.dtype)
 
 
 def small_config(**changes):

@@ -33,7 +33,7 @@ class CapturedStep:
 
 
 class CapturedSteps:
-    """`captures` counts for good: more than there are sizes would mean that something captured again."""
+    """`captures` counts for good: more than there are sizes, of each kind, would mean that something captured again."""
 
     def __init__(
         self, device: Device, ops: Ops, config: ModelConfig, weights: Weights, parts: int = DEFAULT_PARTS
@@ -44,30 +44,35 @@ class CapturedSteps:
         self._weights = weights
         self.parts = parts  # attention nodes of one sequence that a step merges
         self._angles = Angles.of(config, weights.embedding.device)
-        self._steps: dict[StepSize, CapturedStep] = {}
+        self._steps: dict[tuple[StepSize, bool], CapturedStep] = {}
         self.captures = 0
 
-    def prepare(self, sizes: Iterable[StepSize]) -> None:
+    def prepare(self, sizes: Iterable[StepSize], direct: bool = False) -> None:
         """Capture these now, so that no request waits for it. Nothing may run."""
         for size in sizes:
-            self.of(size)
+            self.of(size, direct)
 
-    def of(self, size: StepSize) -> CapturedStep:
-        """The step of this size; captured if it is the first of its size, when nothing may run."""
-        step = self._steps.get(size)
+    def of(self, size: StepSize, direct: bool = False) -> CapturedStep:
+        """The step of this size, over frames or direct; captured if it is the first, when nothing may run."""
+        step = self._steps.get((size, direct))
         if step is None:
-            step = self._steps[size] = self._capture(size)
+            step = self._steps[size, direct] = self._capture(self._buffers(size, direct))
         return step
 
     @property
     def replays(self) -> int:
         return sum(step.replays for step in self._steps.values())
 
-    def _capture(self, size: StepSize) -> CapturedStep:
+    def _buffers(self, size: StepSize, direct: bool) -> StepBuffers:
+        if direct:
+            return self.of(size).buffers.for_direct(self._device)
         dtype = self._weights.embedding.dtype
         buffers = StepBuffers.allocate(self._device, self._config, size, self.parts, dtype)
         # Padding until the first real step: no part weighs anything.
         buffers.fill(buffers.token_ids[:0], buffers.positions[:0])
+        return buffers
+
+    def _capture(self, buffers: StepBuffers) -> CapturedStep:
         step = DecodeStep(self._device, self._ops, self._config, self._weights, self._angles, buffers)
         graph = capture(self._device, buffers.flags, step)
         self.captures += 1

@@ -2,7 +2,7 @@
 
 Per layer and microbatch
 
-    norm, Q, RoPE into the send buffer, signal        the queries leave
+    norm, Q, RoPE, signal                             the queries leave: see `hops`
     K, V, RoPE; K and V into their buffer             while the queries are under way
     wait, merge, O, norm, gate and up, SiLU, down     once the partials are here
 
@@ -22,6 +22,7 @@ from flume_kernels.gpu.device import Device
 from torch import Tensor
 from torch.nn import functional as F
 
+from flume_weight.cuda.hops import hop_of
 from flume_weight.cuda.ops import Angles, Ops
 from flume_weight.cuda.step_buffers import MicrobatchBuffers, StepBuffers
 from flume_weight.model.config import ModelConfig
@@ -60,6 +61,7 @@ class DecodeStep:
         self._angles = angles
         self._buffers = buffers
         self._flags = buffers.flags
+        self._hop = hop_of(device, ops, angles, buffers)
         self._ended = 2 * buffers.size.microbatches  # the number of the last flag
 
     @torch.inference_mode()
@@ -78,6 +80,7 @@ class DecodeStep:
         where = self._weights.embedding.device
         ids = self._buffers.token_ids.to(where, non_blocking=True)
         positions = self._buffers.positions.to(where, non_blocking=True)
+        self._hop.begin(where)
         hidden = F.embedding(ids, self._weights.embedding)
         return [
             _Stream(number, microbatch, positions[microbatch.rows], hidden[microbatch.rows])
@@ -88,11 +91,7 @@ class DecodeStep:
         layer, buffers = self._weights.layers[number], stream.buffers
         x = self._norm_next(stream, layer.input_norm)
         q = self._heads(layer.query, x, layer.query_norm)
-        self._ops.rope(q, stream.positions, self._angles, buffers.queries)
-        self._signal(stream)
-        # Turned a second time for the merge: reading it back from host memory would cost more.
-        turned = torch.empty_like(q)
-        self._ops.rope(q, stream.positions, self._angles, turned)
+        turned = self._hop.ask(stream.number, number, q, stream.positions)
         k, v = self._keys(stream, layer, x)
         buffers.keys[number, 0].copy_(k, non_blocking=True)
         buffers.keys[number, 1].copy_(v, non_blocking=True)
@@ -110,11 +109,9 @@ class DecodeStep:
         return turned, v
 
     def _answer(self, stream: _Stream, number: int) -> None:
-        layer, buffers = self._weights.layers[number], stream.buffers
+        layer = self._weights.layers[number]
         assert stream.asked is not None
-        self._device.await_(self._flags, stream.number)
-        scale = self._config.head_dim**-0.5
-        mixed = self._ops.merge(*stream.asked, buffers.part_o, buffers.part_lse, scale)
+        mixed = self._hop.answer(stream.number, number, *stream.asked)
         stream.added = layer.output(mixed.flatten(1))
         x = self._norm_next(stream, layer.post_norm)
         stream.added = layer.down(self._ops.silu_mul(layer.gate_up(x)))
@@ -125,7 +122,7 @@ class DecodeStep:
         self._device.signal(self._flags, self._ended)
 
     def _signal(self, stream: _Stream) -> None:
-        self._device.signal(self._flags, self._buffers.size.microbatches + stream.number)
+        self._device.signal(self._flags, self._buffers.signal_of(stream.number))
 
     def _norm_next(self, stream: _Stream, weight: Tensor) -> Tensor:
         """The norm of the residual stream, with what the last block gave taken into it."""

@@ -46,14 +46,25 @@ class Ops(Protocol):
         """Each row's attention to itself and to partials, which may lie in host memory: `decode_merge`."""
         ...
 
+    def push(self, q: Tensor, queries_at: Tensor) -> None:
+        """Rows of q to the addresses of a table: `direct.push`."""
+
+    def direct_merge(
+        self, q: Tensor, k: Tensor, v: Tensor, o_at: Tensor, lse_at: Tensor, scale: float
+    ) -> Tensor:
+        """`merge` of partials by their addresses: `direct.direct_merge`."""
+        ...
+
 
 class TritonOps:
     """`Ops` on a GPU."""
 
     def __init__(self) -> None:
-        from flume_kernels.gpu import decode_merge, rms_norm, rope, silu_mul
+        from flume_kernels.gpu import decode_merge, direct, rms_norm, rope, silu_mul
 
         self._decode_merge = decode_merge.decode_merge
+        self._push = direct.push
+        self._direct_merge = direct.direct_merge
         self._rms_norm = rms_norm.rms_norm
         self._rope = rope.rope
         self._silu_mul = silu_mul.silu_mul
@@ -75,4 +86,14 @@ class TritonOps:
     def merge(self, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, scale: float) -> Tensor:
         out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
         self._decode_merge(q, k, v, o, lse, out, scale, on_host=o.device.type == "cpu")
+        return out
+
+    def push(self, q: Tensor, queries_at: Tensor) -> None:
+        self._push(q, queries_at)
+
+    def direct_merge(
+        self, q: Tensor, k: Tensor, v: Tensor, o_at: Tensor, lse_at: Tensor, scale: float
+    ) -> Tensor:
+        out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+        self._direct_merge(q, k, v, o_at, lse_at, out, scale)
         return out

@@ -3,18 +3,19 @@
 What host and device share lies in host memory. All of it belongs to the device while a step runs, with two
 exceptions that flags guard: the host reads `queries` between a signal and the opening of the gate that
 answers it, and `keys` of a layer from the signal after; it writes `part_o` and `part_lse` before it opens
-that gate.
+that gate. In a direct step those three are idle.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from flume_kernels.gpu.device import Device, Flags
 from torch import Tensor
 
 from flume_weight.cuda.buckets import StepSize
+from flume_weight.cuda.direct_tables import DirectTables
 from flume_weight.model.config import ModelConfig
 
 
@@ -61,6 +62,7 @@ class StepBuffers:
     logits: Tensor
     microbatches: tuple[MicrobatchBuffers, ...]
     flags: Flags
+    direct: DirectTables | None = None  # of a direct step, whose queries and partials lie elsewhere
 
     @classmethod
     def allocate(
@@ -82,6 +84,20 @@ class StepBuffers:
     def parts(self) -> int:
         """Most attention nodes that one sequence may lie on."""
         return self.microbatches[0].part_o.shape[0]
+
+    def for_direct(self, device: Device) -> StepBuffers:
+        """The same memory for a direct step, with flags of its own: both kinds take their turns.
+
+        Raises ValueError for several microbatches.
+        """
+        if self.size.microbatches > 1:
+            raise ValueError(f"a direct step has one microbatch, not {self.size.microbatches}")
+        tables = DirectTables.allocate(device, self.parts, self.size.rows)
+        return replace(self, flags=Flags(device, gates=1, signals=2), direct=tables)
+
+    def signal_of(self, microbatch: int) -> int:
+        """The flag that it signals each layer's queries on."""
+        return self.size.microbatches + microbatch
 
     def fill(self, token_ids: Tensor, positions: Tensor) -> None:
         """Set the next step's rows; those of the bucket beyond them become padding, with no past anywhere.
