@@ -18,6 +18,7 @@ from flume_kernels.gpu.watchdog import Watchdog
 from flume_weight.cuda.buckets import Buckets
 from flume_weight.cuda.captured_steps import CapturedSteps
 from flume_weight.cuda.device_weights import on_device
+from flume_weight.cuda.direct_exchange import DirectExchange
 from flume_weight.cuda.driver import StepDriver
 from flume_weight.cuda.eager import DeviceRangeAttention, EagerForward
 from flume_weight.cuda.forward import CapturedForward
@@ -30,13 +31,14 @@ from flume_weight.scheduler import StepLimits
 
 
 class GpuBackend:
-    """`ops` run on `device`."""
+    """`ops` run on `device`. `direct`: steps may meet attention nodes in memory that both map."""
 
     packs = False
 
-    def __init__(self, device: Device, ops: Ops) -> None:
+    def __init__(self, device: Device, ops: Ops, direct: bool = True) -> None:
         self._device = device
         self._ops = ops
+        self._direct = direct
 
     @contextmanager
     def passes(
@@ -60,18 +62,19 @@ class GpuBackend:
         captured = CapturedForward(
             CapturedSteps(self._device, self._ops, config, there.weights),
             Buckets.up_to(limits.max_sequences), driver, attention, LaneExchange(port, layout),
+            DirectExchange(port, layout, self._device) if self._direct else None,
         )  # fmt: skip
         captured.prepare()
         return Passes(attention, (captured, EagerForward(there, attention)))
 
 
-def open_gpu() -> GpuBackend:
+def open_gpu(direct: bool = True) -> GpuBackend:
     """On the first GPU that this process sees. Raises ConfigRefused."""
     from flume_kernels.gpu.cuda_device import CudaDevice, DeviceUnusable
 
     from flume_weight.cuda.ops import TritonOps
 
     try:
-        return GpuBackend(CudaDevice(), TritonOps())
+        return GpuBackend(CudaDevice(), TritonOps(), direct)
     except DeviceUnusable as error:
         raise ConfigRefused(f"--device cuda: {error}; flumectl doctor says what this machine has") from error

@@ -33,7 +33,7 @@ class CapturedStep:
 
 
 class CapturedSteps:
-    """`captures` counts for good: more than there are sizes, of each kind, would mean that something captured again."""
+    """`captures` counts for good: more than one of each size and kind would mean that it was done again."""
 
     def __init__(
         self, device: Device, ops: Ops, config: ModelConfig, weights: Weights, parts: int = DEFAULT_PARTS

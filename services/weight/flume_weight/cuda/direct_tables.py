@@ -1,6 +1,6 @@
 """Where a direct step's rows and flags lie: what the host writes before a step, and its device reads.
 
-With b rows and P parts, int64; an address is one of ours in a peer's `MappedRegion`, 0 where there is no part:
+With b rows and P parts, int64; an address is one in a peer's `MappedRegion`, 0 where there is no part:
 
     queries_at, o_at, lse_at   [P, b]    of one row
     asked_at, answered_at      [P · b]   of one peer's flags: more peers than that cannot be asked
@@ -9,6 +9,7 @@ With b rows and P parts, int64; an address is one of ours in a peer's `MappedReg
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,8 +17,7 @@ from flume_common.direct_region import ANSWERED_AT, ASKED_AT
 from flume_kernels.gpu.device import Device
 from torch import Tensor
 
-from flume_weight.mapped_region import MappedRegion
-from flume_weight.range_attention import Index
+from flume_weight.range_attention import Exchange
 
 _TABLES = 5
 
@@ -61,21 +61,25 @@ class DirectTables:
     def step(self) -> Tensor:
         return self.words[-1:]
 
-    def clear(self, step: int) -> None:
-        """Nobody is asked in this step, until `ask` says so."""
+    def fill(self, step: int, exchanges: Sequence[Exchange]) -> None:
+        """Set the step's number and what it asks whom; every node that is asked must have a region.
+
+        Each fills one of a row's parts, of which there must be enough. Its i-th query is row i of its region.
+        """
         self.words.zero_()
         self.step[0] = step
-
-    def ask(self, number: int, mapped: MappedRegion, rows: Index, parts: Tensor) -> None:
-        """The `number`-th peer of this step: its i-th row is rows[i] of the step, and its parts[i]-th part."""
-        region, first = mapped.region, mapped.address
-        at = torch.arange(len(parts))
-        index = parts, torch.arange(rows.start, rows.stop) if isinstance(rows, slice) else rows
-        self.queries_at[index] = first + region.queries_at + at * region.row_bytes
-        self.o_at[index] = first + region.o_at + at * region.row_bytes
-        self.lse_at[index] = first + region.lse_at + at * region.lse_row_bytes
-        self.asked_at[number] = first + ASKED_AT
-        self.answered_at[number] = first + ANSWERED_AT
+        taken = torch.zeros(self.rows, dtype=torch.int64)
+        for number, exchange in enumerate(exchanges):
+            mapped, rows = exchange.peer.region, exchange.queries
+            assert mapped is not None
+            region, first, at = mapped.region, mapped.address, torch.arange(exchange.num_queries)
+            index = taken[rows], torch.arange(rows.start, rows.stop) if isinstance(rows, slice) else rows
+            self.queries_at[index] = first + region.queries_at + at * region.row_bytes
+            self.o_at[index] = first + region.o_at + at * region.row_bytes
+            self.lse_at[index] = first + region.lse_at + at * region.lse_row_bytes
+            self.asked_at[number] = first + ASKED_AT
+            self.answered_at[number] = first + ANSWERED_AT
+            taken[rows] += 1
 
     def _table(self, number: int) -> Tensor:
         size = self.parts * self.rows

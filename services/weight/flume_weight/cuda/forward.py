@@ -7,6 +7,7 @@ from torch import Tensor
 from flume_weight.batch import Batch
 from flume_weight.cuda.buckets import Buckets, StepSize
 from flume_weight.cuda.captured_steps import CapturedSteps
+from flume_weight.cuda.direct_exchange import DirectExchange, can_be_direct
 from flume_weight.cuda.driver import StepDriver, StepTimes
 from flume_weight.cuda.errors import StepTimedOut
 from flume_weight.cuda.lane_exchange import LaneExchange, widest_route
@@ -28,17 +29,23 @@ class CapturedForward:
         driver: StepDriver,
         attention: RangeAttention,
         exchange: LaneExchange,
+        direct: DirectExchange | None = None,
     ) -> None:
+        """`direct`: for batches that may go by the nodes' memory; without it none does."""
         self._steps = steps
         self._buckets = buckets
         self._driver = driver
         self._attention = attention
-        self._exchange = exchange
+        self._frames, self._direct = exchange, direct
+        self._exchange = exchange  # of the last pass
         self.times = StepTimes(0.0, 0.0)  # of the last pass
 
     def prepare(self) -> None:
-        """Capture every bucket."""
-        self._steps.prepare(StepSize(rows) for rows in self._buckets.rows)
+        """Capture every bucket, each way that batches may go."""
+        sizes = [StepSize(rows) for rows in self._buckets.rows]
+        self._steps.prepare(sizes)
+        if self._direct is not None:
+            self._steps.prepare(sizes, direct=True)
 
     def takes(self, batch: Batch) -> bool:
         """Whether a captured step can run this batch: one token a row, on few enough nodes each."""
@@ -55,12 +62,14 @@ class CapturedForward:
         Raises PeerLost, naming a node that did not answer in time, PeerSilent, StepRefused, StepTimedOut when
         all did and the step still did not end, and DeviceStuck.
         """
-        step = self._steps.of(StepSize(self._buckets.of(len(batch.token_ids))))
+        self._exchange = self._way_of(batch)
+        direct = self._exchange is self._direct
+        step = self._steps.of(StepSize(self._buckets.of(len(batch.token_ids))), direct)
         step.buffers.fill(batch.token_ids, batch.positions)
         self._exchange.epoch = self._attention.epoch
         self._exchange.may_leave = self._attention.may_leave
         self._exchange.begin(number, batch.exchanges, step.buffers)
-        self._attention.begin(number, batch.exchanges, batch.chunks)
+        self._attention.begin(number, batch.exchanges, batch.chunks, direct)
         self._driver.timeout_s = self._attention.timeout_s
         try:
             self.times = self._driver.run(step, self._exchange)
@@ -70,10 +79,17 @@ class CapturedForward:
             raise
         return step.buffers.logits[batch.logit_rows.to(step.buffers.logits.device)]
 
+    def _way_of(self, batch: Batch) -> LaneExchange:
+        if self._direct is not None and can_be_direct(batch.exchanges):
+            return self._direct
+        return self._frames
+
     def finish(self) -> list[PeerLost]:
         """Send the last keys. A lane that fails here does not undo the step."""
         return self._exchange.finish(self._attention.timeout_s)
 
     def forget(self, peer: Peer) -> None:
         """The lane is closed: its frames are not ours any more."""
-        self._exchange.forget(peer)
+        self._frames.forget(peer)
+        if self._direct is not None:
+            self._direct.forget(peer)

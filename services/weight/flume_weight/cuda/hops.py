@@ -26,7 +26,7 @@ class Hop(Protocol):
         """Before a step's first layer."""
 
     def ask(self, microbatch: int, layer: int, q: Tensor, positions: Tensor) -> Tensor:
-        """q [b, heads, head_dim] leaves, turned to its positions [b], with a signal; it is returned turned."""
+        """q [b, heads, head_dim] leaves, turned to its positions [b], with a signal; returned turned."""
         ...
 
     def answer(self, microbatch: int, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
