@@ -1,8 +1,11 @@
 """The kernels as captured steps call them: decode steps and answers of one layer, against definitions."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from flume_attention.cuda.ops import TritonAttention
+from flume_common.direct_region import ANSWERED_AT, ASKED_AT, mark
 from flume_common.layout import KvLayout
 from flume_kernels.gpu import decode_tuning, reference
 from flume_kernels.gpu.decode_attention import DecodeConfig
@@ -12,6 +15,8 @@ from flume_weight.cuda.decode_step import DecodeStep
 from flume_weight.cuda.device_weights import on_device
 from flume_weight.cuda.ops import Angles, TritonOps
 from flume_weight.cuda.step_buffers import StepBuffers
+from flume_weight.range_attention import Exchange
+from region_session import flag, make_region
 from simulated_device import SimulatedDevice
 from step_fakes import ReferenceOps, random_weights, small_config
 
@@ -69,12 +74,17 @@ def test_a_decode_step_of_kernels_is_that_of_their_definitions(device, changes):
         torch.testing.assert_close(got, want, atol=2e-5, rtol=2e-5)
 
 
+def step_device(device):
+    if device == "cpu":
+        return SimulatedDevice()
+    from flume_kernels.gpu.cuda_device import CudaDevice
+
+    return CudaDevice()
+
+
 def run(config, weights, ops, device):
     """Logits, queries and keys of one step whose partials are there from the start."""
-    if device == "cuda":
-        from flume_kernels.gpu.cuda_device import CudaDevice
-
-    where = CudaDevice() if device == "cuda" else SimulatedDevice()
+    where = step_device(device)
     buffers = StepBuffers.allocate(where, config, StepSize(4, 2), 2, torch.float32)
     buffers.fill(torch.tensor([3, 60, 7]), torch.tensor([11, 0, 95]))
     for microbatch in buffers.microbatches:
@@ -89,3 +99,45 @@ def run(config, weights, ops, device):
         *(part.queries.clone() for part in parts),
         *(part.keys.clone() for part in parts),
     ]
+
+
+def test_a_direct_step_of_kernels_is_the_same_over_frames(device):
+    """Two nodes: one is asked about rows 0 to 2, the other about rows 2 and 0. Row 3 is padding."""
+    config = small_config(num_layers=2)
+    weights = on_device(random_weights(config), torch.device(device))
+    where, angles = step_device(device), Angles.of(config, torch.device(device))
+    frames = StepBuffers.allocate(where, config, StepSize(4), 2, torch.float32)
+    direct = frames.for_direct(where)
+    (memory,) = frames.microbatches
+    frames.fill(torch.tensor([3, 60, 7]), torch.tensor([11, 0, 95]))
+    asked = (0, slice(0, 3), 3), (1, torch.tensor([2, 0]), 2)
+    nodes = [make_region(config.layout("float32"), 3, device) for _ in asked]
+    exchanges = []
+    memory.part_o.fill_(torch.nan)
+    for (part, rows, count), mapped in zip(asked, nodes, strict=True):
+        o, lse = rows_of(mapped, "o", count, config), rows_of(mapped, "lse", count, config)
+        o.copy_(randn(*o.shape, device=device, seed=part))
+        lse.copy_(randn(*lse.shape, device=device, seed=part + 2))
+        memory.part_o[part, rows], memory.part_lse[part, rows] = o.cpu(), lse.cpu()
+        flag(mapped, ANSWERED_AT).fill_(mark(5, 1))
+        exchanges.append(Exchange(SimpleNamespace(region=mapped), queries=rows, num_queries=count))
+    direct.direct.fill(5, exchanges)
+    found = []
+    for buffers in (frames, direct):
+        buffers.flags.host.open_wide()
+        memory.keys.fill_(torch.nan)
+        where.warm_up(DecodeStep(where, TritonOps(), config, weights, angles, buffers))
+        found.append((buffers.logits.cpu().clone(), memory.keys.clone()))
+    for got, want in zip(*found, strict=True):
+        torch.testing.assert_close(got, want, atol=2e-5, rtol=2e-5)
+    for (_, rows, count), mapped in zip(asked, nodes, strict=True):
+        assert torch.equal(rows_of(mapped, "queries", count, config).cpu(), memory.queries[rows])
+        assert int(flag(mapped, ASKED_AT)) == mark(5, 1)
+
+
+def rows_of(mapped, what, count, config):
+    """The first rows of one part of a float32 region."""
+    at, shape = getattr(mapped.region, f"{what}_at"), (count, config.num_query_heads, config.head_dim)
+    shape = shape[:2] if what == "lse" else shape
+    floats = mapped.memory[at:].view(torch.float32)
+    return floats[: torch.Size(shape).numel()].view(shape)

@@ -1,16 +1,17 @@
-"""Captured steps over real lanes to real attention nodes, which run in threads."""
+"""Captured steps over real lanes to real attention nodes, which run in threads: over frames, and direct."""
 
 import random
 import sys
 import threading
+import weakref
 from contextlib import contextmanager
 from dataclasses import replace
 
 import pytest
 import torch
-from flume_attention.lane_session import LaneSession
 from flume_attention.messages import Attach
 from flume_attention.node import Node
+from flume_common.direct_region import ANSWERED_AT, mark
 from flume_common.lanes import Port, Side
 from flume_common.wire import LaneShape, sequence_key
 from flume_kernels.gpu.watchdog import Watchdog
@@ -18,15 +19,17 @@ from flume_weight.batch import Batch
 from flume_weight.cuda.buckets import Buckets, StepSize
 from flume_weight.cuda.captured_steps import CapturedSteps
 from flume_weight.cuda.device_weights import on_device
+from flume_weight.cuda.direct_exchange import DirectExchange
 from flume_weight.cuda.driver import StepDriver
 from flume_weight.cuda.eager import DeviceRangeAttention, EagerForward
 from flume_weight.cuda.errors import RouteTooWide
 from flume_weight.cuda.forward import CapturedForward
 from flume_weight.cuda.lane_exchange import LaneExchange
-from flume_weight.errors import PeerLost
+from flume_weight.errors import PeerLost, PeerSilent, StepRefused
 from flume_weight.model import LocalAttention, Transformer
 from flume_weight.peer import Peer
 from flume_weight.range_attention import Exchange
+from region_session import RegionSession, flag, make_region
 from step_fakes import random_weights, small_config, step_device
 
 TIMEOUT_S = 20.0
@@ -36,14 +39,17 @@ SHAPE = LaneShape(
     LAYOUT, max_step_tokens=16, max_step_sequences=4, kv_frame_bytes=48 * LAYOUT.layer_token_bytes
 )
 SIZE = StepSize(4)
+WAYS = pytest.mark.parametrize("way", ["frames", "direct"])
 PROMPTS = [[5, 9, 2, 33], [7, 12], [1, 2, 3, 4, 5, 6, 7, 8]]
 
 
 class AttentionThread:
     """One attention node with one lane, as its engine runs it, beside the test."""
 
-    def __init__(self, name, lane_number):
+    def __init__(self, name, lane_number, way):
         self.name = name
+        self.mapped = make_region(LAYOUT, SIZE.rows, step_device()[2])
+        self._look_s = 0.02 if way == "frames" else 0.001
         self.lane_number = lane_number
         self.silent = threading.Event()
         self._weight_address = None
@@ -65,7 +71,9 @@ class AttentionThread:
         )
         self._weight_address = port.address
         self._connected.set()
-        return Peer(self.name, lane, self.node_blocks)
+        peer = Peer(self.name, lane, self.node_blocks)
+        peer.region = self.mapped
+        return peer
 
     def stop(self):
         self._stop.set()
@@ -81,9 +89,9 @@ class AttentionThread:
             self._connected.wait(TIMEOUT_S)
             if self._weight_address is None:
                 return
-            session = self._session(node, port)
+            self.session = session = self._session(node, port)
             while not self._stop.is_set():
-                port.wait(lambda: not self.silent.is_set() and session.advance(), 0.02)
+                port.wait(lambda: not self.silent.is_set() and session.advance(), self._look_s)
                 if node.grant():
                     session.credit_due = True
 
@@ -98,7 +106,7 @@ class AttentionThread:
             "weight-1", self._weight_address, SHAPE, Side.ATTENTION,
             send_lane=100 + self.lane_number, receive_lane=self.lane_number,
         )  # fmt: skip
-        return LaneSession(node, "weight-1", 1, lane, holdings)
+        return RegionSession(node, "weight-1", 1, lane, holdings, mapped=self.mapped)
 
 
 def index(rows):
@@ -111,7 +119,7 @@ def index(rows):
 class WeightNode:
     """Sequences whose tokens lie on attention nodes; decoded by captured steps over lanes."""
 
-    def __init__(self, port, peers, watchdog, parts=2):
+    def __init__(self, port, peers, watchdog, parts=2, way="frames"):
         weights = random_weights(CONFIG)
         self.model = Transformer(CONFIG, weights)
         self.port, self.peers = port, peers
@@ -120,9 +128,12 @@ class WeightNode:
         self.eager = DeviceRangeAttention(port, LAYOUT, LAYOUT.head_dim**-0.5, TIMEOUT_S)
         self.eager.epoch = 1
         self.random = random.Random(3)
-        self.exchange = WithDevice(port, self.device, self.random)
-        driver = StepDriver(watchdog, TIMEOUT_S)
-        self.forward = CapturedForward(self.steps, Buckets((SIZE.rows,)), driver, self.eager, self.exchange)
+        self.exchange = self.moving(LaneExchange(port, LAYOUT))
+        self.direct = self.moving(DirectExchange(port, LAYOUT, self.device)) if way == "direct" else None
+        self.forward = CapturedForward(
+            self.steps, Buckets((SIZE.rows,)), StepDriver(watchdog, TIMEOUT_S), self.eager, self.exchange,
+            self.direct,
+        )  # fmt: skip
         self.prefill_forward = EagerForward(Transformer(CONFIG, on_device(weights, where)), self.eager)
         self.oracle = LocalAttention(CONFIG.num_layers)
         self.number = 0
@@ -133,6 +144,17 @@ class WeightNode:
             peer.want_blocks = 32
             self.eager.send_plan(Exchange(peer))
             assert port.wait(lambda peer=peer: peer.hear() and peer.ledger.unused_blocks >= 32, TIMEOUT_S)
+
+    def moving(self, exchange):
+        """With the device moving on in every round of the driver's loop."""
+        progress = exchange.progress
+
+        def both():
+            self.device.run_some(self.random.randint(0, 16))
+            progress()
+
+        exchange.progress = both
+        return exchange
 
     def move_tail(self, sequence, peer):
         """From the next token on it grows on this node."""
@@ -221,28 +243,16 @@ class WeightNode:
         return self.model.forward(ids, positions, self.oracle, torch.arange(len(rows)))
 
 
-class WithDevice(LaneExchange):
-    """With the device moving on in every round of the driver's loop."""
-
-    def __init__(self, port, device, random):
-        super().__init__(port, LAYOUT)
-        self._device, self._random = device, random
-
-    def progress(self):
-        self._device.run_some(self._random.randint(0, 16))
-        super().progress()
-
-
 @contextmanager
-def cluster(nodes, parts=2):
+def cluster(nodes, parts=2, way="frames"):
     torch.set_num_threads(1)
     interval_s = sys.getswitchinterval()
     sys.setswitchinterval(1e-4)  # the driver spins, and the nodes are threads of the same process here
-    threads = [AttentionThread(f"attention-{number}", number) for number in range(1, nodes + 1)]
+    threads = [AttentionThread(f"attention-{number}", number, way) for number in range(1, nodes + 1)]
     try:
         with Port(spin_s=0) as port, Watchdog() as watchdog:
             peers = [thread.attach(port) for thread in threads]
-            weight = WeightNode(port, peers, watchdog, parts)
+            weight = WeightNode(port, peers, watchdog, parts, way)
             weight.prefill()
             yield weight, threads
     finally:
@@ -251,8 +261,9 @@ def cluster(nodes, parts=2):
         sys.setswitchinterval(interval_s)
 
 
-def test_tokens_over_lanes_are_the_models_own_while_tails_move_and_nothing_is_captured_again():
-    with cluster(2) as (weight, _):
+@WAYS
+def test_tokens_over_lanes_are_the_models_own_while_tails_move_and_nothing_is_captured_again(way):
+    with cluster(2, way=way) as (weight, threads):
         for turn in range(6):
             if turn in (1, 4):
                 for sequence in range(len(PROMPTS)):
@@ -262,8 +273,9 @@ def test_tokens_over_lanes_are_the_models_own_while_tails_move_and_nothing_is_ca
             torch.testing.assert_close(got, want, atol=3e-5, rtol=3e-5)
             for (sequence, *_), token in zip(rows, got.argmax(-1).tolist(), strict=True):
                 weight.tokens[sequence].append(token)
-        assert weight.steps.captures == 1
-        assert weight.steps.replays == 6
+        assert weight.steps.captures == (1 if way == "frames" else 2)
+        assert weight.steps.replays == weight.steps.of(SIZE, way == "direct").replays == 6
+        assert all(bool(thread.session.answered_directly) == (way == "direct") for thread in threads)
 
 
 @pytest.mark.parametrize("layer", [0, CONFIG.num_layers - 1])
@@ -289,8 +301,9 @@ def test_a_node_that_says_nothing_fails_the_step_by_name_and_the_step_can_be_rep
         torch.testing.assert_close(weight.step(rows), want, atol=3e-5, rtol=3e-5)
 
 
-def test_a_node_whose_process_ends_during_a_step_is_looked_for_and_lost_by_name(monkeypatch):
-    with cluster(2) as (weight, threads):
+@WAYS
+def test_a_node_whose_process_ends_during_a_step_is_looked_for_and_lost_by_name(way, monkeypatch):
+    with cluster(2, way=way) as (weight, threads):
         threads[1].silent.set()
         look = weight.port.wait
 
@@ -302,11 +315,12 @@ def test_a_node_whose_process_ends_during_a_step_is_looked_for_and_lost_by_name(
         monkeypatch.setattr(weight.port, "wait", finds_it_gone)
         with pytest.raises(PeerLost, match=r"attention-2.*its process ended"):
             weight.step(weight.rows())
-        assert weight.steps.of(SIZE).graph.done()
+        assert weight.steps.of(SIZE, way == "direct").graph.done()
 
 
-def test_a_sequence_on_more_nodes_than_a_step_merges_is_refused_before_anything_is_sent():
-    with cluster(2, parts=1) as (weight, _):
+@WAYS
+def test_a_sequence_on_more_nodes_than_a_step_merges_is_refused_before_anything_is_sent(way):
+    with cluster(2, parts=1, way=way) as (weight, _):
         weight.step(weight.rows())
         weight.tokens = [[*tokens, 1] for tokens in weight.tokens]
         weight.move_tail(0, weight.peers[1])
@@ -329,3 +343,81 @@ def test_chunks_and_batches_beyond_the_largest_bucket_are_left_to_the_model():
         assert weight.forward.takes(batch)
         assert not weight.forward.takes(replace(batch, chunks=[slice(0, 2)]))
         assert not weight.forward.takes(replace(batch, token_ids=torch.zeros(SIZE.rows + 1)))
+
+
+class TestDirect:
+    """Where the nodes' devices are asked in their own memory, and something is not as it should be."""
+
+    def test_a_step_that_asks_a_node_without_a_region_goes_over_frames_and_the_next_need_not(self):
+        with cluster(2, way="direct") as (weight, _):
+            regions = [peer.region for peer in weight.peers]
+            for missing in (None, 0, None, 1):
+                for number, peer in enumerate(weight.peers):
+                    peer.region = None if number == missing else regions[number]
+                before = weight.steps.of(SIZE, direct=True).replays
+                rows = weight.rows()
+                want, got = weight.expect(rows), weight.step(rows)
+                torch.testing.assert_close(got, want, atol=3e-5, rtol=3e-5)
+                assert weight.steps.of(SIZE, direct=True).replays - before == (missing is None)
+                for (sequence, *_), token in zip(rows, got.argmax(-1).tolist(), strict=True):
+                    weight.tokens[sequence].append(token)
+            assert weight.steps.captures == 2
+
+    def test_more_rows_than_a_region_has_go_over_frames(self):
+        with cluster(1, way="direct") as (weight, threads):
+            weight.peers[0].region = make_region(LAYOUT, len(PROMPTS) - 1, weight.device.name)
+            rows = weight.rows()
+            torch.testing.assert_close(weight.expect(rows), weight.step(rows), atol=3e-5, rtol=3e-5)
+            assert not threads[0].session.answered_directly
+
+    @pytest.mark.parametrize("layer", [0, CONFIG.num_layers - 1])
+    def test_a_node_that_does_not_answer_fails_the_step_by_name_and_what_it_left_passes_for_nothing(
+        self, layer
+    ):
+        with cluster(2, way="direct") as (weight, threads):
+            rows = weight.rows()
+            want = weight.expect(rows)
+            weight.eager.timeout_s = 0.3
+            threads[1].session.stops_at = layer
+            with pytest.raises(PeerLost, match=r"attention-2.*no answer within 0\.3 s"):
+                weight.step(rows)
+            flags = weight.steps.of(SIZE, direct=True).buffers.flags
+            assert weight.steps.of(SIZE, direct=True).graph.done() and not flags.status.any()
+            # Its device comes to the end of the abandoned step after all.
+            late = threads[1].mapped
+            late.memory[late.region.o_at :] = 0xFF
+            flag(late, ANSWERED_AT).fill_(mark(weight.number, CONFIG.num_layers - 1))
+            threads[1].session.stops_at = None
+            weight.eager.timeout_s = TIMEOUT_S
+            torch.testing.assert_close(weight.step(rows), want, atol=3e-5, rtol=3e-5)
+            assert weight.steps.captures == 2
+
+    def test_a_node_that_others_need_not_wait_for_is_left_once_patience_is_over(self):
+        with cluster(2, way="direct") as (weight, threads):
+            rows = weight.rows()
+            want = weight.expect(rows)
+            for peer in weight.peers:
+                peer.patience_s = 0.05
+            weight.eager.may_leave = lambda node: True
+            threads[1].session.stops_at = 1
+            with pytest.raises(PeerSilent, match="attention-2"):
+                weight.step(rows)
+            threads[1].session.stops_at = None
+            weight.eager.may_leave = lambda node: False
+            torch.testing.assert_close(weight.step(rows), want, atol=3e-5, rtol=3e-5)
+
+    def test_a_node_that_refuses_a_step_fails_it_without_waiting(self):
+        with cluster(2, way="direct") as (weight, _):
+            rows = weight.rows()
+            weight.held[rows[-1][0], weight.peers[1]] += 1  # than it has
+            with pytest.raises(StepRefused, match=r"attention-2.*LENGTH_MISMATCH"):
+                weight.step(rows)
+
+    def test_a_closed_lanes_region_is_let_go(self):
+        with cluster(1, way="direct") as (weight, _):
+            weight.step(weight.rows())
+            peer = weight.peers[0]
+            peer.region = make_region(LAYOUT, SIZE.rows, weight.device.name)
+            mapping = weakref.ref(peer.region.memory)
+            weight.forward.forget(peer)
+            assert mapping() is None

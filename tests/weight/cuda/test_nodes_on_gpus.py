@@ -70,11 +70,12 @@ def gpu_weight_node(name, step_timeout_s=20, margin=16):
     return weight_node(name, flags, "simulated_gpu_weight", os.environ[ENGINE_ZYGOTE])
 
 
-def test_decode_batches_are_captured_steps_all_of_them_captured_beforehand_and_others_are_not():
+@pytest.mark.parametrize("direct", [False, True], ids=["frames", "either way"])
+def test_decode_batches_are_captured_steps_all_of_them_captured_beforehand_and_others_are_not(direct):
     device, layout, limits = SimulatedDevice(), CONFIG.layout("float32"), StepLimits(8, 64, 16)
-    backend = GpuBackend(device, ReferenceOps())
+    backend = GpuBackend(device, ReferenceOps(), direct)
     with Port() as port, backend.passes(model(), port, layout, limits, 1.0) as passes:
-        assert device.captures == len(Buckets.up_to(8).rows)
+        assert device.captures == len(Buckets.up_to(8).rows) * (2 if direct else 1)
         ids = torch.zeros(8, dtype=torch.int64)
         decoding = Batch([], ids, ids, ids, [], [])
         assert isinstance(passes.of(decoding), CapturedForward)

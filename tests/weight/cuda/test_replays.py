@@ -2,7 +2,10 @@
 
 The device is integers: a step is captured as a list of operations, counts as the kernels do and interleaves
 with the driver at random. A wrong, stale or doubled message gives a wrong token, as every value depends on
-the one before. FLUME_TEST_REPLAYS=100000 takes 20 s.
+the one before. FLUME_TEST_REPLAYS=100000 takes 30 s.
+
+Over frames the driver answers for the nodes. Direct, nodes are devices of their own that see a step late, may
+answer one that was abandoned, and meet the first one in flags and numbers alone.
 """
 
 import os
@@ -11,6 +14,7 @@ from collections import deque
 from types import SimpleNamespace
 
 import pytest
+from flume_common.direct_region import mark
 from flume_kernels.gpu.flags import FLAG_STRIDE_BYTES, POISON, WORDS_PER_FLAG, FlagBlock
 from flume_kernels.gpu.watchdog import Watchdog
 from flume_weight.cuda.captured_steps import CapturedStep
@@ -53,8 +57,7 @@ class IntegerStep:
             yield from self.ask(number, 0)
         for layer in range(LAYERS):
             for number in range(self.count):
-                yield lambda number=number: self.await_(number)
-                yield lambda number=number: self.answer(number)
+                yield from self.hear(number, layer)
                 if layer + 1 < LAYERS:
                     yield from self.ask(number, layer + 1)
         yield self.end
@@ -66,6 +69,10 @@ class IntegerStep:
         yield lambda: self.store(number, layer)
         if layer + 1 == LAYERS:
             yield lambda: self.signal(self.count + number)
+
+    def hear(self, number, layer):
+        yield lambda: self.await_(number)
+        yield lambda: self.answer(number)
 
     def begin(self, number):
         self.hidden[number] = self.inputs[number]
@@ -114,6 +121,65 @@ class IntegerStep:
         return not self.queue
 
 
+class DirectIntegerStep(IntegerStep):
+    """It asks by a table of nodes, and takes their answers from there. `step` is the number of the step."""
+
+    def __init__(self, seed):
+        self.step, self.table = 0, []
+        super().__init__(1, seed)
+
+    def ask(self, number, layer):
+        yield lambda: self.project(number)
+        yield self.push
+        yield lambda: self.raise_flags(layer)
+        yield lambda: self.signal(self.count + number)
+        yield lambda: self.store(number, layer)
+        if layer + 1 == LAYERS:
+            yield lambda: self.signal(self.count + number)
+
+    def hear(self, number, layer):
+        yield lambda: self.await_flags(layer)
+        yield self.merge
+        yield lambda: self.answer(number)
+
+    def push(self):
+        for node in self.table:
+            node.query = self.queries[0]
+
+    def raise_flags(self, layer):
+        for node in self.table:
+            if not self.status:
+                node.asked = mark(self.step, layer)
+
+    def await_flags(self, layer):
+        if self.status or all(node.answered >= mark(self.step, layer) for node in self.table):
+            return True
+        self.status = int(self.words[0] >= POISON)
+        return bool(self.status)
+
+    def merge(self):
+        self.partials[0] = sum(node.partial for node in self.table) % PRIME
+
+
+class DirectNode:
+    """A device that answers the layers of the step it knows of, in order."""
+
+    def __init__(self):
+        self.asked = self.answered = self.query = self.partial = 0
+        self.step = self.layer = 0
+        self.held, self.stalls_at = [], None
+
+    def begin(self, step, held):
+        self.step, self.layer, self.held = step, 0, list(held)
+
+    def move_on(self):
+        if self.layer in (LAYERS, self.stalls_at) or self.asked < mark(self.step, self.layer):
+            return
+        self.partial = sum(mixed(self.query, self.layer, each) for each in self.held)
+        self.answered = mark(self.step, self.layer)
+        self.layer += 1
+
+
 class Nodes:
     """What the attention nodes answer: a sum over what they hold, which no cut of it into routes changes."""
 
@@ -158,6 +224,41 @@ class Nodes:
         self.sent_keys[microbatch, layer] = self.step.keys[microbatch][layer]
 
 
+class DirectNodes(Nodes):
+    """The same answers, by two devices that see each step some while after it began."""
+
+    def __init__(self, step):
+        super().__init__(step)
+        self.devices = [DirectNode(), DirectNode()]
+        self.plans = []
+
+    def begin(self):
+        super().begin()
+        self.step.step += 1
+        self.step.table = self.devices[: len(self.route)]
+        self.plans = [
+            (device, self.step.step, held) for device, held in zip(self.step.table, self.route, strict=True)
+        ]
+        stalled = self.stalled[1] if self.stalled else None
+        for device in self.devices:
+            device.stalls_at = stalled if device is self.step.table[-1] else None
+
+    def progress(self):
+        super().progress()
+        for device in self.devices:
+            for _ in range(self.random.randint(0, 2)):
+                device.move_on()
+        if self.plans and self.random.random() < 0.4:
+            device, number, held = self.plans.pop()
+            device.begin(number, held)
+
+    def query(self, microbatch, layer):
+        pass
+
+    def arrived(self, microbatch, layer):
+        return True
+
+
 def expected(token, held):
     """The next token and the keys of one sequence, without any of it."""
     hidden, keys = token, []
@@ -168,10 +269,16 @@ def expected(token, held):
     return hidden, keys
 
 
-@pytest.mark.parametrize("microbatches", [1, 2])
-def test_no_wrong_token_and_no_hang_through_route_changes_and_stalls(microbatches):
-    integers = IntegerStep(microbatches, seed=microbatches)
-    nodes, choose = Nodes(integers), integers.random.random
+@pytest.mark.parametrize("way", ["frames", "two microbatches", "direct"])
+def test_no_wrong_token_and_no_hang_through_route_changes_and_stalls(way):
+    microbatches = 2 if way == "two microbatches" else 1
+    if way == "direct":
+        integers = DirectIntegerStep(seed=3)
+        nodes = DirectNodes(integers)
+    else:
+        integers = IntegerStep(microbatches, seed=microbatches)
+        nodes = Nodes(integers)
+    choose = integers.random.random
     step = CapturedStep(SimpleNamespace(flags=integers.flags), integers, LAYERS)
     tokens = [number + 1 for number in range(microbatches)]
     stalls = failures = 0

@@ -16,8 +16,7 @@ from flume_common.lanes import Port
 from flume_common.layout import KvLayout
 from flume_kernels.gpu.device import Device
 
-from flume_weight.cuda.errors import RouteTooWide
-from flume_weight.cuda.lane_exchange import LaneExchange, widest_route
+from flume_weight.cuda.lane_exchange import LaneExchange
 from flume_weight.cuda.step_buffers import StepBuffers
 from flume_weight.errors import PeerSilent
 from flume_weight.peer import Peer
@@ -37,8 +36,6 @@ class DirectExchange(LaneExchange):
     def begin(self, step: int, exchanges: Sequence[Exchange], buffers: StepBuffers) -> None:
         """As in LaneExchange, for buffers of a direct step."""
         asking = [exchange for exchange in exchanges if exchange.num_queries]
-        if (widest := widest_route(asking, buffers.size.rows)) > buffers.parts:
-            raise RouteTooWide(widest, buffers.parts)
         assert buffers.direct is not None
         buffers.direct.fill(step, asking)
         self._peers = [exchange.peer for exchange in asking]

@@ -12,12 +12,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from flume_common.direct_region import ANSWERED_AT, ASKED_AT
+from flume_common.wire import Words
 from flume_kernels.gpu.device import Device
 from torch import Tensor
 
-from flume_weight.range_attention import Exchange
+from flume_weight.cuda.errors import RouteTooWide
+from flume_weight.range_attention import Exchange, Index
 
 _TABLES = 5
 
@@ -64,23 +67,30 @@ class DirectTables:
     def fill(self, step: int, exchanges: Sequence[Exchange]) -> None:
         """Set the step's number and what it asks whom; every node that is asked must have a region.
 
-        Each fills one of a row's parts, of which there must be enough. Its i-th query is row i of its region.
+        Each fills one of a row's parts. Its i-th query is row i of its region. Raises RouteTooWide.
         """
-        self.words.zero_()
-        self.step[0] = step
-        taken = torch.zeros(self.rows, dtype=torch.int64)
+        words = self.words.numpy()
+        words[:-1], words[-1] = 0, step
+        tables = words[:-1].reshape(_TABLES, self.parts, self.rows)
+        asked_at, answered_at = tables[3].reshape(-1), tables[4].reshape(-1)
+        taken = np.zeros(self.rows, dtype=np.int64)
         for number, exchange in enumerate(exchanges):
-            mapped, rows = exchange.peer.region, exchange.queries
+            mapped, rows = exchange.peer.region, _indices(exchange.queries)
             assert mapped is not None
-            region, first, at = mapped.region, mapped.address, torch.arange(exchange.num_queries)
-            index = taken[rows], torch.arange(rows.start, rows.stop) if isinstance(rows, slice) else rows
-            self.queries_at[index] = first + region.queries_at + at * region.row_bytes
-            self.o_at[index] = first + region.o_at + at * region.row_bytes
-            self.lse_at[index] = first + region.lse_at + at * region.lse_row_bytes
-            self.asked_at[number] = first + ASKED_AT
-            self.answered_at[number] = first + ANSWERED_AT
+            region, first, at = mapped.region, mapped.address, np.arange(len(rows))
+            parts = taken[rows]
+            if (widest := int(parts.max()) + 1) > self.parts:
+                raise RouteTooWide(widest, self.parts)
+            tables[0, parts, rows] = first + region.queries_at + at * region.row_bytes
+            tables[1, parts, rows] = first + region.o_at + at * region.row_bytes
+            tables[2, parts, rows] = first + region.lse_at + at * region.lse_row_bytes
+            asked_at[number], answered_at[number] = first + ASKED_AT, first + ANSWERED_AT
             taken[rows] += 1
 
     def _table(self, number: int) -> Tensor:
         size = self.parts * self.rows
         return self.words[number * size : (number + 1) * size].view(self.parts, self.rows)
+
+
+def _indices(rows: Index) -> Words:
+    return np.arange(rows.start, rows.stop) if isinstance(rows, slice) else rows.numpy()
