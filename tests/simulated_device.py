@@ -6,11 +6,14 @@ Reading a value back during a capture is an error, as there. Work that was launc
 `run_some`, and a little when a graph is asked whether it is done, so a test decides how host and device
 interleave; `running` gives the device a thread instead.
 
-Signals and waits count as the kernels in `flume_kernels.gpu.signals` do.
+Signals and waits count as the kernels in `flume_kernels.gpu.signals` do. Memory that others map is a file's:
+as a device's, it lives for as long as somebody has it mapped.
 """
 
 from __future__ import annotations
 
+import mmap
+import os
 import threading
 import time
 from collections import deque
@@ -22,8 +25,10 @@ import torch
 from flume_kernels.gpu import direct_reference
 from flume_kernels.gpu.device import on_page
 from flume_kernels.gpu.flags import POISON
+from flume_kernels.gpu.shared_memory import MappingFailed, SharedMemory
 from torch.utils._python_dispatch import TorchDispatchMode
 
+CARD = os.environ.get("SIMULATED_CARD", "GPU-simulated")  # its UUID; processes may have different ones
 NEVER_CAPTURED = {torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default}
 
 
@@ -68,6 +73,23 @@ class SimulatedDevice:
 
     def host_tensor(self, *size, dtype):
         return on_page(partial(torch.zeros, dtype=torch.uint8), size, dtype)
+
+    def share(self, size_bytes):
+        fd = os.memfd_create("device-memory")  # kept for good: whoever opens it by our pid may come late
+        os.ftruncate(fd, size_bytes)
+        return SharedMemory(_mapped(fd), CARD, f"/proc/{os.getpid()}/fd/{fd}".encode())
+
+    def map(self, card, handle):
+        if card != CARD:
+            raise MappingFailed(f"the card {card} is not visible to this process")
+        try:
+            fd = os.open(handle, os.O_RDWR)
+        except OSError as error:
+            raise MappingFailed(f"{card}: {error}") from error
+        try:
+            return _mapped(fd)
+        finally:
+            os.close(fd)
 
     def signal(self, flags, number):
         self.call(partial(_signal, flags, number))
@@ -161,6 +183,10 @@ class SimulatedDevice:
             self._streams.launched.set()
             thread.join()
             self._streams.run_by_themselves = False
+
+
+def _mapped(fd):
+    return torch.frombuffer(mmap.mmap(fd, os.fstat(fd).st_size), dtype=torch.uint8)
 
 
 def _signal(flags, number):

@@ -10,6 +10,7 @@
     rms_norm, rope, silu_mul, sampling     the dense path's small parts
     signals            flags between the device, the host and peers: the device's end
     flags, watchdog    the host's end of them, and a deadline for what waits there
+    shared_memory    device memory that two processes map
     device, cuda_device    what captured steps ask of a device, and the real one
 
 Importing this package loads neither torch nor triton; `flags` and `watchdog` need neither, `device` needs

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from flume_kernels.gpu import direct, signals
+from flume_kernels.gpu import direct, shared_memory, signals
 from flume_kernels.gpu.device import Flags, on_page
 
 
@@ -79,6 +79,12 @@ class CudaDevice:
             return torch.zeros(size_bytes, dtype=torch.uint8, pin_memory=True)
 
         return on_page(pinned, size, dtype)
+
+    def share(self, size_bytes: int) -> shared_memory.SharedMemory:
+        return shared_memory.share(self.tensor(size_bytes, dtype=torch.uint8))
+
+    def map(self, card: str, handle: bytes) -> Tensor:
+        return shared_memory.map_shared(self.name, card, handle)
 
     def signal(self, flags: Flags, number: int) -> None:
         signals.signal(*_words(flags, number))

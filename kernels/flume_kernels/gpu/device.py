@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from flume_kernels.gpu.flags import WORDS_PER_FLAG, FlagBlock
+from flume_kernels.gpu.shared_memory import SharedMemory
 
 
 class Graph(Protocol):
@@ -43,6 +44,14 @@ class Device(Protocol):
 
     def host_tensor(self, *size: int, dtype: torch.dtype) -> Tensor:
         """Zeroed host memory that device code reads and writes in place; it starts on a page."""
+        ...
+
+    def share(self, size_bytes: int) -> SharedMemory:
+        """Device memory that other processes of this host can map. Raises RuntimeError."""
+        ...
+
+    def map(self, card: str, handle: bytes) -> Tensor:
+        """What another process has shared, uint8. Raises MappingFailed."""
         ...
 
     def signal(self, flags: Flags, number: int) -> None:

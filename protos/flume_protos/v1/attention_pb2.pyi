@@ -8,7 +8,7 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class AttachRequest(_message.Message):
-    __slots__ = ("weight_node", "epoch", "protocol_version", "layout", "worker_address", "lane", "max_step_tokens", "max_step_sequences", "kv_frame_bytes")
+    __slots__ = ("weight_node", "epoch", "protocol_version", "layout", "worker_address", "lane", "max_step_tokens", "max_step_sequences", "kv_frame_bytes", "direct")
     WEIGHT_NODE_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     PROTOCOL_VERSION_FIELD_NUMBER: _ClassVar[int]
@@ -18,6 +18,7 @@ class AttachRequest(_message.Message):
     MAX_STEP_TOKENS_FIELD_NUMBER: _ClassVar[int]
     MAX_STEP_SEQUENCES_FIELD_NUMBER: _ClassVar[int]
     KV_FRAME_BYTES_FIELD_NUMBER: _ClassVar[int]
+    DIRECT_FIELD_NUMBER: _ClassVar[int]
     weight_node: str
     epoch: int
     protocol_version: int
@@ -27,21 +28,24 @@ class AttachRequest(_message.Message):
     max_step_tokens: int
     max_step_sequences: int
     kv_frame_bytes: int
-    def __init__(self, weight_node: _Optional[str] = ..., epoch: _Optional[int] = ..., protocol_version: _Optional[int] = ..., layout: _Optional[_Union[_common_pb2.KvLayout, _Mapping]] = ..., worker_address: _Optional[bytes] = ..., lane: _Optional[int] = ..., max_step_tokens: _Optional[int] = ..., max_step_sequences: _Optional[int] = ..., kv_frame_bytes: _Optional[int] = ...) -> None: ...
+    direct: bool
+    def __init__(self, weight_node: _Optional[str] = ..., epoch: _Optional[int] = ..., protocol_version: _Optional[int] = ..., layout: _Optional[_Union[_common_pb2.KvLayout, _Mapping]] = ..., worker_address: _Optional[bytes] = ..., lane: _Optional[int] = ..., max_step_tokens: _Optional[int] = ..., max_step_sequences: _Optional[int] = ..., kv_frame_bytes: _Optional[int] = ..., direct: _Optional[bool] = ...) -> None: ...
 
 class AttachReply(_message.Message):
-    __slots__ = ("node", "epoch", "worker_address", "lane", "capacity_blocks")
+    __slots__ = ("node", "epoch", "worker_address", "lane", "capacity_blocks", "direct_region")
     NODE_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     WORKER_ADDRESS_FIELD_NUMBER: _ClassVar[int]
     LANE_FIELD_NUMBER: _ClassVar[int]
     CAPACITY_BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    DIRECT_REGION_FIELD_NUMBER: _ClassVar[int]
     node: str
     epoch: int
     worker_address: bytes
     lane: int
     capacity_blocks: int
-    def __init__(self, node: _Optional[str] = ..., epoch: _Optional[int] = ..., worker_address: _Optional[bytes] = ..., lane: _Optional[int] = ..., capacity_blocks: _Optional[int] = ...) -> None: ...
+    direct_region: bytes
+    def __init__(self, node: _Optional[str] = ..., epoch: _Optional[int] = ..., worker_address: _Optional[bytes] = ..., lane: _Optional[int] = ..., capacity_blocks: _Optional[int] = ..., direct_region: _Optional[bytes] = ...) -> None: ...
 
 class DetachRequest(_message.Message):
     __slots__ = ("weight_node", "epoch")
@@ -150,7 +154,7 @@ class StatsRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class LaneStats(_message.Message):
-    __slots__ = ("weight_node", "epoch", "granted_blocks", "held_blocks", "sequences", "ranges", "steps")
+    __slots__ = ("weight_node", "epoch", "granted_blocks", "held_blocks", "sequences", "ranges", "steps", "direct")
     WEIGHT_NODE_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     GRANTED_BLOCKS_FIELD_NUMBER: _ClassVar[int]
@@ -158,6 +162,7 @@ class LaneStats(_message.Message):
     SEQUENCES_FIELD_NUMBER: _ClassVar[int]
     RANGES_FIELD_NUMBER: _ClassVar[int]
     STEPS_FIELD_NUMBER: _ClassVar[int]
+    DIRECT_FIELD_NUMBER: _ClassVar[int]
     weight_node: str
     epoch: int
     granted_blocks: int
@@ -165,7 +170,8 @@ class LaneStats(_message.Message):
     sequences: int
     ranges: int
     steps: int
-    def __init__(self, weight_node: _Optional[str] = ..., epoch: _Optional[int] = ..., granted_blocks: _Optional[int] = ..., held_blocks: _Optional[int] = ..., sequences: _Optional[int] = ..., ranges: _Optional[int] = ..., steps: _Optional[int] = ...) -> None: ...
+    direct: bool
+    def __init__(self, weight_node: _Optional[str] = ..., epoch: _Optional[int] = ..., granted_blocks: _Optional[int] = ..., held_blocks: _Optional[int] = ..., sequences: _Optional[int] = ..., ranges: _Optional[int] = ..., steps: _Optional[int] = ..., direct: _Optional[bool] = ...) -> None: ...
 
 class StatsReply(_message.Message):
     __slots__ = ("node", "state", "capacity_tokens", "used_tokens", "capacity_blocks", "used_blocks", "kv_bytes", "epoch_rejected", "lanes", "safe_to_delete", "orphan_tokens", "pulled_tokens", "pulls_refused", "reads")

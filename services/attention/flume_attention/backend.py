@@ -38,10 +38,12 @@ class Backend(Protocol):
         epoch: int,
         lane: Lane[LaneShape],
         holdings: Holdings,
+        *,
+        direct: bool,
         **options: Any,
     ) -> LaneSession:
         """What answers on this lane, options as in LaneSession. The node has its pool. No other lane's step
-        may be under way."""
+        may be under way. `direct`: with a region, if that can be."""
         ...
 
 
@@ -84,6 +86,12 @@ class CpuBackend:
         epoch: int,
         lane: Lane[LaneShape],
         holdings: Holdings,
+        *,
+        direct: bool,
         **options: Any,
     ) -> LaneSession:
-        return LaneSession(node, weight_node, epoch, lane, holdings, use_threads=self._threads.use, **options)
+        session = LaneSession(
+            node, weight_node, epoch, lane, holdings, use_threads=self._threads.use, **options
+        )
+        session.no_region = "this node has no GPU" if direct else ""
+        return session

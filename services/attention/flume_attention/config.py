@@ -8,6 +8,7 @@ import socket
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from flume_common.direct_region import HOP_HELP, HOPS
 from flume_common.etcd_flags import add_etcd_flags, store_config
 from flume_common.layout import DTYPE_BYTES
 from flume_common.metrics_page import METRICS_LISTEN, METRICS_LISTEN_HELP
@@ -46,6 +47,7 @@ class Config:
     pull_tokens_per_step: int
     lease_ttl_s: float
     engine_silence_s: float
+    hop: str
     standby: str  # empty: join at once
     log_level: str
 
@@ -104,6 +106,7 @@ def flags() -> argparse.ArgumentParser:
         default=15.0,
         help="an engine that answers its supervisor nothing for so long is replaced; default %(default)s",
     )
+    add("--hop", default="auto", choices=HOPS, help=HOP_HELP)
     add(
         "--standby",
         default="",
@@ -150,7 +153,7 @@ def engine_args(config: Config, kv_bytes: int) -> list[str]:
         *("--kv-bytes", str(kv_bytes), *dtype, "--device", config.device, "--threads", str(config.threads)),
         *("--prefill-threads", str(config.prefill_threads), "--spin-us", str(config.spin_us)),
         *("--orphan-grace-s", str(config.orphan_grace_s)),
-        *("--pull-tokens-per-step", str(config.pull_tokens_per_step)),
+        *("--pull-tokens-per-step", str(config.pull_tokens_per_step), "--hop", config.hop),
     ]
 
 

@@ -19,7 +19,9 @@ from contextlib import suppress
 
 import torch
 from flume_common.engine_link import EngineLink, LinkClosed
+from flume_common.direct_region import HOPS
 from flume_common.lanes import Lane, LaneDown, Port, Side
+from flume_common.lanes.processes import on_this_host
 from flume_common.layout import DTYPE_BYTES
 from flume_common.wire import LaneShape, sequence_key
 
@@ -71,12 +73,13 @@ class Engine:
     """Everything of one attention node that touches its memory. One thread."""
 
     def __init__(self, node: Node, port: Port, link: EngineLink[ToEngine], backend: Backend,
-        *, pull_tokens_per_step: int = PULL_TOKENS_PER_STEP,
+        *, pull_tokens_per_step: int = PULL_TOKENS_PER_STEP, hop: str = "auto",
     ) -> None:  # fmt: skip
         self._node = node
         self._port = port
         self._link = link
         self._backend = backend
+        self._hop = hop
         self._sessions: dict[str, LaneSession] = {}  # by weight node
         self._last_lane = 0  # numbers are never used twice
         self._pulls = Pulls(node, port, link, self._next_lane, pull_tokens_per_step)
@@ -191,8 +194,9 @@ class Engine:
 
     def _attach(self, request: Attach) -> None:
         self._let_steps_end()
+        against = self._against_region(request)
         try:
-            session = self._join(request)
+            session = self._join(request, direct=request.direct and not against)
         except AttachRefused as error:
             self._link.send(Refused(request=request.request, field=error.field, detail=error.detail))
             return
@@ -204,10 +208,20 @@ class Engine:
                 worker_address=self._port.address,
                 lane=self._last_lane,
                 capacity_blocks=self._node.capacity_blocks,
+                direct_region=session.region,
+                no_region=session.no_region or against,
             )
         )
 
-    def _join(self, request: Attach) -> LaneSession:
+    def _against_region(self, request: Attach) -> str:
+        """Why the lane should have none although it is asked for."""
+        if not request.direct:
+            return ""
+        if self._hop != "auto":
+            return f"--hop {self._hop}"
+        return "" if on_this_host(request.worker_address) else "the weight node is on another host"
+
+    def _join(self, request: Attach, *, direct: bool) -> LaneSession:
         """Raises AttachRefused. From the moment it is clear that the lane can be, the old one is gone."""
         name = request.weight_node
         shape = self._node.admit(request)
@@ -224,7 +238,7 @@ class Engine:
         try:
             return self._backend.session(
                 self._node, name, request.epoch, lane, holdings,
-                engine=request.worker_address, node_epoch=request.node_epoch,
+                direct=direct, engine=request.worker_address, node_epoch=request.node_epoch,
                 on_refused=lambda step, error: self._tell_refused(name, step, error),
             )  # fmt: skip
         except torch.OutOfMemoryError as error:
@@ -247,12 +261,15 @@ class Engine:
         us. The step of a weight node that does not go on is given up."""
         until = time.monotonic() + STEP_END_S
         self._hold_back(True)
-        while self._busy and time.monotonic() < until:
+        while self._under_way() and time.monotonic() < until:
             self._port.progress()
             self._work()
-        for session in [session for session in self._sessions.values() if session.busy]:
+        for session in self._under_way():
             self._orphan(session, f"its step did not go on within {STEP_END_S:g} s")
         self._hold_back(False)
+
+    def _under_way(self) -> list[LaneSession]:
+        return [session for session in self._sessions.values() if session.under_way]
 
     def _hold_back(self, held_back: bool) -> None:
         for session in self._sessions.values():
@@ -359,6 +376,7 @@ def _lane_report(session: LaneSession) -> LaneReport:
         sequences=len(holdings.slots),
         ranges=holdings.num_ranges,
         steps=holdings.steps,
+        direct=bool(session.region),
     )
 
 
@@ -372,6 +390,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--prefill-threads", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--orphan-grace-s", type=float, default=30.0)
     parser.add_argument("--spin-us", type=float, default=50.0)
+    parser.add_argument("--hop", choices=HOPS, default="auto")
     parser.add_argument("--pull-tokens-per-step", type=int, default=PULL_TOKENS_PER_STEP)
     return parser.parse_args(argv)
 
@@ -389,7 +408,9 @@ def main() -> None:
     node = Node(args.kv_bytes, dtype=args.dtype, make_pool=backend.pool, orphans=Orphans(args.orphan_grace_s))
     with torch.inference_mode(), Port(spin_s=args.spin_us * 1e-6) as port:
         opened = time.monotonic()
-        engine = Engine(node, port, link, backend, pull_tokens_per_step=args.pull_tokens_per_step)
+        engine = Engine(
+            node, port, link, backend, pull_tokens_per_step=args.pull_tokens_per_step, hop=args.hop
+        )
         try:
             link.send(Started(import_ms=import_ms, port_ms=1e3 * (opened - imported)))
             with suppress(LinkClosed):

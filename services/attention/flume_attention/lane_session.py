@@ -49,6 +49,8 @@ class LaneSession:
         self.credit_due = True  # the weight node should hear of its credit at once
         self.changed = True  # what is held or granted differs from what was last reported
         self.held_back = False  # no further step begins for now
+        self.region = b""  # of a direct lane: its RegionHandle
+        self.no_region = ""  # why there is none, if one was asked for
         self._node = node
         self._node_epoch = node_epoch
         self._plans = lane.receiver(Kind.PLAN)
@@ -71,6 +73,11 @@ class LaneSession:
     def busy(self) -> bool:
         """Whether a step is under way that goes on only if somebody looks: the engine must not sleep."""
         return False
+
+    @property
+    def under_way(self) -> bool:
+        """Whether a device works for this lane, or waits for its other end."""
+        return self.busy
 
     def close(self) -> None:
         """Leave nothing behind that uses the lane's memory: before the lane is closed."""

@@ -26,6 +26,7 @@ class Attach(msgspec.Struct, tag=True, frozen=True, kw_only=True):
     max_step_sequences: int
     kv_frame_bytes: int
     node_epoch: int = 0
+    direct: bool = False
 
 
 class Detach(msgspec.Struct, tag=True, frozen=True, kw_only=True):
@@ -124,6 +125,8 @@ class Attached(msgspec.Struct, tag=True, frozen=True, kw_only=True):
     worker_address: bytes
     lane: int
     capacity_blocks: int
+    direct_region: bytes = b""
+    no_region: str = ""  # why there is none, if one was asked for
 
 
 class Detached(msgspec.Struct, tag=True, frozen=True, kw_only=True):
@@ -178,6 +181,7 @@ class LaneReport(msgspec.Struct, frozen=True, kw_only=True):
     sequences: int
     ranges: int
     steps: int
+    direct: bool = False
 
 
 class Report(msgspec.Struct, tag=True, frozen=True, kw_only=True):

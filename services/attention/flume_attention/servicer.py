@@ -55,13 +55,15 @@ class AttentionServicer(rpc.AttentionServicer):
             attached = await self._supervisor.ask(
                 lambda number: _attach(number, request, layout, epoch), m.Attached
             )
-        log.info("lane_attached", weight_node=request.weight_node, epoch=request.epoch, layout=layout.hash)
+        log.info("lane_attached", weight_node=request.weight_node, epoch=request.epoch, layout=layout.hash,
+                 **_hop(attached))  # fmt: skip
         return pb.AttachReply(
             node=self.node,
             epoch=epoch,
             worker_address=attached.worker_address,
             lane=attached.lane,
             capacity_blocks=attached.capacity_blocks,
+            direct_region=attached.direct_region,
         )
 
     async def Detach(
@@ -178,7 +180,15 @@ def _attach(number: int, request: pb.AttachRequest, layout: KvLayout, node_epoch
         max_step_sequences=request.max_step_sequences,
         kv_frame_bytes=request.kv_frame_bytes,
         node_epoch=node_epoch,
+        direct=request.direct,
     )
+
+
+def _hop(attached: m.Attached) -> dict[str, str]:
+    """For the log. The weight node may still not be able to map what it is offered."""
+    if attached.direct_region:
+        return {"hop": "direct"}
+    return {"hop": "frames"} | ({"reason": attached.no_region} if attached.no_region else {})
 
 
 def stats(node: str, kv_bytes: int, state: State, report: m.Report) -> pb.StatsReply:

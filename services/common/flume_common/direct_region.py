@@ -27,6 +27,8 @@ import msgspec
 
 from flume_common.layout import KvLayout
 
+HOPS = ("auto", "frames")  # what a node may be told: auto is direct where both ends can
+HOP_HELP = "how queries travel between nodes with GPUs on one host; frames: never through device memory"
 FLAG_STRIDE_BYTES = 128
 ASKED_AT = 0
 ANSWERED_AT = FLAG_STRIDE_BYTES

@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 
 import torch
-from flume_kernels.gpu.device import Device
+from flume_kernels.gpu.device import Device, Graph
 from flume_kernels.gpu.flags import Poisoned
 from flume_kernels.gpu.watchdog import Watchdog
 from torch import Tensor
@@ -139,7 +139,7 @@ class Answers:
         self._watchdog.disarm()
         if self._layers_left:
             captured.flags.host.poison()
-        self._drain(captured)
+        drain(captured.graph)
         if captured.flags.host.poisoned:
             captured.flags.rearm()
 
@@ -151,11 +151,13 @@ class Answers:
     def _watch(self, step: CapturedStep) -> None:
         self._watchdog.arm(self._query_timeout_s, step.flags.host.poison)
 
-    def _drain(self, step: CapturedStep) -> None:
-        deadline = time.monotonic() + DRAIN_TIMEOUT_S
-        while not step.graph.done():
-            if time.monotonic() > deadline:
-                raise DeviceStuck(DRAIN_TIMEOUT_S)
+
+def drain(graph: Graph) -> None:
+    """Wait for the end of what was released. Raises DeviceStuck."""
+    deadline = time.monotonic() + DRAIN_TIMEOUT_S
+    while not graph.done():
+        if time.monotonic() > deadline:
+            raise DeviceStuck(DRAIN_TIMEOUT_S)
 
 
 def _is_simple(row: list[Segment], queries: int, max_length: int) -> bool:

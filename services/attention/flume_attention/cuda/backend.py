@@ -21,6 +21,7 @@ from flume_kernels.gpu.watchdog import Watchdog
 from flume_attention.cuda.answers import Answers
 from flume_attention.cuda.device_pool import DevicePool
 from flume_attention.cuda.ops import AttentionOps
+from flume_attention.cuda.region_offer import NO_OFFER, offer_region
 from flume_attention.cuda.session import RINGS, GpuLaneSession, lane_buffers
 from flume_attention.errors import ConfigRefused
 from flume_attention.frame_tensors import FrameTensors
@@ -57,6 +58,8 @@ class GpuBackend:
         epoch: int,
         lane: Lane[LaneShape],
         holdings: Holdings,
+        *,
+        direct: bool,
         **options: Any,
     ) -> LaneSession:
         """Raises DeviceStuck."""
@@ -65,16 +68,23 @@ class GpuBackend:
         pool.expect(shape.kv_frame_bytes)
         device = self._device.with_stream()
         watchdog = Watchdog()
+        ops = self._make_ops(shape.layout, device)
+        max_rows = min(shape.max_step_sequences, shape.max_step_tokens)
+        max_length = min(pool.num_blocks * shape.layout.block_tokens, MOST_CAPTURED_TOKENS)
         answers = Answers(
-            device, self._make_ops(shape.layout, device), pool,
-            lane_buffers(FrameTensors(shape.layout), lane, shape.max_step_tokens),
-            max_rows=min(shape.max_step_sequences, shape.max_step_tokens),
-            max_length=min(pool.num_blocks * shape.layout.block_tokens, MOST_CAPTURED_TOKENS),
-            watchdog=watchdog,
+            device, ops, pool, lane_buffers(FrameTensors(shape.layout), lane, shape.max_step_tokens),
+            max_rows=max_rows, max_length=max_length, watchdog=watchdog,
         )  # fmt: skip
         answers.prepare()
+        offer = NO_OFFER
+        if direct:
+            offer = offer_region(device, ops, pool, max_rows, max_length, watchdog)
         watchdog.start()
-        return GpuLaneSession(node, weight_node, epoch, lane, holdings, answers=answers, **options)
+        session = GpuLaneSession(
+            node, weight_node, epoch, lane, holdings, answers=answers, direct=offer.answers, **options
+        )
+        session.region, session.no_region = offer.handle, offer.why_not
+        return session
 
 
 def open_gpu() -> GpuBackend:

@@ -36,6 +36,15 @@ def segments(runs: Sequence[Run], block_tokens: int) -> list[Segment]:
     return found
 
 
+def cut(segment: Segment, most_blocks: int, block_tokens: int) -> list[Segment]:
+    """The segment as pieces of at most so many blocks."""
+    size = most_blocks * block_tokens
+    return [
+        Segment(segment.blocks[at : at + most_blocks], min(size, segment.tokens - at * block_tokens))
+        for at in range(0, len(segment.blocks), most_blocks)
+    ]
+
+
 def slots(runs: Sequence[Run]) -> list[int]:
     """Where in memory each token of these runs lies, counted in tokens from the first block."""
     return [slot for run in runs for slot in range(run.first, run.first + run.tokens)]

@@ -15,7 +15,10 @@ from flume_common.wire import Header, Kind, LaneShape, Plan
 
 from flume_attention.cuda.answers import Answers
 from flume_attention.cuda.captured_steps import LaneBuffers
+from flume_attention.cuda.direct_answers import DirectAnswers
+from flume_attention.errors import ProtocolError
 from flume_attention.frame_tensors import FrameTensors
+from flume_attention.holdings import Step
 from flume_attention.lane_session import LaneSession
 
 RINGS = {Kind.QUERY: 1, Kind.PARTIAL: 1}
@@ -24,32 +27,60 @@ RINGS = {Kind.QUERY: 1, Kind.PARTIAL: 1}
 class GpuLaneSession(LaneSession):
     """Raises DeviceStuck from `advance`, too."""
 
-    def __init__(self, *args: Any, answers: Answers, **options: Any) -> None:
+    def __init__(
+        self, *args: Any, answers: Answers, direct: DirectAnswers | None = None, **options: Any
+    ) -> None:
         super().__init__(*args, **options)
         self._answers = answers
+        self._direct = direct
+        self._asked_directly = False  # about the step under way
         self._asked_s: float | None = None  # when, while a layer is asked about
 
     @property
     def busy(self) -> bool:
         return self._answers.busy
 
+    @property
+    def under_way(self) -> bool:
+        return self.busy or (self._direct is not None and self._direct.under_way)
+
     def close(self) -> None:
         """Leave the device idle. Raises DeviceStuck."""
+        if self._direct is not None:
+            self._direct.end()
         self._answers.close()
 
     def _run_plan(self, plan: Plan) -> None:
         self._answers.end()
-        self._asked_s = None
+        if self._direct is not None:
+            self._direct.end()
+        self._asked_s, self._asked_directly = None, plan.direct
         super()._run_plan(plan)
         step = self.holdings.step
-        if step is not None and len(plan.rows):
+        if step is None or not len(plan.rows):
+            return
+        if plan.direct:
+            self._begin_direct(step)
+        else:
             self._answers.begin(step)
 
+    def _begin_direct(self, step: Step) -> None:
+        if self._direct is None or any(row.queries != 1 for row in step.asking):
+            raise ProtocolError(f"step {step.number}: rows that cannot be asked about in this lane's region")
+        if step.asking:
+            self._direct.begin(step)
+
     def _answer(self) -> bool:
+        if self._direct is not None and self._direct.over():
+            assert self.holdings.step is not None
+            self.holdings.step.layers_answered = self.holdings.shape.layout.num_layers
+            return True
         frame = self._queries.peek()
         step = self._step_of(frame, self._queries) if frame is not None else None
         if frame is None or step is None:
             return False
+        if self._asked_directly:
+            raise ProtocolError(f"step {step.number}: QUERY of a step that is asked about in the region")
         answer = self._partials.frame()
         if answer is None:
             return False

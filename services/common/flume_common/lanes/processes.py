@@ -65,6 +65,14 @@ class Process:
         return fd
 
 
+def on_this_host(address: bytes) -> bool:
+    """Whether the process behind a port with this address runs under our kernel; not, for what is none."""
+    try:
+        return Process.decode(address[: Process.SIZE_BYTES]).boot == _boot()
+    except ValueError:
+        return False
+
+
 def _boot() -> str:
     try:
         return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
