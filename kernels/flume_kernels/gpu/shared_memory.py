@@ -62,7 +62,7 @@ def map_shared(device: torch.device, card: str, handle: bytes) -> Tensor:
         storage = torch.UntypedStorage._new_shared_cuda(device.index, *words)
     except (RuntimeError, msgspec.MsgspecError) as error:
         raise MappingFailed(f"{card}: {error}") from error
-    return torch.empty(0, dtype=torch.uint8, device=device).set_(storage)  # type: ignore[call-overload,no-any-return]
+    return torch.empty(0, dtype=torch.uint8, device=device).set_(storage)
 
 
 def card_of(device: torch.device | int) -> str:

@@ -39,7 +39,7 @@ class Backend(Protocol):
         lane: Lane[LaneShape],
         holdings: Holdings,
         *,
-        direct: bool,
+        direct: bool = False,
         **options: Any,
     ) -> LaneSession:
         """What answers on this lane, options as in LaneSession. The node has its pool. No other lane's step
@@ -87,7 +87,7 @@ class CpuBackend:
         lane: Lane[LaneShape],
         holdings: Holdings,
         *,
-        direct: bool,
+        direct: bool = False,
         **options: Any,
     ) -> LaneSession:
         session = LaneSession(

@@ -18,8 +18,8 @@ from collections.abc import Sequence
 from contextlib import suppress
 
 import torch
-from flume_common.engine_link import EngineLink, LinkClosed
 from flume_common.direct_region import HOPS
+from flume_common.engine_link import EngineLink, LinkClosed
 from flume_common.lanes import Lane, LaneDown, Port, Side
 from flume_common.lanes.processes import on_this_host
 from flume_common.layout import DTYPE_BYTES

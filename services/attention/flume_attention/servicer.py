@@ -185,7 +185,7 @@ def _attach(number: int, request: pb.AttachRequest, layout: KvLayout, node_epoch
 
 
 def _hop(attached: m.Attached) -> dict[str, str]:
-    """For the log. The weight node may still not be able to map what it is offered."""
+    """For the log. A region that is offered may still not be mapped."""
     if attached.direct_region:
         return {"hop": "direct"}
     return {"hop": "frames"} | ({"reason": attached.no_region} if attached.no_region else {})

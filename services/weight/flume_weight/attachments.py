@@ -194,6 +194,7 @@ class Attachments:
                 receive_lane=lane,
                 capacity_blocks=reply.capacity_blocks,
                 epoch=reply.epoch,
+                direct_region=reply.direct_region,
             )
         )
 
@@ -209,6 +210,7 @@ class Attachments:
             max_step_tokens=ready.max_step_tokens,
             max_step_sequences=ready.max_step_sequences,
             kv_frame_bytes=ready.kv_frame_bytes,
+            direct=ready.direct,
         )
         async with grpc.aio.insecure_channel(member.address) as channel:
             stub = rpc.AttentionStub(channel)  # type: ignore[no-untyped-call]

@@ -6,6 +6,7 @@ import argparse
 import os
 import socket
 
+from flume_common.direct_region import HOP_HELP, HOPS
 from flume_common.etcd_flags import add_etcd_flags
 from flume_common.gpu.visible import NoGpu, visible_gpu
 from flume_common.metrics_page import METRICS_LISTEN, METRICS_LISTEN_HELP
@@ -85,6 +86,7 @@ def add_engine_flags(flags: argparse.ArgumentParser) -> None:
     flags.add_argument(
         "--step-timeout-s", type=float, default=10.0, help="an attention node silent for longer is lost"
     )
+    flags.add_argument("--hop", default="auto", choices=HOPS, help=HOP_HELP)
     flags.add_argument("--decode-threads", type=int, default=1, help="threads of a step of few tokens")
     flags.add_argument("--prefill-threads", type=int, default=cores, help="threads of a step of many tokens")
 
@@ -92,6 +94,7 @@ def add_engine_flags(flags: argparse.ArgumentParser) -> None:
 _ENGINE_FLAGS = (
     "dtype", "device", "hop", "block_tokens", "max_sequences", "prefill_tokens", "mixed_prefill_tokens",
     "tail_margin_tokens", "step_timeout_s", "decode_threads", "prefill_threads",
+    "hop",
 )  # fmt: skip
 
 

@@ -16,6 +16,7 @@ import torch
 from flume_common.engine_link import EngineLink, LinkClosed
 from flume_common.lanes import Port, Side
 from flume_common.wire import LaneShape
+from flume_kernels.gpu.shared_memory import MappingFailed
 
 from flume_weight import messages as m
 from flume_weight.batch import Batch, build, commit
@@ -282,9 +283,21 @@ class WeightEngine:
             send_lane=message.send_lane,
             receive_lane=message.receive_lane,
         )
-        self._fleet.peers[message.node] = Peer(message.node, lane, message.capacity_blocks, message.epoch)
-        self._link.send(m.LaneUp(message.node))
+        peer = Peer(message.node, lane, message.capacity_blocks, message.epoch)
+        self._fleet.peers[message.node] = peer
+        why_not = self._map_region(peer, message.direct_region)
+        self._link.send(m.LaneUp(message.node, "direct" if peer.region else "frames", why_not))
         self._refuse_impossible()
+
+    def _map_region(self, peer: Peer, handle: bytes) -> str:
+        """Into the peer, where there is one. Why not, if it was offered; the lane is as good without."""
+        if not handle or self._passes.map_region is None:
+            return ""
+        try:
+            peer.region = self._passes.map_region(handle)
+        except MappingFailed as error:
+            return str(error)
+        return ""
 
     def _detach(self, message: m.Detach) -> None:
         if message.node in self._fleet.peers:

@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -69,7 +70,11 @@ def serve(link: EngineLink[m.Inbound], args: argparse.Namespace) -> None:
     with Port() as port, backend.passes(model, port, layout, limits, args.step_timeout_s) as passes:
         config = model.config
         del model  # on a device there is a copy
-        link.send(_ready(config, shape, port, time.monotonic() - started))
+        if args.hop == "frames":
+            passes = replace(passes, map_region=None)
+        ready = _ready(config, shape, port, time.monotonic() - started)
+        ready.direct = passes.map_region is not None
+        link.send(ready)
         WeightEngine(
             link,
             port,

@@ -43,6 +43,7 @@ class Attach(msgspec.Struct, tag=True):
     receive_lane: int
     capacity_blocks: int
     epoch: int = 0  # the node's; older messages are ignored
+    direct_region: bytes = b""  # RegionHandle of device memory to be mapped, if there is one
 
 
 class Detach(msgspec.Struct, tag=True):
@@ -126,6 +127,7 @@ class Ready(msgspec.Struct, tag=True):
     max_step_sequences: int
     kv_frame_bytes: int
     load_s: float
+    direct: bool = False  # regions of device memory can be mapped
 
 
 class Refused(msgspec.Struct, tag=True):
@@ -135,9 +137,11 @@ class Refused(msgspec.Struct, tag=True):
 
 
 class LaneUp(msgspec.Struct, tag=True):
-    """The lane answered: the node is a candidate for tails."""
+    """The lane answered: the node is a candidate for tails. `hop`: how decode steps ask there."""
 
     node: str
+    hop: str = "frames"  # or direct
+    reason: str = ""  # why not direct, though a region was offered
 
 
 class LaneLost(msgspec.Struct, tag=True):

@@ -6,7 +6,7 @@ GPU's.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Protocol
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from flume_weight.batch import Batch
 from flume_weight.errors import PeerLost
+from flume_weight.mapped_region import MappedRegion
 from flume_weight.model import Transformer
 from flume_weight.peer import Peer
 from flume_weight.range_attention import RangeAttention
@@ -50,6 +51,8 @@ class Passes:
 
     attention: RangeAttention
     kinds: Sequence[Pass]
+    map_region: Callable[[bytes], MappedRegion] | None = None
+    """From a RegionHandle, where steps can be asked about in such a region. Raises MappingFailed."""
 
     def of(self, batch: Batch) -> Pass:
         return next(kind for kind in self.kinds if kind.takes(batch))

@@ -241,8 +241,10 @@ class Supervisor:
             case m.Capacity(capacity_tokens=capacity, running=running, waiting=waiting):
                 self.capacity_tokens, self.running, self.waiting = capacity, running, waiting
                 await self._registration.update(kv_capacity_tokens=capacity, sequences=running + waiting)
-            case m.LaneUp(node=node):
-                log.info("lane_up", attention_node=node)
+            case m.LaneUp(node=node, hop=hop, reason=reason):
+                log.info("lane_up", attention_node=node, hop=hop)
+                if reason:
+                    log.warning("region_not_mapped", attention_node=node, reason=reason)
             case m.MoveRanges():
                 self._to_move.put_nowait(message)
             case m.EpochRejected(messages=messages):

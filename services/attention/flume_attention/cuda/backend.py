@@ -59,7 +59,7 @@ class GpuBackend:
         lane: Lane[LaneShape],
         holdings: Holdings,
         *,
-        direct: bool,
+        direct: bool = False,
         **options: Any,
     ) -> LaneSession:
         """Raises DeviceStuck."""

@@ -1,8 +1,8 @@
 """The rows of a captured direct step: what of them lies where, and one layer's attention of all of them.
 
-    Whole     each row's past is one table: a row of the attention is a row of the region
-    Spread    it is any number of tables. They are attended to side by side, each with its row's query, and
-              what belongs to one row is merged into its place
+Whole     each row's past is one table: a row of the attention is a row of the region
+Spread    it is any number of tables. They are attended to side by side, each with its row's query, and
+          what belongs to one row is merged into its place
 """
 
 from __future__ import annotations
@@ -57,9 +57,7 @@ class Whole:
     def attend(self, layer: KvPool) -> None:
         region, rows = self._region, self._rows
         tables = self._tables.tables
-        self._ops.attend(
-            self._plan, region.queries[:rows], layer, tables, region.o[:rows], region.lse[:rows]
-        )
+        self._ops.attend(self._plan, region.queries[:rows], layer, tables, region.o[:rows], region.lse[:rows])
 
 
 class Spread:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 from flume_common.lanes import Port
@@ -24,6 +25,7 @@ from flume_weight.cuda.eager import DeviceRangeAttention, EagerForward
 from flume_weight.cuda.forward import CapturedForward
 from flume_weight.cuda.lane_exchange import LaneExchange
 from flume_weight.cuda.ops import Ops
+from flume_weight.cuda.region_mapping import mapped
 from flume_weight.errors import ConfigRefused
 from flume_weight.model import Transformer
 from flume_weight.passes import Passes
@@ -65,7 +67,8 @@ class GpuBackend:
             DirectExchange(port, layout, self._device) if self._direct else None,
         )  # fmt: skip
         captured.prepare()
-        return Passes(attention, (captured, EagerForward(there, attention)))
+        map_region = partial(mapped, self._device, layout)
+        return Passes(attention, (captured, EagerForward(there, attention)), map_region)
 
 
 def open_gpu(direct: bool = True) -> GpuBackend:
