@@ -93,9 +93,15 @@ class Rig:
             max_step_tokens=self.ready.max_step_tokens,
             max_step_sequences=self.ready.max_step_sequences,
             kv_frame_bytes=self.ready.kv_frame_bytes,
+            direct=self.ready.direct,
         )
         assert isinstance(reply, attention.Attached), reply
-        self.weight.send(m.Attach(node.name, reply.worker_address, reply.lane, lane, reply.capacity_blocks))
+        self.weight.send(
+            m.Attach(
+                node.name, reply.worker_address, reply.lane, lane, reply.capacity_blocks,
+                direct_region=reply.direct_region,
+            )
+        )  # fmt: skip
 
     def submit(self, name, prompt, max_tokens=16, said=(), kept=(), **sampling) -> None:
         params = SamplingParams(max_tokens=max_tokens, ignore_eos=True, **sampling)

@@ -27,8 +27,11 @@ import msgspec
 
 from flume_common.layout import KvLayout
 
-HOPS = ("auto", "frames")  # what a node may be told: auto is direct where both ends can
-HOP_HELP = "how queries travel between nodes with GPUs on one host; frames: never through device memory"
+HOPS = ("auto", "frames")  # what a node may be told
+HOP_HELP = (
+    "how decode steps reach attention nodes: auto is by device memory where both ends, on one host and with"
+    " --device cuda, can map it, and by messages elsewhere; frames is always by messages; default %(default)s"
+)
 FLAG_STRIDE_BYTES = 128
 ASKED_AT = 0
 ANSWERED_AT = FLAG_STRIDE_BYTES

@@ -64,13 +64,7 @@ def add_engine_flags(flags: argparse.ArgumentParser) -> None:
         choices=["cpu", "cuda"],
         help="cuda: the first GPU that this process sees (CUDA_VISIBLE_DEVICES)",
     )
-    flags.add_argument(
-        "--hop",
-        default="auto",
-        choices=["auto", "frames"],
-        help="how decode steps reach attention nodes; auto: by device memory where both ends map it, else by "
-        "messages; frames: always by messages. Without --device cuda there is no choice",
-    )
+    flags.add_argument("--hop", default="auto", choices=HOPS, help=HOP_HELP)
     flags.add_argument("--block-tokens", type=int, default=16, help="tokens in one KV block")
     flags.add_argument("--max-sequences", type=int, default=64, help="most sequences in one step")
     flags.add_argument("--prefill-tokens", type=int, default=1024, help="prompt tokens of a step of its own")
@@ -86,7 +80,6 @@ def add_engine_flags(flags: argparse.ArgumentParser) -> None:
     flags.add_argument(
         "--step-timeout-s", type=float, default=10.0, help="an attention node silent for longer is lost"
     )
-    flags.add_argument("--hop", default="auto", choices=HOPS, help=HOP_HELP)
     flags.add_argument("--decode-threads", type=int, default=1, help="threads of a step of few tokens")
     flags.add_argument("--prefill-threads", type=int, default=cores, help="threads of a step of many tokens")
 
@@ -94,7 +87,6 @@ def add_engine_flags(flags: argparse.ArgumentParser) -> None:
 _ENGINE_FLAGS = (
     "dtype", "device", "hop", "block_tokens", "max_sequences", "prefill_tokens", "mixed_prefill_tokens",
     "tail_margin_tokens", "step_timeout_s", "decode_threads", "prefill_threads",
-    "hop",
 )  # fmt: skip
 
 

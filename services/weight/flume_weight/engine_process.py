@@ -7,7 +7,6 @@ import os
 import signal
 import sys
 import time
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -70,8 +69,6 @@ def serve(link: EngineLink[m.Inbound], args: argparse.Namespace) -> None:
     with Port() as port, backend.passes(model, port, layout, limits, args.step_timeout_s) as passes:
         config = model.config
         del model  # on a device there is a copy
-        if args.hop == "frames":
-            passes = replace(passes, map_region=None)
         ready = _ready(config, shape, port, time.monotonic() - started)
         ready.direct = passes.map_region is not None
         link.send(ready)

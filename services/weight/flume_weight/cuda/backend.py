@@ -67,7 +67,7 @@ class GpuBackend:
             DirectExchange(port, layout, self._device) if self._direct else None,
         )  # fmt: skip
         captured.prepare()
-        map_region = partial(mapped, self._device, layout)
+        map_region = partial(mapped, self._device, layout) if self._direct else None
         return Passes(attention, (captured, EagerForward(there, attention)), map_region)
 
 
