@@ -112,10 +112,14 @@ class FakeWeightNode:
             want_blocks=self.want,
             returned_blocks=self.returned,
             kv_sent_step=self.kv_sent if kv_sent is None else kv_sent,
+            direct=self.asks_directly(rows),
         )
         frame = self._frame(Kind.PLAN)
         self.lane.sender(Kind.PLAN).send(frame, plan.encode(frame.header, frame.words))
         return number
+
+    def asks_directly(self, rows) -> bool:
+        return False
 
     def query(self, number: int, layer: int, q: torch.Tensor) -> None:
         self._send(Kind.QUERY, number, layer, layer + 1, q)

@@ -8,10 +8,14 @@ import threading
 import torch
 from flume_attention.cuda.answers import Answers
 from flume_attention.cuda.device_pool import DevicePool
+from flume_attention.cuda.direct_answers import DirectAnswers
+from flume_attention.cuda.direct_steps import DirectSteps
+from flume_attention.cuda.lane_region import LaneRegion
 from flume_attention.cuda.session import RINGS, GpuLaneSession, lane_buffers
 from flume_attention.frame_tensors import FrameTensors
 from flume_attention.messages import Attached
 from flume_attention.node import Node
+from flume_common.direct_region import DirectRegion
 from flume_common.lanes import Port, Side
 from flume_common.layout import KvLayout
 from flume_kernels.gpu.watchdog import Watchdog
@@ -44,10 +48,13 @@ def attention_device(layout):
 class GpuNode:
     """One node with one lane. Memory that nothing was written to holds NaN."""
 
-    def __init__(self, layout=LAYOUT, blocks=48, max_rows=8, max_length=None, query_timeout_s=WAIT_S):
+    def __init__(
+        self, layout=LAYOUT, blocks=48, max_rows=8, max_length=None, query_timeout_s=WAIT_S, direct=False
+    ):
         self.layout, self.blocks = layout, blocks
         self.max_rows, self.max_length = max_rows, max_length or blocks * layout.block_tokens
         self.query_timeout_s = query_timeout_s
+        self.direct = direct  # with a region: see `region`
         self.random = random.Random(5)
         self.error = None
         self._ready, self._stop = threading.Event(), threading.Event()
@@ -77,6 +84,10 @@ class GpuNode:
         """The lane's captured steps."""
         return self._answers.steps
 
+    @property
+    def direct_steps(self):
+        return self._direct.steps
+
     def _run(self):
         try:
             with torch.inference_mode(), Port(spin_s=0) as port, Watchdog() as self._watchdog:
@@ -98,7 +109,7 @@ class GpuNode:
             return session.advance()
 
         while not self._stop.is_set():
-            port.wait(work, 0.0 if session.busy else 0.02)
+            port.wait(work, 0.0 if session.under_way else 0.02)
             if self.node.grant() or session.changed:
                 session.changed, session.credit_due = False, True
         session.close()
@@ -123,7 +134,18 @@ class GpuNode:
             self.device, self._ops, pool, buffers, max_rows=self.max_rows, max_length=self.max_length,
             watchdog=self._watchdog, query_timeout_s=self.query_timeout_s,
         )  # fmt: skip
-        return GpuLaneSession(node, request.weight_node, request.epoch, lane, holdings, answers=self._answers)
+        self._direct = self._make_direct(pool, shape.layout) if self.direct else None
+        return GpuLaneSession(
+            node, request.weight_node, request.epoch, lane, holdings,
+            answers=self._answers, direct=self._direct,
+        )  # fmt: skip
+
+    def _make_direct(self, pool, layout):
+        size = DirectRegion(layout, self.max_rows)
+        self.memory = self.device.tensor(size.size_bytes, dtype=torch.uint8)
+        region = LaneRegion.of(size, self.memory)
+        steps = DirectSteps(self.device, self._ops, pool, region, self.max_length)
+        return DirectAnswers(self.device, steps, watchdog=self._watchdog, timeout_s=self.query_timeout_s)
 
     def _allocate(self, size_bytes):
         return self.device.host_tensor(size_bytes, dtype=torch.uint8).numpy()

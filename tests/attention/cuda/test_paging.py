@@ -1,4 +1,5 @@
-from flume_attention.cuda.paging import Segment, segments, slots
+import pytest
+from flume_attention.cuda.paging import Segment, cut, segments, slots
 from flume_attention.ranges import Run
 from hypothesis import given
 from hypothesis import strategies as st
@@ -27,3 +28,17 @@ def test_segments_name_the_tokens_of_the_runs_in_order(runs):
         for at in range(segment.tokens)
     ]
     assert found == slots(runs)
+
+
+@pytest.mark.parametrize(
+    "segment, pieces",
+    [
+        (Segment([7], 3), [Segment([7], 3)]),
+        (Segment([7, 8], 8), [Segment([7, 8], 8)]),
+        (Segment([7, 8, 2], 9), [Segment([7, 8], 8), Segment([2], 1)]),
+        (Segment([7, 8, 2, 5], 16), [Segment([7, 8], 8), Segment([2, 5], 8)]),
+        (Segment([], 0), []),
+    ],
+)
+def test_a_segment_is_cut_at_blocks(segment, pieces):
+    assert cut(segment, 2, 4) == pieces

@@ -33,6 +33,7 @@ from step_fakes import ReferenceOps
 
 pytestmark = pytest.mark.usefixtures("engine_zygote")
 TOKEN_BYTES = CONFIG.layout("float32").token_bytes
+on_each_hop = pytest.mark.parametrize("hop", ["direct", "frames"])
 FLAGS = ["--device", "cuda", "--max-sequences", "4", "--prefill-tokens", "24", "--mixed-prefill-tokens", "8"]
 
 
@@ -65,8 +66,13 @@ async def gpu_nodes(*capacities, **options):
         yield rig
 
 
-def gpu_weight_node(name, step_timeout_s=20, margin=16):
+def hops(rig):
+    return {message.hop for message in rig.said if isinstance(message, m.LaneUp)}
+
+
+def gpu_weight_node(name, step_timeout_s=20, margin=16, hop="direct"):
     flags = [*FLAGS, "--tail-margin-tokens", str(margin), "--step-timeout-s", str(step_timeout_s)]
+    flags += ["--hop", "auto" if hop == "direct" else hop]
     return weight_node(name, flags, "simulated_gpu_weight", os.environ[ENGINE_ZYGOTE])
 
 
@@ -84,9 +90,10 @@ def test_decode_batches_are_captured_steps_all_of_them_captured_beforehand_and_o
         assert isinstance(passes.of(replace(decoding, token_ids=more)), EagerForward)
 
 
-async def test_tokens_are_the_models_own_wherever_the_ranges_lie():
+@on_each_hop
+async def test_tokens_are_the_models_own_wherever_the_ranges_lie(hop):
     lengths = (5, 40, 90)
-    async with gpu_nodes(512, 512) as rig:
+    async with gpu_nodes(512, 512, hop=hop) as rig:
         for length in lengths:
             rig.submit(f"s{length}", prompt(length, seed=length), 24)
         for length in lengths:
@@ -95,10 +102,12 @@ async def test_tokens_are_the_models_own_wherever_the_ranges_lie():
         routes = [message for message in rig.said if isinstance(message, m.RouteChanged)]
         assert any(len({item.node for item in route.ranges}) == 2 for route in routes)
         assert await rig.is_free()
+        assert hops(rig) == {hop}
 
 
-async def test_a_killed_attention_node_costs_time_and_no_token():
-    async with gpu_nodes(512, 512) as rig:
+@on_each_hop
+async def test_a_killed_attention_node_costs_time_and_no_token(hop):
+    async with gpu_nodes(512, 512, hop=hop) as rig:
         rig.submit("s", prompt(60), 60)
         await rig.route_of("s", lambda ranges: len({item.node for item in ranges}) == 2)
         rig.nodes.pop("attention-1").engine.process.kill()
@@ -107,8 +116,9 @@ async def test_a_killed_attention_node_costs_time_and_no_token():
         assert any(isinstance(message, m.LaneLost) for message in rig.said)
 
 
-async def test_a_step_whose_node_is_silent_is_released_and_the_sequence_goes_on_elsewhere():
-    async with gpu_nodes(512, 512, step_timeout_s=1) as rig:
+@on_each_hop
+async def test_a_step_whose_node_is_silent_is_released_and_the_sequence_goes_on_elsewhere(hop):
+    async with gpu_nodes(512, 512, step_timeout_s=1, hop=hop) as rig:
         rig.submit("s", prompt(60), 60)
         await rig.route_of("s", lambda ranges: len({item.node for item in ranges}) == 2)
         silent = rig.nodes.pop("attention-1").engine
@@ -118,6 +128,19 @@ async def test_a_step_whose_node_is_silent_is_released_and_the_sequence_goes_on_
         lost = next(message for message in rig.said if isinstance(message, m.LaneLost))
         assert "no answer within 1 s" in lost.reason
         silent.process.kill()
+
+
+async def test_tokens_are_the_models_own_where_one_node_is_reached_directly_and_the_other_is_not(monkeypatch):
+    async with gpu_nodes(512) as rig:
+        monkeypatch.setenv("SIMULATED_CARD", "GPU-elsewhere")
+        async with attention_node("attention-2", 512, TOKEN_BYTES) as second:
+            await rig.attach(second)
+            rig.submit("s", prompt(60), 24)
+            assert (await rig.end_of("s")).reason == "length"
+            assert rig.tokens("s") == own_tokens(prompt(60), 24)
+            ups = {message.node: message for message in rig.said if isinstance(message, m.LaneUp)}
+            assert (ups["attention-1"].hop, ups["attention-2"].hop) == ("direct", "frames")
+            assert ups["attention-2"].reason == "the card GPU-elsewhere is not visible to this process"
 
 
 async def test_who_does_not_need_a_silent_node_goes_on_and_who_does_waits_for_it():
