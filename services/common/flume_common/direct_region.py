@@ -30,7 +30,7 @@ from flume_common.layout import KvLayout
 HOPS = ("auto", "frames")  # what a node may be told
 HOP_HELP = (
     "how decode steps reach attention nodes: auto is by device memory where both ends, on one host and with"
-    " --device cuda, can map it, and by messages elsewhere; frames is always by messages; default %(default)s"
+    " --device cuda, can map it, and by messages elsewhere; frames is always by messages"
 )
 FLAG_STRIDE_BYTES = 128
 ASKED_AT = 0

@@ -76,6 +76,7 @@ class ClusterConfig(msgspec.Struct, frozen=True, kw_only=True):
     zygote: bool = True
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     device: Literal["cpu", "cuda"] = "cpu"
+    hop: Literal["auto", "frames"] = "auto"  # as of a weight node
     kv_memory: str = ""  # empty: the attention node's default
     weight_args: tuple[str, ...] = ()  # more options for every weight node
     host: str = LOOPBACK
@@ -335,7 +336,7 @@ class _Start:
         model = ("--model", str(self._source.path), "--model-name", self._model_name)
         for number in range(1, self._config.weights + 1):
             listen = ("--node", f"weight-{number}", "--listen", f"{self._config.node_host}:0")
-            kind = ("--dtype", self._config.dtype, "--device", self._config.device)
+            kind = ("--dtype", self._config.dtype, "--device", self._config.device, "--hop", self._config.hop)
             argv = self._python("flume_weight", *listen, *model, *kind, *self._config.weight_args)
             self._supervisor.start(f"weight-{number}", Role.WEIGHT, argv)
         http = f"{self._config.host}:{self._config.http_port}"

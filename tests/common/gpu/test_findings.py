@@ -102,3 +102,18 @@ def test_little_shared_memory_is_a_warning_with_a_remedy():
 def test_a_limit_on_locked_memory_matters_where_a_network_card_registers_it(resources, status):
     limited = replace(CPU, limits=Limits(8192, 8 << 30, 8 << 30), ucx=Ucx("1", resources, TRIPS))
     assert checks(limited)["locked memory"].status is status
+
+
+def test_where_devices_meet_in_memory_the_hop_is_direct_with_its_measured_round_trip():
+    trips = (RoundTrip("device memory", 8192, 7.5, 9.0),)
+    met = replace(GPU, direct=trips)
+    assert (hop(met).name, hop(met).measured) == ("direct", trips)
+    assert checks(met)["device memory round trip"].found == "8 KiB 7.5 us (p99 9)"
+    assert checks(met)["hop"].found.startswith("direct: ")
+
+
+def test_where_they_do_not_the_reason_is_said_and_the_hop_is_another():
+    apart = replace(GPU, direct="MappingFailed: no")
+    assert hop(apart).name == "shared memory"
+    assert checks(apart)["device memory round trip"].status is Status.WARNING
+    assert checks(apart)["device memory round trip"].found == "MappingFailed: no"

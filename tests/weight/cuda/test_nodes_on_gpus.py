@@ -116,9 +116,8 @@ async def test_a_killed_attention_node_costs_time_and_no_token(hop):
         assert any(isinstance(message, m.LaneLost) for message in rig.said)
 
 
-@on_each_hop
-async def test_a_step_whose_node_is_silent_is_released_and_the_sequence_goes_on_elsewhere(hop):
-    async with gpu_nodes(512, 512, step_timeout_s=1, hop=hop) as rig:
+async def test_a_step_whose_node_is_silent_is_released_and_the_sequence_goes_on_elsewhere():
+    async with gpu_nodes(512, 512, step_timeout_s=1) as rig:
         rig.submit("s", prompt(60), 60)
         await rig.route_of("s", lambda ranges: len({item.node for item in ranges}) == 2)
         silent = rig.nodes.pop("attention-1").engine
@@ -144,7 +143,7 @@ async def test_tokens_are_the_models_own_where_one_node_is_reached_directly_and_
 
 
 async def test_who_does_not_need_a_silent_node_goes_on_and_who_does_waits_for_it():
-    async with gpu_nodes(512, 512, margin=10_000) as rig:
+    async with gpu_nodes(512, 512, margin=10_000, hop="frames") as rig:
         for seed, name in enumerate("ab"):
             rig.submit(name, prompt(30, seed), 80)
             await rig.tokens_of(name, 2)

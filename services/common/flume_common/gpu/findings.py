@@ -8,7 +8,7 @@ from enum import StrEnum
 from flume_common.gpu.limits import Limits
 from flume_common.gpu.mps import Mps
 from flume_common.gpu.nvml import Driver
-from flume_common.gpu.round_trip import RoundTrip, Ucx
+from flume_common.gpu.round_trip import DIRECT, RoundTrip, Ucx
 
 LEAST_COMPUTE_CAPABILITY = (8, 0)  # Ampere
 LEAST_SHARED_BYTES = 256 << 20
@@ -33,6 +33,7 @@ class Facts:
     limits: Limits
     ucx: Ucx | str
     torch: str = ""  # its version as installed, "2.13.0+cpu" where it is built without CUDA
+    direct: tuple[RoundTrip, ...] | str = ()  # by device memory; none where there is no GPU to try it on
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +54,9 @@ class Hop:
 
 
 def hop(facts: Facts) -> Hop | None:
-    """None when there is no way at all."""
+    """None when there is no way at all. Nodes choose between the first two when they attach."""
+    if facts.direct and not isinstance(facts.direct, str):
+        return Hop("direct", "both nodes' GPUs are on this host and map the same memory", facts.direct)
     if isinstance(facts.ucx, str):
         return None
     names = {resource.split("/")[0] for resource in facts.ucx.resources}
@@ -184,6 +187,10 @@ def _hops(facts: Facts) -> list[Finding]:
     if isinstance(facts.ucx, str):
         return []
     found = [Finding(f"{name} round trip", Status.WARNING, why) for name, why in facts.ucx.failures.items()]
+    if isinstance(facts.direct, str):
+        found.append(Finding(f"{DIRECT} round trip", Status.WARNING, facts.direct))
+    elif facts.direct:
+        found.append(Finding(f"{DIRECT} round trip", Status.OK, _times(facts.direct)))
     chosen = hop(facts)
     for name in dict.fromkeys(trip.transport for trip in facts.ucx.round_trips):
         found.append(Finding(f"{name} round trip", Status.OK, _times(_of(facts.ucx, name))))

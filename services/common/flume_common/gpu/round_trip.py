@@ -20,7 +20,9 @@ from typing import IO, Any
 import msgspec
 
 MODULE = "flume_common.gpu.round_trip"
+DIRECT_MODULE = "flume_attention.cuda.direct_round_trip"
 TRANSPORTS = {"shared memory": "tcp,sm,self", "TCP": "tcp,self"}
+DIRECT = "device memory"
 SIZES_BYTES = (8192, 65536)
 ROUNDS = 300
 DEADLINE_S = 10.0
@@ -31,7 +33,7 @@ SPIN_S = 1e-3
 class RoundTrip(msgspec.Struct, frozen=True):
     """Microseconds there and back."""
 
-    transport: str  # a key of TRANSPORTS
+    transport: str  # a key of TRANSPORTS, or DIRECT
     size_bytes: int
     p50_us: float
     p99_us: float
@@ -44,22 +46,43 @@ class Ucx(msgspec.Struct, frozen=True):
     failures: dict[str, str] = {}  # by transport: why it could not be measured
 
 
-class UcxUnavailable(Exception):
+class Unmeasured(Exception):
+    """The process that was to measure failed; says why."""
+
+
+class UcxUnavailable(Unmeasured):
     """UCX cannot be loaded, or its process failed."""
 
 
 def look(sizes_bytes: Sequence[int] = SIZES_BYTES, rounds: int = ROUNDS) -> Ucx:
     """Takes some seconds. Raises UcxUnavailable."""
-    command = [sys.executable, "-m", MODULE, "--rounds", str(rounds), "--bytes", *map(str, sizes_bytes)]
+    try:
+        line = _last_line(MODULE, "--rounds", str(rounds), "--bytes", *map(str, sizes_bytes))
+    except Unmeasured as error:
+        raise UcxUnavailable(str(error)) from error
+    return msgspec.json.decode(line, type=Ucx)
+
+
+def look_direct(
+    sizes_bytes: Sequence[int] = SIZES_BYTES, rounds: int = 50, module: str = DIRECT_MODULE
+) -> list[RoundTrip]:
+    """From one process's device to another's and back, in memory that both map. Takes some seconds. Raises
+    Unmeasured."""
+    line = _last_line(module, "--rounds", str(rounds), "--bytes", *map(str, sizes_bytes))
+    return msgspec.json.decode(line, type=list[RoundTrip])
+
+
+def _last_line(module: str, *args: str) -> bytes:
+    """What a module says in a process of its own; libraries write warnings before. Raises Unmeasured."""
+    command = [sys.executable, "-m", module, *args]
     try:
         done = subprocess.run(command, capture_output=True, timeout=LOOK_TIMEOUT_S, check=False)
     except subprocess.TimeoutExpired as error:
-        raise UcxUnavailable(f"no round trip within {LOOK_TIMEOUT_S:g} s") from error
+        raise Unmeasured(f"no round trip within {LOOK_TIMEOUT_S:g} s") from error
     if done.returncode:
         last = done.stderr.decode(errors="replace").strip().splitlines()[-1:]
-        raise UcxUnavailable(last[0] if last else f"exit code {done.returncode}")
-    # UCX writes its warnings to stdout, too; ours is the last line.
-    return msgspec.json.decode(done.stdout.strip().splitlines()[-1], type=Ucx)
+        raise Unmeasured(last[0] if last else f"exit code {done.returncode}")
+    return done.stdout.strip().splitlines()[-1]
 
 
 def resources(context_info: str) -> list[str]:

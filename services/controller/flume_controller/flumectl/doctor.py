@@ -58,7 +58,13 @@ def look(*, at_ucx: bool = True) -> Facts:
             ucx = round_trip.look()
         except round_trip.UcxUnavailable as error:
             ucx = str(error)
-    return Facts(driver, mps.look(), limits.look(), ucx, _torch())
+    direct: tuple[round_trip.RoundTrip, ...] | str = ()
+    if at_ucx and not isinstance(driver, str) and driver.gpus:
+        try:
+            direct = tuple(round_trip.look_direct())
+        except round_trip.Unmeasured as error:
+            direct = str(error)
+    return Facts(driver, mps.look(), limits.look(), ucx, _torch(), direct)
 
 
 def _torch() -> str:

@@ -11,6 +11,7 @@ from typing import Any
 
 import click
 import msgspec
+from flume_common.direct_region import HOP_HELP, HOPS
 from flume_common.gpu.nvml import Gpu
 from flume_common.model_source import ModelSource
 
@@ -59,6 +60,7 @@ PORT = click.IntRange(1, 65535)
     "--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True,
     help="cuda: all nodes on the first GPU that is visible (CUDA_VISIBLE_DEVICES).",
 )  # fmt: skip
+@click.option("--hop", type=click.Choice(HOPS), default="auto", show_default=True, help=HOP_HELP)
 @click.option("--allow-time-slicing", is_flag=True, help="Let nodes share a GPU without MPS, slow as it is.")
 @click.option(
     "--kv-memory",
