@@ -222,18 +222,28 @@ class AttentionPlan:
     partial_lse: Tensor
 
     @classmethod
-    def allocate(cls, shape: PlanShape, head_dim: int, device: torch.device | str) -> AttentionPlan:
+    def allocate(
+        cls, shape: PlanShape, head_dim: int, device: torch.device | str, lender: AttentionPlan | None = None
+    ) -> AttentionPlan:
+        """`lender`: another plan of the same stream, whose partials this one uses, too, if they are enough."""
+
         def words(*size: int) -> Tensor:
             return torch.zeros(size, dtype=torch.int32, device=device)
 
-        heads = (shape.max_items, shape.num_kv_heads, shape.tile_rows)
+        heads = (shape.num_kv_heads, shape.tile_rows)
+        partial, partial_lse = None, None
+        if lender is not None and lender.partial.shape[1:] == (*heads, head_dim):
+            partial, partial_lse = lender.partial[: shape.max_items], lender.partial_lse[: shape.max_items]
+        if partial is None or partial_lse is None or len(partial) < shape.max_items:
+            partial = torch.empty(shape.max_items, *heads, head_dim, dtype=torch.float32, device=device)
+            partial_lse = torch.empty(shape.max_items, *heads, dtype=torch.float32, device=device)
         return cls(
             shape,
             items=words(shape.max_items, ITEM_WORDS),
             tiles=words(shape.max_tiles, TILE_WORDS),
             counts=words(3),
-            partial=torch.empty(*heads, head_dim, dtype=torch.float32, device=device),
-            partial_lse=torch.empty(heads, dtype=torch.float32, device=device),
+            partial=partial,
+            partial_lse=partial_lse,
         )
 
     def update(self, lengths: Tensor, query_starts: Tensor | None = None) -> None:

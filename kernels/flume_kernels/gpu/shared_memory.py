@@ -36,7 +36,7 @@ class SharedMemory:
 
 
 class _Handle(msgspec.Struct, frozen=True, array_like=True):
-    """What torch's `_share_cuda_` gives, but for the exporter's number of its card: others count otherwise."""
+    """What torch's `_share_cuda_` gives, but for the maker's number of its card: others count otherwise."""
 
     memory: bytes
     size_bytes: int

@@ -120,3 +120,17 @@ def test_more_rows_than_planned_for_are_refused(device):
     plan = make_plan([5, 5], device)
     with pytest.raises(ValueError, match="lengths"):
         plan.update(torch.zeros(3, dtype=torch.int32, device=device))
+
+
+def test_a_plan_uses_the_partials_of_another_of_its_stream_where_they_are_enough(device):
+    def allocate(rows, lender=None, head_dim=64):
+        return AttentionPlan.allocate(PlanShape(rows, rows, 64, 8, 2, 16, 16, 24), head_dim, device, lender)
+
+    lender = allocate(8)
+    small, large, other = allocate(3, lender), allocate(9, lender), allocate(3, lender, head_dim=128)
+    for name in ("partial", "partial_lse"):
+        ours, theirs = getattr(small, name), getattr(lender, name)
+        assert ours.data_ptr() == theirs.data_ptr() and len(ours) == small.shape.max_items
+        for own in (large, other):
+            assert getattr(own, name).data_ptr() != theirs.data_ptr()
+            assert len(getattr(own, name)) == own.shape.max_items

@@ -4,10 +4,15 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from flume_attention.cuda.direct_rows import Spread, Whole
+from flume_attention.cuda.lane_region import LaneRegion
 from flume_attention.cuda.ops import TritonAttention
-from flume_common.direct_region import ANSWERED_AT, ASKED_AT, mark
+from flume_attention.cuda.paging import Segment
+from flume_common.direct_region import ANSWERED_AT, ASKED_AT, DirectRegion, mark
 from flume_common.layout import KvLayout
+from flume_kernels import reference as definition
 from flume_kernels.gpu import decode_tuning, reference
+from flume_kernels.gpu.cuda_device import CudaDevice
 from flume_kernels.gpu.decode_attention import DecodeConfig
 from flume_kernels.gpu.kv_pool import KvPool
 from flume_weight.cuda.buckets import StepSize
@@ -48,6 +53,44 @@ def filled(attention, pool, device):
     attention.append(pool, k, v, slots)
     tables = torch.tensor([[4, 1], [3, 0]], dtype=torch.int32, device=device)
     return tables, torch.tensor([21, 16], dtype=torch.int32, device=device)
+
+
+@pytest.mark.parametrize("kind", ["whole", "spread"])
+def test_rows_of_a_direct_step_are_answered_in_the_region(attention, pool, device, kind):
+    filled(attention, pool, device)
+    made = SimulatedDevice() if device == "cpu" else CudaDevice()
+    region = make_lane_region(rows=2, device=device)
+    common = made, attention, SimpleNamespace(layout=LAYOUT), region, 2
+    whole, short = Segment([4, 1], 21), Segment([3], 16)
+    if kind == "whole":
+        rows, segments = Whole(*common, 32), [[whole], [short]]
+    else:
+        rows, segments = Spread(*common, 4, 4, 32), [[], [whole, short]]
+    rows.fill(segments)
+    rows.begin()
+    rows.attend(pool)
+    for row, past in enumerate(segments):
+        k, v = held(pool, past)
+        o, lse = definition.attention(region.queries[row : row + 1], k, v, 0.125)
+        torch.testing.assert_close(region.o[row : row + 1].double(), o, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(region.lse[row : row + 1].double(), lse, atol=1e-5, rtol=1e-5)
+
+
+def held(pool, segments):
+    """K and V [kv_heads, tokens, head_dim] of all of them."""
+    if not segments:
+        return pool.kv[:1, :, :, :0].movedim(1, 0)[:, 0]
+    parts = [torch.cat(list(pool.kv[part.blocks]), 2)[:, :, : part.tokens] for part in segments]
+    return torch.cat(parts, 2)
+
+
+def make_lane_region(rows, device):
+    size = DirectRegion(LAYOUT, rows)
+    region = LaneRegion.of(size, torch.zeros(size.size_bytes, dtype=torch.uint8, device=device))
+    region.queries.copy_(randn(*region.queries.shape, device=device, seed=2))
+    for out in (region.o, region.lse):
+        out.fill_(torch.nan)
+    return region
 
 
 @pytest.mark.parametrize("starts", [None, [0, 3, 4]], ids=["one query a row", "a chunk"])

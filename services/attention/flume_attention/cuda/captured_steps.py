@@ -93,7 +93,8 @@ class CapturedSteps:
 
     def prepare(self) -> None:
         """Capture all of them now. Nothing may run."""
-        for bucket in dict.fromkeys(_bucket(rows) for rows in range(1, self._max_rows + 1)):
+        # The largest first: others use its memory.
+        for bucket in sorted({_bucket(rows) for rows in range(1, self._max_rows + 1)}, reverse=True):
             self.of(bucket)
 
     def of(self, rows: int) -> CapturedStep:

@@ -58,8 +58,8 @@ class DirectStep:
 class DirectSteps:
     """Those of one lane, for at most as many rows as its region has and tables of `max_length` tokens.
 
-    `flags` has one gate, which only aborts: a step waits for the other device, or for poison there. `captures`
-    counts for good.
+    `flags` has one gate, which only aborts: a step waits for the other device, or for poison there.
+    `captures` counts for good.
     """
 
     def __init__(
@@ -79,9 +79,9 @@ class DirectSteps:
 
     def prepare(self) -> None:
         """Capture what is foreseen. Nothing may run."""
-        for at in range(_power(self._max_rows).bit_length()):
-            self.of(Size(1 << at, 1))
+        for at in reversed(range(_power(self._max_rows).bit_length())):  # others use the largest's memory
             self.of(Size(2 << at, MOST_PARTS))
+            self.of(Size(1 << at, 1))
 
     def of(self, size: Size) -> DirectStep:
         """The step of this size; captured if it is the first, when nothing should run."""
