@@ -1,4 +1,4 @@
-"""What keeps a process from mapping device memory, said so that a person knows. CUDA's own part needs a GPU."""
+"""What keeps a process from mapping device memory, and how that is said. CUDA's own part needs a GPU."""
 
 from __future__ import annotations
 

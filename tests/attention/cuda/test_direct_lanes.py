@@ -135,7 +135,7 @@ async def test_a_query_of_a_step_that_is_asked_directly_ends_the_lane(port):
 
 async def test_memory_of_a_killed_engine_stays_with_who_has_it_mapped(port):
     async with engine_with(device="cuda") as node:
-        w, attached = await attach(node, DirectWeightNode(port))
+        w, _ = await attach(node, DirectWeightNode(port))
         w.step((0, 0, 5), ops=[w.open(0)])
         w.step((0, 1, 1))
         running = w.begin((0, 1, 1))
