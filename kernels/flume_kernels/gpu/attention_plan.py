@@ -225,7 +225,7 @@ class AttentionPlan:
     def allocate(
         cls, shape: PlanShape, head_dim: int, device: torch.device | str, lender: AttentionPlan | None = None
     ) -> AttentionPlan:
-        """`lender`: another plan of the same stream, whose partials this one uses, too, if they are enough."""
+        """`lender`: another plan of the same stream; its partials serve this one, too, if they are enough."""
 
         def words(*size: int) -> Tensor:
             return torch.zeros(size, dtype=torch.int32, device=device)

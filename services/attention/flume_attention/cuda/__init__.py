@@ -6,6 +6,9 @@
     captured_steps  one graph per number of rows: waits for a query, attends, signals, layer after layer
     eager           the same for what no graph fits: chunks of prompts, sequences whose ranges do not join
     answers         the host's side of both, for one lane
+    direct_steps    the same for a region that both ends' devices have mapped: no host in between. `direct_rows`
+                    of them, `lane_region`, and `region_offer`, which makes all of it when a lane is made
+    direct_answers  the host's side of that
     session         a lane's state machine with such answers
     backend         all of it as what the engine makes memory and lanes of
 

@@ -1,4 +1,4 @@
-"""What an attention node offers a weight node on its host: a region in its device memory, and answers there."""
+"""What an attention node offers a weight node on its host: a region of device memory, and answers there."""
 
 from __future__ import annotations
 
