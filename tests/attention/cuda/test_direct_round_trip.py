@@ -39,6 +39,12 @@ def test_two_processes_measure_a_round_trip_by_their_devices_alone():
     assert 0 < trip.p50_us <= trip.p99_us
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_two_processes_on_a_gpu_meet_in_its_memory():
+    small, large = round_trip.look_direct([8192, 65536])
+    assert 0 < small.p50_us <= small.p99_us and 0 < large.p50_us
+
+
 def test_what_cannot_be_measured_says_why():
     with pytest.raises(round_trip.Unmeasured, match="No module named no_such"):
         round_trip.look_direct([4096], module="no_such")

@@ -6,9 +6,11 @@
     captured_steps  one graph per number of rows: waits for a query, attends, signals, layer after layer
     eager           the same for what no graph fits: chunks of prompts, sequences whose ranges do not join
     answers         the host's side of both, for one lane
-    direct_steps    the same for a region that both ends' devices have mapped: no host in between. `direct_rows`
-                    of them, `lane_region`, and `region_offer`, which makes all of it when a lane is made
-    direct_answers  the host's side of that
+    direct_steps    captured steps of a lane whose two devices meet in memory: no host between their layers
+    direct_rows     what such a step attends to
+    direct_answers  the host's side of it
+    lane_region     that memory; `region_offer` makes it, and all of this, with the lane
+    direct_round_trip    how long such a hop takes on this machine, for `flumectl doctor`
     session         a lane's state machine with such answers
     backend         all of it as what the engine makes memory and lanes of
 
