@@ -1,21 +1,21 @@
 #!/usr/bin/env bash
 # On a machine with an NVIDIA GPU: tests and measurements of the GPU data path. From the repository's root:
-#   bash bench/gpu_check.sh RESULTS_FOLDER [tests|tune|bench|layer|paths|poller|step|nodes ...]     (all when none is named)
+#   bash bench/gpu_check.sh RESULTS_FOLDER [tests|tune|bench|layer|paths|hop|poller|step|nodes ...]     (all when none is named)
 #
 #   tests   the kernels against their definitions          tune    how decode attention runs best, kept in tuning.json
 #   bench   the kernels against others                     paths   captured steps on the GPU, over lanes, and their failures
-#   layer   where each microsecond of a step goes
+#   layer   where each microsecond of a step goes          hop     a round trip between two processes' devices, under MPS
 #   poller  the driver's jitter                            step    whole decode steps, one process against two under MPS
 #   nodes   engines as processes with --device cuda say the model's own tokens, also when one is killed, under MPS
 #
 # Needs python3 with torch, triton, numpy and pytest; nothing of this project need be installed. `layer`, `paths`, `poller`
-# and `step` need protobuf, msgspec and ucxx (ucxx-cu12 or -cu13), `step` and `nodes` nvidia-cuda-mps-control as well, `nodes`
+# and `step` need protobuf, msgspec and ucxx (ucxx-cu12 or -cu13), `hop`, `step` and `nodes` nvidia-cuda-mps-control, `nodes`
 # also grpcio, structlog, safetensors and gguf. `NODES_DEVICE=cpu` lets `nodes` run on CPUs, without MPS; with
 # `NODES_MODEL=PATH` it tries that model after a small random one, `NODES_REFERENCE=transformers` compares with that.
 set -uo pipefail
 out=${1:?a folder for the results}
 shift
-steps=${*:-tests tune bench layer paths poller step nodes}
+steps=${*:-tests tune bench layer paths hop poller step nodes}
 mkdir -p "$out"
 services=services/common:services/weight:services/attention
 export PYTHONPATH=kernels:$services:protos:tests:tests/attention${PYTHONPATH:+:$PYTHONPATH}
@@ -42,6 +42,10 @@ under_mps() {
   unset CUDA_MPS_PIPE_DIRECTORY CUDA_MPS_LOG_DIRECTORY
 }
 
+measure_hop() {
+  timeout 120 python3 -m flume_attention.cuda.direct_round_trip 2>&1 | tee "$out/hop.log" || status=1
+}
+
 measure_steps() {
   timeout 500 python3 bench/gpu_step.py --out "$out/step.json" 2>&1 | tee "$out/step.log" || status=1
 }
@@ -51,7 +55,7 @@ run_nodes() {
   local model
   for model in tiny ${NODES_MODEL:-}; do
     local name=nodes-${model##*/}
-    for options in "" --kill "--dtype bfloat16"; do
+    for options in "" "--hop frames" --kill "--dtype bfloat16"; do
       # shellcheck disable=SC2086
       timeout 300 python3 bench/gpu_nodes.py --device "$device" --model "$model" $options \
         --reference "${NODES_REFERENCE:-own}" \
@@ -80,8 +84,9 @@ for step in $steps; do
     layer) python3 bench/gpu_layer.py --out "$out/layer.json" 2>&1 | tee "$out/layer.log" || status=1 ;;
     paths)
       run_tests paths.log tests/weight/cuda/test_captured_steps.py tests/weight/cuda/test_lane_exchange.py \
-        tests/attention/cuda/test_gpu_session.py
+        tests/attention/cuda/test_gpu_session.py tests/attention/cuda/test_direct_session.py
       ;;
+    hop) under_mps measure_hop ;;
     poller) python3 bench/gpu_poller.py --out "$out/poller.json" 2>&1 | tee "$out/poller.log" || status=1 ;;
     step) under_mps measure_steps ;;
     nodes) if [ "$device" = cuda ]; then under_mps run_nodes; else run_nodes; fi ;;

@@ -29,6 +29,7 @@ from typing import Any
 
 import torch
 from flume_attention import messages as a
+from flume_common.direct_region import HOPS
 from flume_common.engine_link import Engine, run_engine
 from flume_common.layout import KvLayout
 from flume_common.model_source import resolve_model
@@ -89,13 +90,21 @@ class Nodes:
                 request=1, weight_node="weight-1", epoch=1, layout=layout, lane=lane,
                 worker_address=ready.worker_address, max_step_tokens=ready.max_step_tokens,
                 max_step_sequences=ready.max_step_sequences, kv_frame_bytes=ready.kv_frame_bytes,
+                direct=ready.direct,
             )
         )  # fmt: skip
         while not isinstance(reply := await engine.receive(), a.Attached):
             if isinstance(reply, a.Refused):
                 raise SystemExit(f"{name} refused the lane: {reply.detail}")
         self.attention[name] = engine
-        self.weight.send(w.Attach(name, reply.worker_address, reply.lane, lane, reply.capacity_blocks))
+        if reply.no_region:
+            print(f"{name} offers no region: {reply.no_region}", flush=True)
+        self.weight.send(
+            w.Attach(
+                name, reply.worker_address, reply.lane, lane, reply.capacity_blocks,
+                direct_region=reply.direct_region,
+            )
+        )  # fmt: skip
 
     def submit(self, name: str, prompt: list[int], tokens: int) -> None:
         self.said[name] = []
@@ -112,6 +121,8 @@ class Nodes:
                     self.ended[sequence] = reason
                 case w.Failed(sequence=sequence, message=message):
                     self.ended[sequence] = message
+                case w.LaneUp(node=node, hop=hop, reason=reason):
+                    print(f"lane to {node}: {hop} {reason}".rstrip(), flush=True)
                 case w.LaneLost(node=node, reason=reason):
                     print(f"lane to {node} lost: {reason}", flush=True)
             self.news.set()
@@ -128,7 +139,7 @@ async def started(args: argparse.Namespace, model: Path) -> AsyncIterator[Nodes]
     flags = [
         *("--node", "weight-1", "--model", str(model), "--dtype", args.dtype, "--device", args.device),
         *("--max-sequences", str(args.max_sequences), "--prefill-tokens", "256"),
-        *("--tail-margin-tokens", str(MARGIN_TOKENS)),
+        *("--tail-margin-tokens", str(MARGIN_TOKENS), "--hop", args.hop),
     ]
     async with AsyncExitStack() as stack:
         began = time.perf_counter()
@@ -265,6 +276,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda")
     parser.add_argument("--model", default="tiny")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
+    parser.add_argument("--hop", choices=HOPS, default="auto")
     parser.add_argument("--attention", type=int, default=2)
     parser.add_argument("--kv-mib", type=int, default=256, help="Of each attention node.")
     parser.add_argument("--max-sequences", type=int, default=8)
