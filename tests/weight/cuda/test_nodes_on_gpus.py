@@ -142,8 +142,9 @@ async def test_tokens_are_the_models_own_where_one_node_is_reached_directly_and_
             assert ups["attention-2"].reason == "the card GPU-elsewhere is not visible to this process"
 
 
-async def test_who_does_not_need_a_silent_node_goes_on_and_who_does_waits_for_it():
-    async with gpu_nodes(512, 512, margin=10_000, hop="frames") as rig:
+@on_each_hop
+async def test_who_does_not_need_a_silent_node_goes_on_and_who_does_waits_for_it(hop):
+    async with gpu_nodes(512, 512, margin=10_000, hop=hop) as rig:
         for seed, name in enumerate("ab"):
             rig.submit(name, prompt(30, seed), 80)
             await rig.tokens_of(name, 2)

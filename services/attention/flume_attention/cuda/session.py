@@ -69,6 +69,8 @@ class GpuLaneSession(LaneSession):
             raise ProtocolError(f"step {step.number}: rows that cannot be asked about in this lane's region")
         if step.asking:
             self._direct.begin(step)
+            # No PARTIAL will say that we are there; a weight node that gave us up as silent waits for a word.
+            self.credit_due = True
 
     def _answer(self) -> bool:
         if self._direct is not None and self._direct.over():
