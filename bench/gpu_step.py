@@ -3,9 +3,10 @@
     python bench/gpu_step.py --model 8b --batch 8 --context 8192 32768 [--out step.json]
 
 Both run the same kernels from captured graphs. `one` attends in the weight node's own graph; `split` is the
-real data path: queries over a lane to another process, partials back, keys appended there. Milliseconds a
-step, median of --steps; `attention` is what the driver saw between queries' flags and their gates. On one
-card the two processes need MPS. `--model tiny` runs on anything that has a GPU.
+real data path: queries over a lane to another process, partials back, keys appended there; `direct` the same
+with queries and partials in device memory that both have mapped. Milliseconds a step, median of --steps;
+`attention` is what the driver saw between queries' flags and their gates, which says nothing of direct steps.
+On one card the two processes need MPS. `--model tiny` runs on anything that has a GPU.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import argparse
 import json
 import multiprocessing
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -25,6 +27,8 @@ import torch
 from flume_attention.blocks import BlockPool
 from flume_attention.cuda.answers import Answers
 from flume_attention.cuda.device_pool import DevicePool
+from flume_attention.cuda.direct_answers import DirectAnswers
+from flume_attention.cuda.region_offer import offer_region
 from flume_attention.cuda.session import RINGS, GpuLaneSession, lane_buffers
 from flume_attention.frame_tensors import FrameTensors
 from flume_attention.messages import Attach
@@ -36,9 +40,11 @@ from flume_kernels.gpu.watchdog import Watchdog
 from flume_weight.cuda.buckets import StepSize
 from flume_weight.cuda.captured_steps import CapturedSteps
 from flume_weight.cuda.decode_step import DecodeStep
+from flume_weight.cuda.direct_exchange import DirectExchange
 from flume_weight.cuda.driver import StepDriver
 from flume_weight.cuda.lane_exchange import LaneExchange
 from flume_weight.cuda.ops import Angles, Ops
+from flume_weight.cuda.region_mapping import mapped
 from flume_weight.cuda.step_buffers import StepBuffers
 from flume_weight.model.config import ModelConfig
 from flume_weight.model.weights import Weights, allocate, slots
@@ -80,7 +86,12 @@ class Problem:
     @property
     def blocks(self) -> int:
         """Every sequence's context and what the steps append."""
-        return self.batch * self.layout.blocks_of(self.context + self.steps + self.warm_up + 1)
+        return self.batch * self.layout.blocks_of(self.longest)
+
+    @property
+    def longest(self) -> int:
+        """Tokens of a sequence at last: each way of splitting the step adds to it."""
+        return self.context + 2 * (self.steps + self.warm_up) + 1
 
     @property
     def shape(self) -> LaneShape:
@@ -190,7 +201,8 @@ def attention_node(problem: Problem, device: Any, ops: Any, pipe: Connection) ->
     with torch.inference_mode(), Port() as port, Watchdog() as watchdog:
         pipe.send(port.address)
         session = _session(problem, device, ops, port, watchdog, pipe.recv())
-        pipe.send("attached")
+        foreseen = _captures(session)
+        pipe.send(session.region)
         while not session.holdings.slots:
             port.progress()
             session.advance()
@@ -203,7 +215,12 @@ def attention_node(problem: Problem, device: Any, ops: Any, pipe: Connection) ->
             port.progress()
             session.advance()
         session.close()
-        pipe.send(session._answers.steps.captures)
+        pipe.send(_captures(session) - foreseen)
+
+
+def _captures(session: GpuLaneSession) -> int:
+    direct: DirectAnswers | None = session._direct
+    return session._answers.steps.captures + (direct.steps.captures if direct is not None else 0)
 
 
 def _session(
@@ -226,11 +243,16 @@ def _session(
         layer.kv.normal_()
     node.pool = pool
     buffers = lane_buffers(FrameTensors(problem.layout), lane, shape.max_step_tokens)
-    longest = problem.context + problem.steps + problem.warm_up + 1
     answers = Answers(
-        device, ops, pool, buffers, max_rows=shape.max_step_sequences, max_length=longest, watchdog=watchdog
-    )
-    return GpuLaneSession(node, "weight-1", 1, lane, holdings, answers=answers)
+        device, ops, pool, buffers,
+        max_rows=shape.max_step_sequences, max_length=problem.longest, watchdog=watchdog,
+    )  # fmt: skip
+    offer = offer_region(device, ops, pool, shape.max_step_sequences, problem.longest, watchdog)
+    session = GpuLaneSession(node, "weight-1", 1, lane, holdings, answers=answers, direct=offer.answers)
+    session.region = offer.handle
+    if offer.why_not:
+        print(f"no direct steps: {offer.why_not}", file=sys.stderr, flush=True)
+    return session
 
 
 def _fill(session: GpuLaneSession, tokens: int) -> None:
@@ -249,27 +271,28 @@ def _fill(session: GpuLaneSession, tokens: int) -> None:
 
 def weight_node(
     problem: Problem, device: Any, ops: Ops, where: torch.device, pipe: Connection
-) -> dict[str, float]:
-    """Decodes against the attention node at the other end of the pipe."""
+) -> dict[str, dict[str, float]]:
+    """Decodes against the attention node at the other end of the pipe, each way that it can."""
     weights = random_weights(problem, where)
     steps = CapturedSteps(device, ops, problem.config, weights, parts=1)
     size = StepSize(problem.batch)
     with torch.inference_mode(), Port() as port, Watchdog() as watchdog:
         pipe.send(port.address)
-        address = pipe.recv()
-        assert pipe.recv() == "attached"
+        address, region = pipe.recv(), pipe.recv()
         lane = port.connect("attention-1", address, problem.shape, Side.WEIGHT, send_lane=2, receive_lane=1)
         peer = Peer("attention-1", lane, problem.blocks)
         for slot in range(problem.batch):
             peer.open(slot, 0, slot)
         eager = RangeAttention(port, problem.layout, problem.layout.head_dim**-0.5, TIMEOUT_S)
-        messages = LaneExchange(port, problem.layout)
-        eager.epoch = messages.epoch = 1
+        ways = {"split": LaneExchange(port, problem.layout)}
+        if region:
+            peer.region = mapped(device, problem.layout, region)
+            ways["direct"] = DirectExchange(port, problem.layout, device)
+        eager.epoch = 1
         eager.send_plan(Exchange(peer))
         port.wait(lambda: pipe.poll(), TIMEOUT_S)
         assert pipe.recv() == "filled"
         driver = StepDriver(watchdog, TIMEOUT_S)
-        captured = steps.of(size)
         number, held = 0, problem.context
         ids = torch.zeros(problem.batch, dtype=torch.int64)
 
@@ -278,7 +301,7 @@ def weight_node(
             number += 1
             captured.buffers.fill(ids, torch.full_like(ids, held))
             exchange = _exchange(problem, peer, held)
-            eager.begin(number, [exchange], [])
+            eager.begin(number, [exchange], [], way == "direct")
             messages.begin(number, [exchange], captured.buffers)
             times = driver.run(captured, messages)
             lost = messages.finish(TIMEOUT_S)
@@ -286,10 +309,14 @@ def weight_node(
             held += 1
             return times.attention_s
 
-        found = median_ms(problem, run)
+        found = {}
+        for way, messages in ways.items():
+            messages.epoch = 1
+            captured = steps.of(size, way == "direct")
+            found[way] = median_ms(problem, run)
         pipe.send("end")
         captures = pipe.recv()
-        assert (steps.captures, captures) == (1, 1), (steps.captures, captures)
+        assert (steps.captures, captures) == (len(ways), 1), (steps.captures, captures)
         return found
 
 
@@ -335,25 +362,34 @@ def measure(problem: Problem) -> dict[str, dict[str, float]]:
     """Each side in processes of its own, one after the other: both would not fit the card at once."""
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
-    found = {"one": _answer(ours, [context.Process(target=run_one, args=(problem, theirs))])}
+    found: dict[str, dict[str, float]] = {
+        "one": _answer(ours, [context.Process(target=run_one, args=(problem, theirs))])
+    }
     weight, attention = context.Pipe()
     sides = [
         context.Process(target=run_attention, args=(problem, attention)),
         context.Process(target=run_weight, args=(problem, weight, theirs)),
     ]
-    return found | {"split": _answer(ours, sides)}
+    return found | _answer(ours, sides)
 
 
-def _answer(pipe: Connection, processes: list[Any]) -> dict[str, float]:
+def _answer(pipe: Connection, processes: list[Any]) -> Any:
     for process in processes:
         process.start()
     while not pipe.poll(0.2):
         if any(process.exitcode for process in processes):
             raise SystemExit("a process of the benchmark failed")
-    answer: dict[str, float] = pipe.recv()
+    answer = pipe.recv()
     for process in processes:
         process.join(TIMEOUT_S)
     return answer
+
+
+def _direct(found: dict[str, dict[str, float]]) -> str:
+    if "direct" not in found:
+        return ""
+    step = found["direct"]["step"]
+    return f"; direct {step:.2f} ms, {step / found['one']['step']:.3f} x"
 
 
 def main() -> None:
@@ -377,7 +413,7 @@ def main() -> None:
             print(
                 f"{args.model} {batch} x {context}: one {found['one']['step']:.2f} ms, split"
                 f" {found['split']['step']:.2f} ms (attention {found['split']['attention']:.2f}),"
-                f" {ratio:.3f} x",
+                f" {ratio:.3f} x{_direct(found)}",
                 flush=True,
             )
             if args.out:

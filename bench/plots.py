@@ -39,7 +39,8 @@ def kernels(found: Found, axes: Axes) -> None:
 
 
 def step(found: Found, axes: Axes) -> None:
-    """Milliseconds; of the split step, the part from a query's signal to its answer is marked."""
+    """Milliseconds; of the split step, the part from a query's signal to its answer is marked, and how long a
+    direct step takes."""
     for at, row in enumerate(found):
         one, split = row["one"]["step"], row["split"]["step"]
         axes.barh(at - BAR / 2, one, BAR, color="tab:gray", label="one process" if not at else None)
@@ -48,6 +49,10 @@ def step(found: Found, axes: Axes) -> None:
         axes.barh(
             at + BAR / 2, waits, BAR, color="tab:orange", label="of it until answers came" if not at else None
         )
+        if "direct" in row:
+            axes.plot(
+                [row["direct"]["step"]], [at + BAR / 2], "k|", ms=14, label="direct" if not at else None
+            )
         axes.annotate(f" {row['ratio']:.2f} x", (split, at + BAR / 2), va="center")
     axes.set_yticks(range(len(found)), [f"{row['model']} {row['batch']} x {row['context']}" for row in found])
     axes.invert_yaxis()

@@ -38,7 +38,7 @@ def test_one_process_attends_in_its_own_graph(bench, problem):
 
 
 @pytest.mark.skipif(ON_GPU, reason="bench/gpu_check.sh runs it for real")
-def test_two_nodes_decode_over_a_lane_with_one_capture_each(bench, problem):
+def test_two_nodes_decode_over_a_lane_and_directly_with_one_capture_each(bench, problem):
     here, there = Pipe()
     device, ops = SimulatedDevice(), None
     ops = ReferenceAttention(device)
@@ -48,4 +48,5 @@ def test_two_nodes_decode_over_a_lane_with_one_capture_each(bench, problem):
         other.start()
         found = bench.weight_node(problem, weight_device, ReferenceOps(), CPU, here)
         other.join(20)
-    assert 0 < found["attention"] <= found["step"]
+    assert 0 < found["split"]["attention"] <= found["split"]["step"]
+    assert found["direct"]["step"] > 0
