@@ -10,6 +10,7 @@
     signals            flags between the device, the host and peers: the device's end
     flags, watchdog    the host's end of them, and a deadline for what waits there
     device, cuda_device    what captured steps ask of a device, and the real one
+    preload             Triton made ready in a process that opens no device
 
 Importing this package loads neither torch nor triton; `flags` and `watchdog` need neither, `device` needs
 torch, the others both. A node on a CPU never imports them. Ways of running a kernel that depend on the card

@@ -28,7 +28,7 @@ from flume_common.zygote import ENGINE_ZYGOTE
 from flume_protos.v1 import attention_pb2_grpc as rpc
 from setproctitle import getproctitle, setproctitle
 
-from flume_attention.config import Config, engine_args, parse, silence_s
+from flume_attention.config import Config, engine_args, parse
 from flume_attention.errors import ConfigRefused
 from flume_attention.memory import kv_bytes, measure, measure_gpu
 from flume_attention.metrics import families
@@ -60,7 +60,7 @@ async def run(config: Config, budget_bytes: int) -> None:
     supervisor = Supervisor(
         engine_args(config, budget_bytes),
         zygote=os.environ.get(ENGINE_ZYGOTE),
-        silence_s=silence_s(config),
+        silence_s=config.engine_silence_s,
     )
     registered: list[Registration] = []
     servicer = AttentionServicer(

@@ -73,9 +73,11 @@ class Answers:
 
     def prepare(self) -> None:
         """Capture every step, and load what others are made of, so that no step waits for it. Nothing may
-        run, on any lane: making memory and loading kernels may wait for all of a device."""
+        run, on any lane: making memory and loading kernels may wait for all of a device. Takes seconds where
+        kernels are not in Triton's cache yet."""
         self.steps.prepare()
         self._load_eager()
+        self._pool.load()
 
     def _load_eager(self) -> None:
         """Once with one query a row, once with many, with two segments each: what chunks launch."""

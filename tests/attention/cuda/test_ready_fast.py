@@ -1,0 +1,59 @@
+"""An engine on a GPU forked from a zygote that was preloaded: what is left for it to do, and how long that
+takes. The GPU is simulated."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import beside
+import psutil
+import pytest
+from fake_weight_node import LAYOUT, FakeWeightNode
+from flume_attention.messages import FromEngine, Started
+from flume_common.engine_link import run_engine
+from flume_common.lanes import Port
+from flume_common.zygote import abstract_name, bind
+from real_engine import ENV, Node
+
+KV_BYTES = 32 * LAYOUT.block_bytes
+HEAVY = ("flume_", "torch", "triton", "ucxx", "numpy")
+ONLY_IN_TESTS = {"flume_kernels.reference", "flume_kernels.gpu.reference"}
+
+
+@pytest.fixture
+def zygote(tmp_path):
+    """The name of its engines' socket, and its log."""
+    names = [abstract_name(kind, tmp_path) for kind in ("supervisors", "engines")]
+    with bind(names[0]) as supervisors, bind(names[1]) as engines, (tmp_path / "log").open("wb") as log:
+        fds = supervisors.fileno(), engines.fileno()
+        flags = ["--supervisors-fd", str(fds[0]), "--engines-fd", str(fds[1]), "--preload", "cuda"]
+        process = subprocess.Popen(
+            [sys.executable, "-m", "flume_attention.zygote", *flags], pass_fds=fds, stderr=log,
+            env=beside.environment(),
+        )  # fmt: skip
+    yield names[1], lambda: [json.loads(line) for line in (tmp_path / "log").read_text().splitlines()]
+    process.terminate()
+    process.wait(timeout=10)
+
+
+async def test_an_engine_of_a_preloaded_zygote_imports_nothing_before_it_serves(zygote, tmp_path):
+    name, log = zygote
+    env = beside.environment() | ENV | {"IMPORTS_FILE": str(tmp_path / "imports")}
+    args = ["--kv-bytes", str(KV_BYTES), "--device", "cuda"]
+    async with run_engine("simulated_gpu_imports", args, inbox=FromEngine, env=env, zygote=name) as engine:
+        node = Node(engine)
+        started = await node.expect(Started, timeout_s=60)
+        assert psutil.Process(engine.pid).ppid() != os.getpid(), "a fork of the zygote"
+        with Port() as port:
+            w = await node.attach(FakeWeightNode(port))
+            w.step((0, 0, 5), ops=[w.open(0)])
+            w.step((0, 1, 1))
+    assert [*started.phases_ms] == ["device", "kv_memory", "first_kernel", "port"]
+    imported = json.loads((tmp_path / "imports").read_text())
+    assert "simulated_gpu_attention" in imported
+    assert {each for each in imported if each.startswith(HEAVY)} <= ONLY_IN_TESTS
+    events = {line["event"]: line for line in log()}
+    assert "preloaded" in events, events
