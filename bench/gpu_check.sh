@@ -1,23 +1,26 @@
 #!/usr/bin/env bash
 # On a machine with an NVIDIA GPU: tests and measurements of the GPU data path. From the repository's root:
-#   bash bench/gpu_check.sh RESULTS_FOLDER [tests|tune|bench|layer|paths|poller|step|nodes ...]     (all when none is named)
+#   bash bench/gpu_check.sh RESULTS_FOLDER [tests|tune|bench|layer|paths|poller|step|nodes|ready ...]     (all when none is named)
 #
 #   tests   the kernels against their definitions          tune    how decode attention runs best, kept in tuning.json
 #   bench   the kernels against others                     paths   captured steps on the GPU, over lanes, and their failures
 #   layer   where each microsecond of a step goes
 #   poller  the driver's jitter                            step    whole decode steps, one process against two under MPS
 #   nodes   engines as processes with --device cuda say the model's own tokens, also when one is killed, under MPS
+#   ready   how soon an attention node with 40 GiB of KV is READY, by phase
 #
 # Needs python3 with torch, triton, numpy and pytest; nothing of this project need be installed. `layer`, `paths`, `poller`
 # and `step` need protobuf, msgspec and ucxx (ucxx-cu12 or -cu13), `step` and `nodes` nvidia-cuda-mps-control as well, `nodes`
-# also grpcio, structlog, safetensors and gguf. `NODES_DEVICE=cpu` lets `nodes` run on CPUs, without MPS; with
-# `NODES_MODEL=PATH` it tries that model after a small random one, `NODES_REFERENCE=transformers` compares with that.
+# also grpcio, structlog, safetensors and gguf, `ready` all that this project depends on, and to measure whole nodes the
+# project and an etcd binary. `NODES_DEVICE=cpu` lets `nodes` and `ready` run on CPUs, without MPS, `READY_KV_BYTES=256MiB`
+# with less memory; with `NODES_MODEL=PATH` `nodes` tries that model after a small random one, and compares with
+# transformers where it is told `NODES_REFERENCE=transformers`.
 set -uo pipefail
 out=${1:?a folder for the results}
 shift
-steps=${*:-tests tune bench layer paths poller step nodes}
+steps=${*:-tests tune bench layer paths poller step nodes ready}
 mkdir -p "$out"
-services=services/common:services/weight:services/attention
+services=services/common:services/weight:services/attention:services/controller
 export PYTHONPATH=kernels:$services:protos:tests:tests/attention${PYTHONPATH:+:$PYTHONPATH}
 export PYTHONUNBUFFERED=1 FLUME_TUNING_FILE="$out/tuning.json"
 status=0
@@ -84,6 +87,10 @@ for step in $steps; do
       ;;
     poller) python3 bench/gpu_poller.py --out "$out/poller.json" 2>&1 | tee "$out/poller.log" || status=1 ;;
     step) under_mps measure_steps ;;
+    ready)
+      timeout 300 python3 bench/gpu_ready.py --device "$device" --kv-bytes "${READY_KV_BYTES:-40GiB}" \
+        --out "$out/ready.json" 2>&1 | tee "$out/ready.log" || status=1
+      ;;
     nodes) if [ "$device" = cuda ]; then under_mps run_nodes; else run_nodes; fi ;;
     *) echo "no step $step" >&2; status=2 ;;
   esac
