@@ -12,9 +12,8 @@ node       with its supervisor, from the provider's start until etcd shows it RE
 standby    from calling one that waits until etcd shows it READY
 
 Whole nodes need this project installed and an etcd binary; where these are not they are left out, and said to
-be. Times are milliseconds
-since the start, medians over the rounds; the first start is not counted. On a GPU the exit code is 1 where a
-median is over its limit: 400 ms, 100 ms for a standby.
+be. Times are milliseconds since the start, medians over the rounds; the first start is not counted. On a GPU
+the exit code is 1 where a median is over its limit: 400 ms, 100 ms for a standby.
 """
 
 from __future__ import annotations

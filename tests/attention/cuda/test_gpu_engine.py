@@ -137,10 +137,10 @@ async def test_an_engine_that_compiles_is_not_taken_for_hung_and_who_asks_again_
 ):
     monkeypatch.setattr(supervisor, "ENGINE_MODULE", "simulated_gpu_attention")
     monkeypatch.setattr(supervisor, "ATTACH_S", 0.5)
-    for name, value in (beside.environment() | ENV | {"SIMULATED_COMPILE_S": "2.3"}).items():
+    for name, value in (beside.environment() | ENV | {"SIMULATED_COMPILE_S": "3.2"}).items():
         monkeypatch.setenv(name, value)
     flags = ["--kv-bytes", str(32 * LAYOUT.block_bytes), "--device", "cuda"]
-    kept = supervisor.Supervisor(flags, zygote=os.environ[ENGINE_ZYGOTE], silence_s=1.0)
+    kept = supervisor.Supervisor(flags, zygote=os.environ[ENGINE_ZYGOTE], silence_s=1.5)
     refused = 0
     async with background(engine=kept.keep_engine()), asyncio.timeout(60):
         await kept.wait_up()

@@ -3,6 +3,7 @@ takes. The GPU is simulated."""
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import subprocess
@@ -25,7 +26,7 @@ ONLY_IN_TESTS = {"flume_kernels.reference", "flume_kernels.gpu.reference"}
 
 @pytest.fixture
 def zygote(tmp_path):
-    """The name of its engines' socket, and its log."""
+    """The name of its engines' socket, and what it has said so far."""
     names = [abstract_name(kind, tmp_path) for kind in ("supervisors", "engines")]
     with bind(names[0]) as supervisors, bind(names[1]) as engines, (tmp_path / "log").open("wb") as log:
         fds = supervisors.fileno(), engines.fileno()
@@ -34,13 +35,22 @@ def zygote(tmp_path):
             [sys.executable, "-m", "flume_attention.zygote", *flags], pass_fds=fds, stderr=log,
             env=beside.environment(),
         )  # fmt: skip
-    yield names[1], lambda: [json.loads(line) for line in (tmp_path / "log").read_text().splitlines()]
+
+    def events():
+        lines = (tmp_path / "log").read_text().splitlines()
+        return [json.loads(line)["event"] for line in lines if line.startswith("{")]
+
+    yield names[1], events
     process.terminate()
     process.wait(timeout=10)
 
 
 async def test_an_engine_of_a_preloaded_zygote_imports_nothing_before_it_serves(zygote, tmp_path):
-    name, log = zygote
+    name, events = zygote
+    async with asyncio.timeout(60):
+        while events().count("zygote_ready") < 2:  # noqa: ASYNC110
+            await asyncio.sleep(0.05)
+    assert "preloaded" in events(), events()
     env = beside.environment() | ENV | {"IMPORTS_FILE": str(tmp_path / "imports")}
     args = ["--kv-bytes", str(KV_BYTES), "--device", "cuda"]
     async with run_engine("simulated_gpu_imports", args, inbox=FromEngine, env=env, zygote=name) as engine:
@@ -55,5 +65,3 @@ async def test_an_engine_of_a_preloaded_zygote_imports_nothing_before_it_serves(
     imported = json.loads((tmp_path / "imports").read_text())
     assert "simulated_gpu_attention" in imported
     assert {each for each in imported if each.startswith(HEAVY)} <= ONLY_IN_TESTS
-    events = {line["event"]: line for line in log()}
-    assert "preloaded" in events, events

@@ -35,7 +35,8 @@ log = structlog.get_logger()
 
 TIED_GRACE_S = 5.0
 """How long a tied child may take to end by itself once whoever asked for it is gone."""
-DEVICE_FILES = "/dev/nvidia"
+DEVICE_FILES = "/dev/nvidia-uvm"
+"""What CUDA has open once it is initialised, and the driver's management library has not."""
 
 
 @dataclass(frozen=True, slots=True)
