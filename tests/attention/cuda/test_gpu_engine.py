@@ -8,6 +8,7 @@ import dataclasses
 import os
 import time
 from functools import partial
+from typing import ClassVar
 
 import beside
 import msgspec
@@ -79,9 +80,19 @@ async def test_a_new_lane_waits_for_steps_under_way_but_not_for_those_that_do_no
         third.step((0, 1, 1))
 
 
+class Appending(ReferenceAttention):
+    """Tells where tokens were put."""
+
+    slots: ClassVar = []
+
+    def append(self, pool, k, v, slots):
+        self.slots += slots.tolist()
+        super().append(pool, k, v, slots)
+
+
 def test_a_lane_is_made_with_all_its_steps_captured_on_a_stream_of_its_own(port):
     device = SimulatedDevice()
-    backend = GpuBackend(device, lambda layout, device: ReferenceAttention(device))
+    backend = GpuBackend(device, lambda layout, device: Appending(device))
     node = Node(8 * LAYOUT.block_bytes, make_pool=backend.pool)
     sessions = []
     for number in (1, 2):
@@ -93,6 +104,7 @@ def test_a_lane_is_made_with_all_its_steps_captured_on_a_stream_of_its_own(port)
         )  # fmt: skip
         sessions.append(backend.session(node, request.weight_node, 1, lane, holdings))
     assert [stream.captures for stream in device._streams.all] == [0, 4, 4]  # 1, 2, 4 and 8 rows
+    assert Appending.slots == [-1, -1], "the kernel that stores tokens was loaded, and stored none"
     for session in sessions:
         session.close()
 
