@@ -45,13 +45,15 @@ def zygote(tmp_path):
     process.wait(timeout=10)
 
 
-async def test_an_engine_of_a_preloaded_zygote_imports_nothing_before_it_serves(zygote, tmp_path):
+async def test_an_engine_of_a_preloaded_zygote_imports_and_compiles_nothing_before_it_serves(
+    zygote, tmp_path
+):
     name, events = zygote
     async with asyncio.timeout(60):
         while events().count("zygote_ready") < 2:  # noqa: ASYNC110
             await asyncio.sleep(0.05)
     assert "preloaded" in events(), events()
-    env = beside.environment() | ENV | {"IMPORTS_FILE": str(tmp_path / "imports")}
+    env = beside.environment() | ENV | {"TOLD_FILE": str(tmp_path / "told")}
     args = ["--kv-bytes", str(KV_BYTES), "--device", "cuda"]
     async with run_engine("simulated_gpu_imports", args, inbox=FromEngine, env=env, zygote=name) as engine:
         node = Node(engine)
@@ -62,6 +64,7 @@ async def test_an_engine_of_a_preloaded_zygote_imports_nothing_before_it_serves(
             w.step((0, 0, 5), ops=[w.open(0)])
             w.step((0, 1, 1))
     assert [*started.phases_ms] == ["device", "kv_memory", "first_kernel", "port"]
-    imported = json.loads((tmp_path / "imports").read_text())
-    assert "simulated_gpu_attention" in imported
-    assert {each for each in imported if each.startswith(HEAVY)} <= ONLY_IN_TESTS
+    told = json.loads((tmp_path / "told").read_text())
+    assert "simulated_gpu_attention" in told["imported"]
+    assert {each for each in told["imported"] if each.startswith(HEAVY)} <= ONLY_IN_TESTS
+    assert told["ran"] == [] and not told["driver_loaded"]
