@@ -1,5 +1,5 @@
-"""`simulated_gpu_attention`, telling what its process did besides, into the file that TOLD_FILE names: what it
-imported, which programs it ran, whether it was forked from one that had CUDA's driver loaded.
+"""`simulated_gpu_attention`, telling what its process did besides, into the file that TOLD_FILE names: what
+it imported, which programs it ran, whether it was forked from one that had CUDA's driver loaded.
 
 Before it serves it goes the way of a real GPU's engine as far as that leads without one.
 """

@@ -45,7 +45,7 @@ def zygote(tmp_path):
     process.wait(timeout=10)
 
 
-async def test_an_engine_of_a_preloaded_zygote_imports_and_compiles_nothing_before_it_serves(
+async def test_an_engine_of_a_preloaded_zygote_imports_and_compiles_nothing(
     zygote, tmp_path
 ):
     name, events = zygote
