@@ -45,9 +45,7 @@ def zygote(tmp_path):
     process.wait(timeout=10)
 
 
-async def test_an_engine_of_a_preloaded_zygote_imports_and_compiles_nothing(
-    zygote, tmp_path
-):
+async def test_an_engine_of_a_preloaded_zygote_imports_and_compiles_nothing(zygote, tmp_path):
     name, events = zygote
     async with asyncio.timeout(60):
         while events().count("zygote_ready") < 2:  # noqa: ASYNC110
