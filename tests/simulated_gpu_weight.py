@@ -23,10 +23,10 @@ def model(*_, **__):
     return Transformer(CONFIG, random_weights(CONFIG))
 
 
-def open_gpu():
+def open_gpu(microbatches):
     device = SimulatedDevice()
     _for_good.enter_context(device.running())
-    return backend.GpuBackend(device, ReferenceOps())
+    return backend.GpuBackend(device, ReferenceOps(), microbatches)
 
 
 def main():

@@ -42,7 +42,7 @@ class Part:
 
 @dataclass(slots=True)
 class Step:
-    """A step under way. Layers are asked about, answered and appended in order, in each the parts in order."""
+    """A step under way. Layers are asked about, answered and appended in order, and in each the parts."""
 
     number: int
     rows: list[Row]

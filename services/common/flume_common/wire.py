@@ -20,8 +20,8 @@ token asked about lies in the past of every query, so A never masks.
 A step may be cut into two microbatches, so that the dense path works on one while the other is attended to.
 The last `second_rows` rows of a PLAN are the second's, none where there is one microbatch. QUERYs come layer
 by layer, in each the first microbatch before the second; one without queries on this lane has no messages.
-That of a layer follows the PARTIAL of the layer before, so two QUERYs at most wait for an answer. KV is whole:
-it knows no microbatches.
+That of a layer follows the PARTIAL of the layer before, so two QUERYs at most wait for an answer. KV knows no
+microbatches: it is the whole step's.
 
 A PLAN with rows starts a step; QUERY messages follow if any row has queries and KV messages if any
 row appends. A step is committed when KV of all its layers is in. Messages of one kind arrive in order, of

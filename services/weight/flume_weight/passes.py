@@ -16,6 +16,7 @@ from flume_common.layout import KvLayout
 from torch import Tensor
 
 from flume_weight.batch import Batch
+from flume_weight.cuda.microbatching import Microbatching
 from flume_weight.errors import PeerLost
 from flume_weight.model import Transformer
 from flume_weight.peer import Peer
@@ -50,6 +51,7 @@ class Passes:
 
     attention: RangeAttention
     kinds: Sequence[Pass]
+    microbatching: Microbatching | None = None  # where steps can be cut
 
     def of(self, batch: Batch) -> Pass:
         return next(kind for kind in self.kinds if kind.takes(batch))

@@ -146,7 +146,15 @@ class Peer:
         except LaneDown as error:
             raise PeerLost(self.node, str(error)) from error
 
-    def send_plan(self, frame: Frame, step: int, epoch: int, rows: Seq[Seq[int]], layers_per_kv: int) -> bool:
+    def send_plan(
+        self,
+        frame: Frame,
+        step: int,
+        epoch: int,
+        rows: Seq[Seq[int]],
+        layers_per_kv: int,
+        second_rows: int = 0,
+    ) -> bool:
         """Send waiting ops and the step's rows. False: ops are left over and no row was sent; call again."""
         ops, self._ops = self._ops[:MAX_OPS], self._ops[MAX_OPS:]
         whole = not self._ops
@@ -159,6 +167,7 @@ class Peer:
             want_blocks=self.want_blocks,
             returned_blocks=self.ledger.returned_blocks,
             kv_sent_step=self.kv_sent_step,
+            second_rows=second_rows if whole else 0,
         )
         self._told = (self.want_blocks, self.ledger.returned_blocks)
         try:

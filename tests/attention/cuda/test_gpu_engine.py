@@ -103,7 +103,8 @@ def test_a_lane_is_made_with_all_its_steps_captured_on_a_stream_of_its_own(port)
             send_lane=number, receive_lane=10 + number, allocate=backend.allocate, rings=backend.rings,
         )  # fmt: skip
         sessions.append(backend.session(node, request.weight_node, 1, lane, holdings))
-    assert [stream.captures for stream in device._streams.all] == [0, 7, 7]  # 1, 2, 4 and 8 rows; 1, 2, 4 twice
+    # 1, 2, 4 and 8 rows, and in two microbatches 1, 2 and 4 each
+    assert [stream.captures for stream in device._streams.all] == [0, 7, 7]
     assert Appending.slots == [-1, -1], "the kernel that stores tokens was loaded, and stored none"
     for session in sessions:
         session.close()

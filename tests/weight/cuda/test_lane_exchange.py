@@ -12,7 +12,7 @@ from flume_attention.lane_session import LaneSession
 from flume_attention.messages import Attach
 from flume_attention.node import Node
 from flume_common.lanes import Port, Side
-from flume_common.wire import LaneShape, sequence_key
+from flume_common.wire import Header, Kind, LaneShape, sequence_key
 from flume_kernels.gpu.watchdog import Watchdog
 from flume_weight.batch import Batch
 from flume_weight.cuda.buckets import Buckets, StepSize
@@ -23,6 +23,7 @@ from flume_weight.cuda.eager import DeviceRangeAttention, EagerForward
 from flume_weight.cuda.errors import RouteTooWide
 from flume_weight.cuda.forward import CapturedForward
 from flume_weight.cuda.lane_exchange import LaneExchange
+from flume_weight.cuda.microbatching import Microbatching
 from flume_weight.errors import PeerLost
 from flume_weight.model import LocalAttention, Transformer
 from flume_weight.peer import Peer
@@ -111,7 +112,7 @@ def index(rows):
 class WeightNode:
     """Sequences whose tokens lie on attention nodes; decoded by captured steps over lanes."""
 
-    def __init__(self, port, peers, watchdog, parts=2):
+    def __init__(self, port, peers, watchdog, parts=2, microbatches=1):
         weights = random_weights(CONFIG)
         self.model = Transformer(CONFIG, weights)
         self.port, self.peers = port, peers
@@ -122,7 +123,10 @@ class WeightNode:
         self.random = random.Random(3)
         self.exchange = WithDevice(port, self.device, self.random)
         driver = StepDriver(watchdog, TIMEOUT_S)
-        self.forward = CapturedForward(self.steps, Buckets((SIZE.rows,)), driver, self.eager, self.exchange)
+        self.forward = CapturedForward(
+            self.steps, Buckets((SIZE.rows,)), driver, self.eager, self.exchange,
+            Microbatching(CONFIG.num_layers, str(microbatches)),
+        )  # fmt: skip
         self.prefill_forward = EagerForward(Transformer(CONFIG, on_device(weights, where)), self.eager)
         self.oracle = LocalAttention(CONFIG.num_layers)
         self.number = 0
@@ -209,6 +213,7 @@ class WeightNode:
     def step(self, rows):
         batch = self.batch(rows)
         self.number += 1
+        self.last_batch = batch
         logits = self.forward.forward(self.number, batch)
         assert self.forward.finish() == []
         self.commit(rows)
@@ -234,7 +239,7 @@ class WithDevice(LaneExchange):
 
 
 @contextmanager
-def cluster(nodes, parts=2):
+def cluster(nodes, parts=2, microbatches=1):
     torch.set_num_threads(1)
     interval_s = sys.getswitchinterval()
     sys.setswitchinterval(1e-4)  # the driver spins, and the nodes are threads of the same process here
@@ -242,7 +247,7 @@ def cluster(nodes, parts=2):
     try:
         with Port(spin_s=0) as port, Watchdog() as watchdog:
             peers = [thread.attach(port) for thread in threads]
-            weight = WeightNode(port, peers, watchdog, parts)
+            weight = WeightNode(port, peers, watchdog, parts, microbatches)
             weight.prefill()
             yield weight, threads
     finally:
@@ -251,8 +256,9 @@ def cluster(nodes, parts=2):
         sys.setswitchinterval(interval_s)
 
 
-def test_tokens_over_lanes_are_the_models_own_while_tails_move_and_nothing_is_captured_again():
-    with cluster(2) as (weight, _):
+@pytest.mark.parametrize("microbatches", [1, 2])
+def test_tokens_over_lanes_are_the_models_own_while_tails_move_and_nothing_is_captured_again(microbatches):
+    with cluster(2, microbatches=microbatches) as (weight, _):
         for turn in range(6):
             if turn in (1, 4):
                 for sequence in range(len(PROMPTS)):
@@ -263,7 +269,35 @@ def test_tokens_over_lanes_are_the_models_own_while_tails_move_and_nothing_is_ca
             for (sequence, *_), token in zip(rows, got.argmax(-1).tolist(), strict=True):
                 weight.tokens[sequence].append(token)
         assert weight.steps.captures == 1
-        assert weight.steps.replays == 6
+        assert weight.steps.of(StepSize(SIZE.rows, microbatches)).replays == 6
+
+
+def test_a_node_is_asked_in_the_microbatches_of_its_rows_and_in_no_other(monkeypatch):
+    sent = []
+
+    def send(exchange, peer, kind, frame, elements):
+        if kind is Kind.QUERY:
+            layer, microbatch = frame.header[Header.LAYER], frame.header[Header.MICROBATCH]
+            sent.append((int(layer), int(microbatch), peer.node))
+        really(exchange, peer, kind, frame, elements)
+
+    really = LaneExchange._send
+    monkeypatch.setattr(LaneExchange, "_send", send)
+    with cluster(2, microbatches=2) as (weight, _):
+        # Rows 0 and 1 lie on the first node, row 2 on the second: the second microbatch is all of that.
+        rows = weight.rows()
+        assert [weight.tails[sequence][0] for sequence, *_ in rows] == [*weight.peers[:1] * 2, weight.peers[1]]
+        weight.step(rows)
+        turns = [(layer, number) for layer in range(CONFIG.num_layers) for number in (0, 1)]
+        assert sent == [(layer, number, f"attention-{number + 1}") for layer, number in turns]
+        assert [exchange.second_rows for exchange in weight.last_batch.exchanges] == [0, 1]
+
+
+def test_a_batch_that_fills_one_microbatch_runs_as_one(monkeypatch):
+    with cluster(1, microbatches=2) as (weight, _):
+        rows = weight.rows()[:2]
+        torch.testing.assert_close(weight.step(rows), weight.expect(rows), atol=3e-5, rtol=3e-5)
+        assert weight.steps.of(SIZE).replays == 1
 
 
 @pytest.mark.parametrize("layer", [0, CONFIG.num_layers - 1])
@@ -316,11 +350,6 @@ def test_a_sequence_on_more_nodes_than_a_step_merges_is_refused_before_anything_
         assert not weight.forward.takes(weight.batch(weight.rows()))
         with pytest.raises(RouteTooWide, match="2 attention nodes, captured steps merge 1"):
             weight.step(weight.rows())
-
-
-def test_lanes_carry_one_microbatch():
-    with cluster(1) as (weight, _), pytest.raises(ValueError, match="one microbatch, not 2"):
-        weight.exchange.begin(1, [], weight.steps.of(StepSize(4, 2)).buffers)
 
 
 def test_chunks_and_batches_beyond_the_largest_bucket_are_left_to_the_model():

@@ -1,7 +1,7 @@
 """A lane seen from an attention node on a GPU: the same state machine, with answers that take a while.
 
-The lane has one QUERY frame, and one PARTIAL frame for each microbatch, in host memory that the device sees, as
-captured steps read and write at fixed addresses. That is enough: a weight node asks about a layer of a
+The lane has one QUERY frame, and one PARTIAL frame for each microbatch, in host memory that the device sees,
+as captured steps read and write at fixed addresses. That is enough: a weight node asks about a layer of a
 microbatch when it has the answer to the one before, and with two of them queries are copied on arrival.
 """
 

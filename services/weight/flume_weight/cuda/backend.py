@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
+from flume_common.config_schema import Microbatches
 from flume_common.lanes import Port
 from flume_common.layout import KvLayout
 from flume_kernels.gpu.device import Device
@@ -22,6 +23,7 @@ from flume_weight.cuda.driver import StepDriver
 from flume_weight.cuda.eager import DeviceRangeAttention, EagerForward
 from flume_weight.cuda.forward import CapturedForward
 from flume_weight.cuda.lane_exchange import LaneExchange
+from flume_weight.cuda.microbatching import Microbatching
 from flume_weight.cuda.ops import Ops
 from flume_weight.errors import ConfigRefused
 from flume_weight.model import Transformer
@@ -34,9 +36,10 @@ class GpuBackend:
 
     packs = False
 
-    def __init__(self, device: Device, ops: Ops) -> None:
+    def __init__(self, device: Device, ops: Ops, microbatches: Microbatches = "auto") -> None:
         self._device = device
         self._ops = ops
+        self._microbatches = microbatches
 
     @contextmanager
     def passes(
@@ -57,21 +60,22 @@ class GpuBackend:
         config = model.config
         there = Transformer(config, on_device(model.weights, self._device.name))
         attention = DeviceRangeAttention(port, layout, layout.head_dim**-0.5, driver.timeout_s)
+        microbatching = Microbatching(config.num_layers, self._microbatches)
         captured = CapturedForward(
             CapturedSteps(self._device, self._ops, config, there.weights),
-            Buckets.up_to(limits.max_sequences), driver, attention, LaneExchange(port, layout),
+            Buckets.up_to(limits.max_sequences), driver, attention, LaneExchange(port, layout), microbatching,
         )  # fmt: skip
         captured.prepare()
-        return Passes(attention, (captured, EagerForward(there, attention)))
+        return Passes(attention, (captured, EagerForward(there, attention)), microbatching)
 
 
-def open_gpu() -> GpuBackend:
+def open_gpu(microbatches: Microbatches) -> GpuBackend:
     """On the first GPU that this process sees. Raises ConfigRefused."""
     from flume_kernels.gpu.cuda_device import CudaDevice, DeviceUnusable
 
     from flume_weight.cuda.ops import TritonOps
 
     try:
-        return GpuBackend(CudaDevice(), TritonOps())
+        return GpuBackend(CudaDevice(), TritonOps(), microbatches)
     except DeviceUnusable as error:
         raise ConfigRefused(f"--device cuda: {error}; flumectl doctor says what this machine has") from error

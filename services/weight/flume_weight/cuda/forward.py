@@ -5,11 +5,12 @@ from __future__ import annotations
 from torch import Tensor
 
 from flume_weight.batch import Batch
-from flume_weight.cuda.buckets import Buckets, StepSize
+from flume_weight.cuda.buckets import Buckets
 from flume_weight.cuda.captured_steps import CapturedSteps
 from flume_weight.cuda.driver import StepDriver, StepTimes
 from flume_weight.cuda.errors import StepTimedOut
 from flume_weight.cuda.lane_exchange import LaneExchange, widest_route
+from flume_weight.cuda.microbatching import Microbatching
 from flume_weight.errors import PeerLost
 from flume_weight.peer import Peer
 from flume_weight.range_attention import RangeAttention, no_answer
@@ -28,17 +29,19 @@ class CapturedForward:
         driver: StepDriver,
         attention: RangeAttention,
         exchange: LaneExchange,
+        microbatching: Microbatching,
     ) -> None:
         self._steps = steps
         self._buckets = buckets
         self._driver = driver
         self._attention = attention
         self._exchange = exchange
+        self._microbatching = microbatching
         self.times = StepTimes(0.0, 0.0)  # of the last pass
 
     def prepare(self) -> None:
-        """Capture every bucket."""
-        self._steps.prepare(StepSize(rows) for rows in self._buckets.rows)
+        """Capture every size."""
+        self._steps.prepare(self._microbatching.sizes(self._buckets))
 
     def takes(self, batch: Batch) -> bool:
         """Whether a captured step can run this batch: one token a row, on few enough nodes each."""
@@ -55,7 +58,9 @@ class CapturedForward:
         Raises PeerLost, naming a node that did not answer in time, PeerSilent, StepRefused, StepTimedOut when
         all did and the step still did not end, and DeviceStuck.
         """
-        step = self._steps.of(StepSize(self._buckets.of(len(batch.token_ids))))
+        rows = len(batch.token_ids)
+        size = self._microbatching.size(self._buckets.of(rows), rows)
+        step = self._steps.of(size)
         step.buffers.fill(batch.token_ids, batch.positions)
         self._exchange.epoch = self._attention.epoch
         self._exchange.may_leave = self._attention.may_leave
@@ -68,6 +73,7 @@ class CapturedForward:
             if silent := self._exchange.silent:
                 raise no_answer(silent[0].node, error.timeout_s) from error
             raise
+        self._microbatching.note(size, self.times)
         return step.buffers.logits[batch.logit_rows.to(step.buffers.logits.device)]
 
     def finish(self) -> list[PeerLost]:
