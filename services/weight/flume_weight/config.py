@@ -91,8 +91,8 @@ def add_engine_flags(flags: argparse.ArgumentParser) -> None:
 
 
 _ENGINE_FLAGS = (
-    "dtype", "device", "microbatches", "block_tokens", "max_sequences", "prefill_tokens", "mixed_prefill_tokens",
-    "tail_margin_tokens", "step_timeout_s", "decode_threads", "prefill_threads",
+    "dtype", "device", "microbatches", "block_tokens", "max_sequences", "prefill_tokens",
+    "mixed_prefill_tokens", "tail_margin_tokens", "step_timeout_s", "decode_threads", "prefill_threads",
 )  # fmt: skip
 
 

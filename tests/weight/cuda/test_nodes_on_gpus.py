@@ -10,6 +10,7 @@ import signal
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import replace
 
+import msgspec
 import pytest
 import torch
 from engine_rig import attention_node, weight_node
@@ -65,8 +66,11 @@ async def gpu_nodes(*capacities, **options):
         yield rig
 
 
-def gpu_weight_node(name, step_timeout_s=20, margin=16):
-    flags = [*FLAGS, "--tail-margin-tokens", str(margin), "--step-timeout-s", str(step_timeout_s)]
+def gpu_weight_node(name, step_timeout_s=20, margin=16, microbatches="auto"):
+    flags = [
+        *FLAGS, "--tail-margin-tokens", str(margin), "--step-timeout-s", str(step_timeout_s),
+        "--microbatches", microbatches,
+    ]  # fmt: skip
     return weight_node(name, flags, "simulated_gpu_weight", os.environ[ENGINE_ZYGOTE])
 
 
@@ -94,6 +98,31 @@ async def test_tokens_are_the_models_own_wherever_the_ranges_lie():
         routes = [message for message in rig.said if isinstance(message, m.RouteChanged)]
         assert any(len({item.node for item in route.ranges}) == 2 for route in routes)
         assert await rig.is_free()
+
+
+async def test_tokens_are_the_models_own_in_two_microbatches_which_a_setting_begins_while_they_run():
+    names = "abc"
+    async with gpu_nodes(512, 512, microbatches="2") as rig:
+        settings = m.Configure(
+            tail_margin_tokens=16, mixed_prefill_tokens=8, step_timeout_s=20.0, microbatches="1"
+        )
+        rig.weight.send(settings)
+        rig.submit("e", prompt(20), 8)
+        assert await rig.generate("f", prompt(20), 8) == own_tokens(prompt(20), 8)
+        assert not any(isinstance(said, m.StepModel) and said.microbatches == 2 for said in rig.said)
+        rig.weight.send(msgspec.structs.replace(settings, microbatches="2"))
+        for seed, name in enumerate(names):
+            rig.submit(name, prompt(20 + 5 * seed, seed), 20)
+        await rig.until(lambda said: isinstance(said, m.StepModel) and said.microbatches == 2)
+        for seed, name in enumerate(names):
+            assert (await rig.end_of(name)).reason == "length"
+            assert rig.tokens(name) == own_tokens(prompt(20 + 5 * seed, seed), 20)
+
+
+def test_two_microbatches_on_a_cpu_are_refused_by_name():
+    args = supervisor_flags().parse_args(["--model", "x", "--microbatches", "2"])
+    with pytest.raises(ConfigRefused, match="--microbatches 2 needs --device cuda"):
+        check(args)
 
 
 async def test_a_killed_attention_node_costs_time_and_no_token():

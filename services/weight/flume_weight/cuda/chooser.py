@@ -2,11 +2,11 @@
 
 Each bucket is looked at alone. Its steps run in one microbatch until WINDOW of them are measured; from their
 times the model of `microbatches` predicts two. Where that gains, two are tried for as many steps, and what
-was faster stays. What lost, or what is left of, is tried again after RETRY_STEPS, and after twice as many each
-time that the choice stands, as contexts grow and routes change.
+was faster stays. As contexts grow and routes change, the other one is tried again: after RETRY_STEPS, and
+after twice as many each time that the choice stands.
 
-Medians are compared, each of steps that follow one another, so a late step or two does not count; and from one
-to two only for a gain of GAIN_NEEDED, back for any, so that noise does not pull to and fro.
+Medians are compared, each of steps that follow one another, so that a late step or two does not count. From
+one to two it takes a gain of GAIN_NEEDED, back any gain will do, so that noise does not pull to and fro.
 """
 
 from __future__ import annotations
