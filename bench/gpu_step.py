@@ -1,10 +1,11 @@
 """The decode step of a model of random weights: one process against a weight node and an attention node.
 
-    python bench/gpu_step.py --model 8b --batch 8 --context 8192 32768 [--out step.json]
+    python bench/gpu_step.py --model 8b --batch 8 --context 8192 32768 [--microbatches 2] [--out step.json]
 
 Both run the same kernels from captured graphs. `one` attends in the weight node's own graph; `split` is the
 real data path: queries over a lane to another process, partials back, keys appended there. Milliseconds a
-step, median of --steps; `attention` is what the driver saw between queries' flags and their gates. On one
+step, median of --steps; `attention` is what the driver saw between queries' flags and their gates. With
+--microbatches 2 `halves` is the split step in two of them, beside what the step model makes of it. On one
 card the two processes need MPS. `--model tiny` runs on anything that has a GPU.
 """
 
@@ -35,8 +36,9 @@ from flume_common.wire import LaneShape
 from flume_kernels.gpu.watchdog import Watchdog
 from flume_weight.cuda.buckets import StepSize
 from flume_weight.cuda.captured_steps import CapturedSteps
+from flume_weight.cuda.chooser import predicted_s
 from flume_weight.cuda.decode_step import DecodeStep
-from flume_weight.cuda.driver import StepDriver
+from flume_weight.cuda.driver import StepDriver, StepTimes
 from flume_weight.cuda.lane_exchange import LaneExchange
 from flume_weight.cuda.ops import Angles, Ops
 from flume_weight.cuda.step_buffers import StepBuffers
@@ -72,6 +74,7 @@ class Problem:
     context: int
     steps: int = 30
     warm_up: int = 5
+    microbatches: int = 1  # the most
 
     @property
     def layout(self) -> KvLayout:
@@ -80,7 +83,12 @@ class Problem:
     @property
     def blocks(self) -> int:
         """Every sequence's context and what the steps append."""
-        return self.batch * self.layout.blocks_of(self.context + self.steps + self.warm_up + 1)
+        return self.batch * self.layout.blocks_of(self.longest)
+
+    @property
+    def longest(self) -> int:
+        """Tokens of a sequence at last."""
+        return self.context + self.microbatches * (self.steps + self.warm_up) + 1
 
     @property
     def shape(self) -> LaneShape:
@@ -226,10 +234,10 @@ def _session(
         layer.kv.normal_()
     node.pool = pool
     buffers = lane_buffers(FrameTensors(problem.layout), lane, shape.max_step_tokens)
-    longest = problem.context + problem.steps + problem.warm_up + 1
     answers = Answers(
-        device, ops, pool, buffers, max_rows=shape.max_step_sequences, max_length=longest, watchdog=watchdog
-    )
+        device, ops, pool, buffers,
+        max_rows=shape.max_step_sequences, max_length=problem.longest, watchdog=watchdog,
+    )  # fmt: skip
     return GpuLaneSession(node, "weight-1", 1, lane, holdings, answers=answers)
 
 
@@ -249,11 +257,10 @@ def _fill(session: GpuLaneSession, tokens: int) -> None:
 
 def weight_node(
     problem: Problem, device: Any, ops: Ops, where: torch.device, pipe: Connection
-) -> dict[str, float]:
-    """Decodes against the attention node at the other end of the pipe."""
+) -> dict[str, dict[str, float]]:
+    """Decodes against the attention node at the other end of the pipe: whole steps, then in microbatches."""
     weights = random_weights(problem, where)
     steps = CapturedSteps(device, ops, problem.config, weights, parts=1)
-    size = StepSize(problem.batch)
     with torch.inference_mode(), Port() as port, Watchdog() as watchdog:
         pipe.send(port.address)
         address = pipe.recv()
@@ -269,27 +276,35 @@ def weight_node(
         port.wait(lambda: pipe.poll(), TIMEOUT_S)
         assert pipe.recv() == "filled"
         driver = StepDriver(watchdog, TIMEOUT_S)
-        captured = steps.of(size)
         number, held = 0, problem.context
         ids = torch.zeros(problem.batch, dtype=torch.int64)
+        measured: list[StepTimes] = []
 
         def run() -> float:
             nonlocal number, held
             number += 1
             captured.buffers.fill(ids, torch.full_like(ids, held))
             exchange = _exchange(problem, peer, held)
-            eager.begin(number, [exchange], [])
             messages.begin(number, [exchange], captured.buffers)
+            eager.begin(number, [exchange], [])
             times = driver.run(captured, messages)
             lost = messages.finish(TIMEOUT_S)
             assert not lost, lost
             held += 1
+            measured.append(times)
             return times.attention_s
 
-        found = median_ms(problem, run)
+        found = {}
+        for microbatches in range(1, problem.microbatches + 1):
+            captured = steps.of(StepSize(problem.batch, microbatches))
+            found["halves" if microbatches > 1 else "split"] = median_ms(problem, run)
+            if microbatches == 1:
+                whole = measured[problem.warm_up :]
+        if problem.microbatches > 1:
+            found["halves"]["predicted"] = 1e3 * predicted_s(whole, problem.config.num_layers, 2)
         pipe.send("end")
         captures = pipe.recv()
-        assert (steps.captures, captures) == (1, 1), (steps.captures, captures)
+        assert (steps.captures, captures) == (problem.microbatches,) * 2, (steps.captures, captures)
         return found
 
 
@@ -335,25 +350,35 @@ def measure(problem: Problem) -> dict[str, dict[str, float]]:
     """Each side in processes of its own, one after the other: both would not fit the card at once."""
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
-    found = {"one": _answer(ours, [context.Process(target=run_one, args=(problem, theirs))])}
+    found: dict[str, dict[str, float]] = {
+        "one": _answer(ours, [context.Process(target=run_one, args=(problem, theirs))])
+    }
     weight, attention = context.Pipe()
     sides = [
         context.Process(target=run_attention, args=(problem, attention)),
         context.Process(target=run_weight, args=(problem, weight, theirs)),
     ]
-    return found | {"split": _answer(ours, sides)}
+    return found | _answer(ours, sides)
 
 
-def _answer(pipe: Connection, processes: list[Any]) -> dict[str, float]:
+def _answer(pipe: Connection, processes: list[Any]) -> Any:
     for process in processes:
         process.start()
     while not pipe.poll(0.2):
         if any(process.exitcode for process in processes):
             raise SystemExit("a process of the benchmark failed")
-    answer: dict[str, float] = pipe.recv()
+    answer = pipe.recv()
     for process in processes:
         process.join(TIMEOUT_S)
     return answer
+
+
+def _halves(found: dict[str, dict[str, float]]) -> str:
+    if "halves" not in found:
+        return ""
+    halves = found["halves"]
+    error = halves["predicted"] / halves["step"] - 1
+    return f"; in halves {halves['step']:.2f} ms, predicted {halves['predicted']:.2f} ({error:+.1%})"
 
 
 def main() -> None:
@@ -365,19 +390,22 @@ def main() -> None:
     parser.add_argument("--batch", type=int, nargs="+", default=[8, 32])
     parser.add_argument("--context", type=int, nargs="+", default=[8192])
     parser.add_argument("--steps", type=int, default=30)
+    parser.add_argument("--microbatches", type=int, choices=[1, 2], default=1, help="2: measured, too.")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     rows = []
     for batch in args.batch:
         for context in args.context:
             config = model(args.model, args.layers, context)
-            found = measure(Problem(config, torch.bfloat16, batch, context, args.steps))
+            found = measure(
+                Problem(config, torch.bfloat16, batch, context, args.steps, microbatches=args.microbatches)
+            )
             ratio = found["split"]["step"] / found["one"]["step"]
             rows.append({"model": args.model, "batch": batch, "context": context, **found, "ratio": ratio})
             print(
                 f"{args.model} {batch} x {context}: one {found['one']['step']:.2f} ms, split"
                 f" {found['split']['step']:.2f} ms (attention {found['split']['attention']:.2f}),"
-                f" {ratio:.3f} x",
+                f" {ratio:.3f} x{_halves(found)}",
                 flush=True,
             )
             if args.out:
