@@ -46,7 +46,7 @@ under_mps() {
 }
 
 measure_steps() {
-  timeout 500 python3 bench/gpu_step.py --out "$out/step.json" 2>&1 | tee "$out/step.log" || status=1
+  timeout 500 python3 bench/gpu_step.py --microbatches 2 --out "$out/step.json" 2>&1 | tee "$out/step.log" || status=1
 }
 
 # float32 must agree to the token; a killed node must cost none; bfloat16 says how far it agrees.

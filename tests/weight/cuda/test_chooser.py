@@ -88,6 +88,24 @@ def test_noise_alone_does_not_pull_the_choice_to_and_fro(gain):
     assert machine.changes <= 20_000 / (2 * RETRY_STEPS)
 
 
+@pytest.mark.parametrize("gain", [0.995, 1.0, 1.01])
+def test_what_is_as_fast_is_no_reason_to_change(gain):
+    machine = Machine(gain, noise=0.01)
+    machine.run(20_000)
+    assert machine.changes == 0 and machine.ran.count(2) > WINDOW
+
+
+def test_one_is_looked_at_again_whatever_the_model_says_of_two():
+    machine = Machine(0.8)
+    machine.run(10 * WINDOW)
+    machine.attention_s = 30e-6
+    machine.run(2 * RETRY_STEPS)
+    assert machine.chosen[-1] == 2
+    machine.gain = 1.5
+    machine.run(8 * RETRY_STEPS)
+    assert machine.chosen[-1] == 1
+
+
 def test_a_choice_follows_what_has_changed():
     machine = Machine(0.8)
     machine.run(10 * WINDOW)

@@ -34,7 +34,7 @@ TIMEOUT_S = 20.0
 CONFIG = small_config(num_layers=4)
 LAYOUT = CONFIG.layout("float32", block_tokens=16)
 SHAPE = LaneShape(
-    LAYOUT, max_step_tokens=16, max_step_sequences=4, kv_frame_bytes=48 * LAYOUT.layer_token_bytes
+    LAYOUT, max_step_tokens=16, max_step_sequences=4, kv_frame_bytes=4 * LAYOUT.layer_token_bytes
 )
 SIZE = StepSize(4)
 PROMPTS = [[5, 9, 2, 33], [7, 12], [1, 2, 3, 4, 5, 6, 7, 8]]
