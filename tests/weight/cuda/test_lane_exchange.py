@@ -347,6 +347,14 @@ def test_a_node_whose_process_ends_during_a_step_is_looked_for_and_lost_by_name(
         assert weight.steps.of(SIZE).graph.done()
 
 
+def test_a_node_that_takes_no_queries_is_lost_by_name(monkeypatch):
+    with cluster(2) as (weight, _):
+        monkeypatch.setattr(weight.peers[1].lane.sender(Kind.QUERY), "frame", lambda: None)
+        with pytest.raises(PeerLost, match=r"attention-2.*took none of the last queries"):
+            weight.step(weight.rows())
+        assert weight.steps.of(SIZE).graph.done()
+
+
 def test_a_sequence_on_more_nodes_than_a_step_merges_is_refused_before_anything_is_sent():
     with cluster(2, parts=1) as (weight, _):
         weight.step(weight.rows())

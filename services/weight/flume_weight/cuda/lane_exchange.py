@@ -157,8 +157,8 @@ class LaneExchange:
         now = time.monotonic()
         for asked in self._asked_by[microbatch]:
             frame = self._free(asked.peer, Kind.QUERY)
-            # The node has answered what lay in the frames before, so they have left.
-            assert frame is not None, "more queries under way than a step has"
+            if frame is None:  # what it has answered has left the frames: these are of abandoned steps
+                raise PeerLost(asked.peer.node, "took none of the last queries")
             asked.take(self._queries(asked, frame))
             frame.header[Header.LAYER], frame.header[Header.MICROBATCH] = layer, microbatch
             self._send(asked.peer, Kind.QUERY, frame, asked.count * self._query_elements)
