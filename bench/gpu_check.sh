@@ -2,7 +2,7 @@
 # On a machine with an NVIDIA GPU: tests and measurements of the GPU data path. From the repository's root:
 #   bash bench/gpu_check.sh RESULTS_FOLDER [tests|tune|bench|layer|paths|poller|step|nodes|ready ...]     (all when none is named)
 #
-#   tests   the kernels against their definitions          tune    how decode attention runs best, kept in tuning.json
+#   tests   the kernels against their definitions          tune    how attention and products run best, kept in tuning.json
 #   bench   the kernels against others                     paths   captured steps on the GPU, over lanes, and their failures
 #   layer   where each microsecond of a step goes
 #   poller  the driver's jitter                            step    whole decode steps, one process against two under MPS
@@ -74,10 +74,12 @@ for step in $steps; do
           python3 -m flume_kernels.gpu.decode_tuning --compile "$part" 12 --block-tokens 16 32 64 128
           python3 -m flume_kernels.gpu.decode_tuning --compile "$part" 12 --dtype float8_e4m3fn
           python3 -m flume_kernels.gpu.decode_tuning --compile "$part" 12 --queries 512 --shapes 1x32768
+          python3 -m flume_kernels.gpu.linear_tuning --compile "$part" 12
         ) &
       done
       wait
       python3 bench/kernels.py --tune-only 2>&1 | tee "$out/tune.log" | tail -n 90 || status=1
+      python3 -m flume_kernels.gpu.linear_tuning 2>&1 | tee "$out/tune_linear.log" | grep TB/s || status=1
       ;;
     bench) python3 bench/kernels.py --out "$out/kernels.json" 2>&1 | tee "$out/bench.log" || status=1 ;;
     layer) python3 bench/gpu_layer.py --out "$out/layer.json" 2>&1 | tee "$out/layer.log" || status=1 ;;

@@ -52,7 +52,7 @@ def _product(weight, x_turned, acc, WIDE: tl.constexpr, PRECISION: tl.constexpr)
     return tl.dot(weight, x_turned, acc, input_precision=PRECISION)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def _skinny_kernel(
     x_ptr,  # [rows, inner]
     weight_ptr,  # [outputs, inner]; [2 · outputs, inner] when GATED
@@ -96,7 +96,7 @@ def _skinny_kernel(
     given = row < rows
 
     weight_rows = weight_ptr + n.to(tl.int64) * weight_stride
-    up_offset = outputs.to(tl.int64) * weight_stride
+    up_offset = tl.full([], outputs, tl.int64) * weight_stride
     if EARLY:
         cuda.gdc_launch_dependents()
         LINE: tl.constexpr = 1024 // weight_ptr.dtype.element_ty.primitive_bitwidth  # 128 bytes
@@ -205,7 +205,7 @@ def tile_rows(rows: int) -> int:
     """Rows of the tile that `rows` are computed in. Raises ValueError for more than `MAX_ROWS`."""
     if not 0 <= rows <= MAX_ROWS:
         raise ValueError(f"{rows} rows: at most {MAX_ROWS}")
-    return max(MIN_ROWS, triton.next_power_of_2(rows))
+    return max(MIN_ROWS, int(triton.next_power_of_2(rows)))
 
 
 @dataclass(slots=True)
