@@ -13,7 +13,7 @@ import argparse
 import itertools
 import math
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from enum import StrEnum
@@ -236,10 +236,14 @@ class LinearRun:
         return torch.equal(*results) and error <= TOLERANCE
 
     def seconds(self, config: SkinnyConfig | None) -> float:
+        return self.seconds_of(lambda weight: self.product(weight, config))
+
+    def seconds_of(self, way: Callable[[Tensor], object]) -> float:
+        """The time of one product by `way`, given the matrices in turn."""
         turns = itertools.cycle(self.weights)
         self.out.zero_()
         count = len(self.weights)
-        return graph_seconds(lambda: self.product(next(turns), config), calls=count * math.ceil(8 / count))
+        return graph_seconds(lambda: way(next(turns)), calls=count * math.ceil(8 / count))
 
 
 def tune_linear(
