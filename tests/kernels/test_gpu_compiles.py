@@ -194,10 +194,12 @@ def project(rows=8, outputs=4096, inner=4096, config=None, gated=False, norm=Fal
         {"add": True, "config": SkinnyConfig(split=4)},
         {"norm": True, "config": SkinnyConfig(128, 64, 4)},
         {"norm": True, "config": SkinnyConfig(32, 256, 2, 4, 2)},
+        {"norm": True, "config": SkinnyConfig(32, 256, 1, 4, 4, 4)},
+        {"norm": True, "gated": True, "config": SkinnyConfig(16, 512, 2, 3, 4, 4)},
         {"norm": True, "rows": 32},
         {"add": True, "rows": 64, "config": SkinnyConfig(128, 64, 4, 4, 8)},
     ],
-    ids=["norm", "gate", "add, split", "wide", "long", "32 rows", "64 rows"],
+    ids=["norm", "gate", "add, split", "wide", "long", "slices", "gate, slices", "32 rows", "64 rows"],
 )
 def test_weights_stream_16_bytes_a_thread_into_tensor_cores_without_spilling(compiled, options, tmp_path):
     capability, kernels = compiled

@@ -36,13 +36,14 @@ DOES_NOT_RUN = (
     triton.runtime.errors.PTXASError,
     torch.cuda.OutOfMemoryError,
 )
-LINEAR_KERNELS = (skinny._skinny_kernel, skinny._fetch, skinny._product)
+LINEAR_KERNELS = (skinny._skinny_kernel, skinny._fetch, skinny._product, skinny._turned)
 EPS = 1e-5
 TOLERANCE = 2e-2  # of a bf16 result against float32, relative to the largest
 OTHER_SHARED_BYTES = 2048  # reductions and what the system keeps
-TILES = (  # block_n, block_k, warps
-    (16, 256, 1), (16, 512, 2), (32, 128, 1), (32, 256, 2), (64, 64, 4), (64, 128, 4), (64, 256, 4),
-    (128, 64, 4), (128, 128, 4), (128, 128, 8), (256, 64, 8),
+TILES = (  # block_n, block_k, warps, slices
+    (16, 256, 1, 1), (16, 512, 4, 4), (32, 128, 1, 1), (32, 256, 2, 1), (32, 256, 4, 4), (32, 512, 4, 4),
+    (64, 64, 4, 1), (64, 128, 4, 1), (64, 256, 4, 1), (64, 256, 4, 4), (128, 64, 4, 1), (128, 128, 4, 1),
+    (128, 128, 8, 1), (256, 64, 8, 1),
 )  # fmt: skip
 
 
@@ -150,11 +151,11 @@ def linear_candidates(problem: LinearProblem, chip: Chip) -> list[SkinnyConfig]:
     """Configurations worth trying: some 64 to 160 KiB on their way into each multiprocessor, which holds 1 to
     4 programs at once, and as many programs as fill the chip once, where the matrix has rows for fewer."""
     found: dict[SkinnyConfig, None] = {}
-    for (block_n, block_k, warps), programs in itertools.product(TILES, (1, 2, 3, 4)):
+    for (block_n, block_k, warps, slices), programs in itertools.product(TILES, (1, 2, 3, 4)):
         matrices = 2 if problem.fusion is Fusion.GATE else 1
         rows = tile_rows(problem.rows)
         stage_bytes = (matrices * block_n + rows) * block_k * problem.dtype.itemsize
-        if rows * max(matrices * block_n, block_k) > 64 * 32 * warps:  # float32 a thread
+        if rows * max(matrices * block_n * slices, block_k) > 64 * 32 * warps:  # float32 a thread
             continue
         tiles = -(-problem.outputs // block_n)
         blocks = -(-problem.inner // block_k)
@@ -164,7 +165,7 @@ def linear_candidates(problem: LinearProblem, chip: Chip) -> list[SkinnyConfig]:
             if programs * (stages * stage_bytes + OTHER_SHARED_BYTES) > chip.shared_bytes:
                 continue
             for early in (1, 0) if chip.capability >= 9 else (0,):
-                found[SkinnyConfig(block_n, block_k, split, stages, warps, early)] = None
+                found[SkinnyConfig(block_n, block_k, split, stages, warps, slices, early)] = None
     return list(found)
 
 

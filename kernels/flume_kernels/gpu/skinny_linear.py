@@ -11,9 +11,9 @@ rounded to x's dtype before the product, where a norm on its own rounds its resu
 
 W's rows are the tall side of the product, [BLOCK_N, BLOCK_K] · [BLOCK_K, ROWS]: tensor cores take 16 or 64 of
 those but as few as 8 columns, so nothing is computed for rows that are not there. Where W has too few rows to
-fill the chip, programs share them out along K: each leaves its float32 sums in memory, and the last to arrive
-adds them in the order of K, so that the result does not depend on who was last. Their number is taken by an
-integer atomic; there is none on floats.
+fill the chip, a program takes few of them and its warps slices of K; or programs share K out: each leaves its
+float32 sums in memory, and the last to arrive adds them in the order of K, so that the result does not depend
+on who was last. Their number is taken by an integer atomic; there is none on floats.
 
 A launch may begin before the one it follows has ended (`early`, compute capability 9): it fetches the first
 tiles of W into L2, which nobody writes, and then waits. Such a launch must follow kernels on the same stream
@@ -52,6 +52,11 @@ def _product(weight, x_turned, acc, WIDE: tl.constexpr, PRECISION: tl.constexpr)
     return tl.dot(weight, x_turned, acc, input_precision=PRECISION)
 
 
+@triton.jit
+def _turned(x, SLICES: tl.constexpr):
+    return tl.trans(x) if SLICES == 1 else tl.permute(x, (0, 2, 1))
+
+
 @triton.jit(do_not_specialize=["rows"])
 def _skinny_kernel(
     x_ptr,  # [rows, inner]
@@ -71,6 +76,7 @@ def _skinny_kernel(
     ROWS: tl.constexpr,  # of a tile: a power of two >= rows
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    SLICES: tl.constexpr,
     SPLIT: tl.constexpr,
     STAGES: tl.constexpr,
     EVEN_K: tl.constexpr,  # BLOCK_K divides inner
@@ -89,7 +95,14 @@ def _skinny_kernel(
     # Outputs past the end are computed as the last one is, and not stored: no mask on W for their sake.
     n = tl.minimum(output, outputs - 1)
     row = tl.arange(0, ROWS)
-    k = tl.arange(0, BLOCK_K)
+    # [1, BLOCK_K], or [SLICES, 1, BLOCK_K / SLICES]: one slice for each warp.
+    WIDTH: tl.constexpr = BLOCK_K // SLICES
+    SUMS: tl.constexpr = (BLOCK_N, ROWS) if SLICES == 1 else (SLICES, BLOCK_N, ROWS)
+    X: tl.constexpr = (ROWS, BLOCK_K) if SLICES == 1 else (SLICES, ROWS, WIDTH)
+    k = tl.arange(0, BLOCK_K)[None, :]
+    if SLICES > 1:
+        # Not k in another shape: the compiler would not see that it is contiguous.
+        k = (tl.arange(0, SLICES)[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :])[:, None, :]
     blocks = tl.cdiv(inner, BLOCK_K)
     first = part * blocks // SPLIT
     last = (part + 1) * blocks // SPLIT
@@ -105,12 +118,12 @@ def _skinny_kernel(
             _fetch(weight_rows + up_offset + first * BLOCK_K, (STAGES - 1) * BLOCK_K, LINE)
         cuda.gdc_wait()
 
-    weight_at = weight_rows[:, None] + (first * BLOCK_K + k)[None, :]
-    x_at = x_ptr + row.to(tl.int64)[:, None] * x_stride + (first * BLOCK_K + k)[None, :]
+    weight_at = weight_rows[:, None] + (first * BLOCK_K + k)
+    x_at = (x_ptr + row.to(tl.int64) * x_stride)[:, None] + (first * BLOCK_K + k)
     norm_at = norm_ptr + first * BLOCK_K + k
-    acc = tl.zeros([BLOCK_N, ROWS], tl.float32)
-    up = tl.zeros([BLOCK_N, ROWS], tl.float32)
-    squares = tl.zeros([ROWS, BLOCK_K], tl.float32)
+    acc = tl.zeros(SUMS, tl.float32)
+    up = tl.zeros(SUMS, tl.float32)
+    squares = tl.zeros(X, tl.float32)
     if NORM:
         next_norm = tl.load(norm_at, mask=(first < last) & (first * BLOCK_K + k < inner), other=0.0)
     for block in tl.range(first, last, num_stages=STAGES):
@@ -119,8 +132,8 @@ def _skinny_kernel(
             x = tl.load(x_at, mask=given[:, None], other=0.0)
         else:
             held = block * BLOCK_K + k < inner
-            weight = tl.load(weight_at, mask=held[None, :], other=0.0)
-            x = tl.load(x_at, mask=given[:, None] & held[None, :], other=0.0)
+            weight = tl.load(weight_at, mask=held, other=0.0)
+            x = tl.load(x_at, mask=given[:, None] & held, other=0.0)
         if NORM:
             # One block ahead: too small a load for the compiler to do so.
             norm = next_norm
@@ -132,27 +145,31 @@ def _skinny_kernel(
                 next_norm = tl.load(norm_at, mask=(block + 1 < last) & (ahead < inner), other=0.0)
             wide = x.to(tl.float32)
             squares += wide * wide
-            x = (wide * norm.to(tl.float32)[None, :]).to(x.dtype)
-        turned = tl.trans(x)
+            x = (wide * norm.to(tl.float32)).to(x.dtype)
+        turned = _turned(x, SLICES)
         acc = _product(weight, turned, acc, WIDE, PRECISION)
         if GATED:
             if EVEN_K:
                 weight = tl.load(weight_at + up_offset)
             else:
-                weight = tl.load(weight_at + up_offset, mask=held[None, :], other=0.0)
+                weight = tl.load(weight_at + up_offset, mask=held, other=0.0)
             up = _product(weight, turned, up, WIDE, PRECISION)
         weight_at += BLOCK_K
         x_at += BLOCK_K
+    if SLICES > 1:
+        acc = tl.sum(acc, 0)
+        up = tl.sum(up, 0)
+        squares = tl.sum(squares, 0)
     square = tl.sum(squares, 1)
 
     if SPLIT > 1:
-        SUMS: tl.constexpr = BLOCK_N * ROWS
+        CELLS: tl.constexpr = BLOCK_N * ROWS
         cell = tl.arange(0, BLOCK_N)[:, None] * ROWS + row[None, :]
         partials = partial_ptr + tile.to(tl.int64) * SPLIT * PARTIAL
         mine = partials + part * PARTIAL
         tl.store(mine + cell, acc)
         if GATED:
-            tl.store(mine + SUMS + cell, up)
+            tl.store(mine + CELLS + cell, up)
         if NORM:
             tl.store(mine + (PARTIAL - ROWS) + row, square)
         tl.debug_barrier()  # all threads' sums before the one thread that counts
@@ -166,7 +183,7 @@ def _skinny_kernel(
             at = partials + other * PARTIAL
             acc += tl.load(at + cell, cache_modifier=".cg")
             if GATED:
-                up += tl.load(at + SUMS + cell, cache_modifier=".cg")
+                up += tl.load(at + CELLS + cell, cache_modifier=".cg")
             if NORM:
                 square += tl.load(at + (PARTIAL - ROWS) + row, cache_modifier=".cg")
 
@@ -198,6 +215,7 @@ class SkinnyConfig:
     split: int = 1  # programs that share a tile's rows along K
     num_stages: int = 5
     num_warps: int = 4
+    slices: int = 1  # 1, or num_warps: each warp takes a slice of block_k, and not rows of the tile
     early: int = 0  # 1: begins before the kernel before it has ended
 
 
@@ -269,7 +287,7 @@ def skinny_linear(
     _skinny_kernel[(tiles, config.split)](
         x, weight, bias if bias is not None else x, norm if norm is not None else x, out, sums, arrivals,
         rows, outputs, inner, x.stride(0), weight.stride(0), out.stride(0), eps,
-        ROWS=padded, BLOCK_N=config.block_n, BLOCK_K=config.block_k, SPLIT=config.split,
+        ROWS=padded, BLOCK_N=config.block_n, BLOCK_K=config.block_k, SLICES=config.slices, SPLIT=config.split,
         STAGES=config.num_stages, EVEN_K=inner % config.block_k == 0, NORM=norm is not None, GATED=gated,
         ADD=add, HAS_BIAS=bias is not None, EARLY=bool(config.early), PARTIAL=partial,
         WIDE=triton.knobs.runtime.interpret,

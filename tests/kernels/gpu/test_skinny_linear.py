@@ -6,6 +6,8 @@ independent and grow in a sum of K products as √K where the sum itself does. M
 holds NaN and must neither be felt nor be written.
 """
 
+from dataclasses import replace
+
 import pytest
 import torch
 from flume_kernels.gpu import reference
@@ -14,6 +16,7 @@ from flume_kernels.gpu.skinny_linear import SkinnyConfig, SplitMemory, skinny_li
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
 DTYPES = pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 SMALL = SkinnyConfig(block_n=16, block_k=32, num_stages=2)
+SLICED = SkinnyConfig(block_n=16, block_k=64, num_stages=2, slices=4)
 SPLITS = pytest.mark.parametrize("split", [1, 3], ids=["whole", "in 3 parts"])
 EPS = 1e-5
 
@@ -84,6 +87,19 @@ def test_a_product_is_its_definition(options, split, dtype, device):
 def test_all_of_it_together(options, device):
     problem = Problem(3, 50, 96, torch.float32, device, **options)
     problem.run(SkinnyConfig(32, 32, 2, 2))
+    problem.check()
+
+
+@DTYPES
+@SPLITS
+@pytest.mark.parametrize(
+    "options",
+    [{"norm": True, "bias": True}, {"gated": True, "norm": True}, {"add": True}],
+    ids=lambda options: " ".join(options) or "plain",
+)
+def test_warps_that_take_slices_compute_the_same(options, split, dtype, device):
+    problem = Problem(5, 37, 200, dtype, device, **options)
+    problem.run(replace(SLICED, split=split))
     problem.check()
 
 
