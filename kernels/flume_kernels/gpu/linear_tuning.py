@@ -50,9 +50,8 @@ TILES = (  # block_n, block_k, warps, slices
 class Fusion(StrEnum):
     """What one launch does."""
 
-    PLAIN = "plain"
     NORM = "norm"  # the product of norm(x)
-    GATE = "gate"  # that, and the gate of its halves
+    GATE = "gate"  # that, and silu(a) · b of its halves
     ADD = "add"  # the product, added to out
 
 
@@ -64,7 +63,7 @@ class LinearProblem:
     outputs: int
     inner: int
     dtype: torch.dtype
-    fusion: Fusion = Fusion.PLAIN
+    fusion: Fusion
 
     @property
     def products(self) -> int:
@@ -92,7 +91,7 @@ def model_problems(
         "O": LinearProblem(rows, hidden, query, dtype, Fusion.ADD),
         "gate and up": LinearProblem(rows, inner, hidden, dtype, Fusion.GATE),
         "down": LinearProblem(rows, hidden, inner, dtype, Fusion.ADD),
-        "head": LinearProblem(rows, vocabulary, hidden, dtype),
+        "head": LinearProblem(rows, vocabulary, hidden, dtype, Fusion.NORM),
     }
 
 
@@ -103,8 +102,8 @@ def linear_key(problem: LinearProblem, gpu: str) -> Key:
 def can_take(problem: LinearProblem) -> bool:
     """Whether the kernel computes this. x ∘ w, not yet divided by its root mean square, could leave
     float16."""
-    normed = problem.fusion in (Fusion.NORM, Fusion.GATE)
-    return 0 < problem.rows <= MAX_ROWS and not (normed and problem.dtype is torch.float16)
+    fits = problem.fusion is Fusion.ADD or problem.dtype is not torch.float16
+    return 0 < problem.rows <= MAX_ROWS and fits
 
 
 def known_config(problem: LinearProblem, cache: TuningCache, gpu: str) -> tuple[SkinnyConfig, bool] | None:
@@ -197,7 +196,7 @@ class LinearRun:
         fusion = self.problem.fusion
         skinny_linear(
             self.x, weight, self.out, config, self._memory,
-            norm=self.norm if fusion in (Fusion.NORM, Fusion.GATE) else None, eps=EPS,
+            norm=None if fusion is Fusion.ADD else self.norm, eps=EPS,
             gated=fusion is Fusion.GATE, add=fusion is Fusion.ADD,
         )  # fmt: skip
         return self.out
@@ -206,8 +205,6 @@ class LinearRun:
         fusion = self.problem.fusion
         if fusion is Fusion.ADD:
             return self.out.addmm_(self.x, weight.T)
-        if fusion is Fusion.PLAIN:
-            return F.linear(self.x, weight)
         normed = torch.empty_like(self.x)
         rms_norm(self.x, self.norm, normed, EPS)
         y = F.linear(normed, weight)
@@ -219,7 +216,7 @@ class LinearRun:
     def exact(self) -> Tensor:
         """The first matrix's product in float32."""
         fusion, x = self.problem.fusion, self.x.float()
-        if fusion in (Fusion.NORM, Fusion.GATE):
+        if fusion is not Fusion.ADD:
             x = F.rms_norm(x, (self.problem.inner,), self.norm.float(), EPS)
         y = F.linear(x, self.weights[0].float())
         if fusion is Fusion.GATE:

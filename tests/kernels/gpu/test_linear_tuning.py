@@ -134,7 +134,7 @@ def test_launches_begin_early_only_where_the_card_can():
 
 
 def test_the_bucket_names_what_a_configuration_depends_on():
-    changes = {"rows": 9, "outputs": 25, "inner": 63, "dtype": torch.bfloat16, "fusion": Fusion.PLAIN}
+    changes = {"rows": 9, "outputs": 25, "inner": 63, "dtype": torch.bfloat16, "fusion": Fusion.ADD}
     others = {replace(SMALL, **{name: value}).bucket for name, value in changes.items()}
     assert len(others | {SMALL.bucket}) == 6
     assert replace(SMALL, rows=8).bucket == SMALL.bucket
