@@ -245,7 +245,7 @@ class LinearRun:
 
 
 def tune_linear(
-    problem: LinearProblem, cache: TuningCache, device: torch.device | str
+    problem: LinearProblem, cache: TuningCache, device: torch.device | str, chip: Chip | None = None
 ) -> tuple[float, float]:
     """Measure every candidate and the plain way, keep what was best: seconds (ours, plain).
 
@@ -261,7 +261,7 @@ def tune_linear(
         times[config] = _seconds_or_infinite(run, config, want)
         return times[config]
 
-    chosen, seconds = choose(linear_candidates(problem, Chip.of(device)), measure)
+    chosen, seconds = choose(linear_candidates(problem, chip or Chip.of(device)), measure)
     if math.isinf(seconds):
         raise RuntimeError(f"no candidate computes {problem.bucket} on this device")
     plain = run.seconds(None)
@@ -310,6 +310,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--vocabulary", type=int, default=128256)
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"])
     parser.add_argument("--file", type=Path, default=default_path())
+    parser.add_argument("--no-early", action="store_true", help="no launch begins before the one before ends")
     parser.add_argument("--compile", type=int, nargs=2, metavar=("PART", "PARTS"), help="compile only")
     return parser.parse_args()
 
@@ -317,12 +318,14 @@ def _arguments() -> argparse.Namespace:
 def main() -> None:
     options = _arguments()
     cache, chip = TuningCache(options.file), Chip.of("cuda")
+    if options.no_early:
+        chip = replace(chip, capability=8)
     torch.manual_seed(0)
     for problem in _problems(options):
         if options.compile:
             compile_linear(problem, chip, *options.compile)
             continue
-        ours, plain = tune_linear(problem, cache, "cuda")
+        ours, plain = tune_linear(problem, cache, "cuda", chip)
         rate = problem.weight_bytes / ours / 1e12
         sys.stdout.write(
             f"{problem.bucket}: {ours * 1e6:.1f} us, {rate:.2f} TB/s; plain {plain * 1e6:.1f} us\n"
