@@ -1,23 +1,26 @@
 #!/usr/bin/env bash
 # On a machine with an NVIDIA GPU: tests and measurements of the GPU data path. From the repository's root:
-#   bash bench/gpu_check.sh RESULTS_FOLDER [tests|tune|bench|layer|paths|hop|poller|step|nodes ...]     (all when none is named)
+#   bash bench/gpu_check.sh RESULTS_FOLDER [tests|tune|bench|layer|paths|hop|poller|step|nodes|ready ...]     (all when none is named)
 #
-#   tests   the kernels against their definitions          tune    how decode attention runs best, kept in tuning.json
+#   tests   the kernels against their definitions          tune    how attention and products run best, kept in tuning.json
 #   bench   the kernels against others                     paths   captured steps on the GPU, over lanes, and their failures
 #   layer   where each microsecond of a step goes          hop     a round trip between two processes' devices, under MPS
 #   poller  the driver's jitter                            step    whole decode steps, one process against two under MPS
 #   nodes   engines as processes with --device cuda say the model's own tokens, also when one is killed, under MPS
+#   ready   how soon an attention node with 40 GiB of KV is READY, by phase
 #
 # Needs python3 with torch, triton, numpy and pytest; nothing of this project need be installed. `layer`, `paths`, `poller`
 # and `step` need protobuf, msgspec and ucxx (ucxx-cu12 or -cu13), `hop`, `step` and `nodes` nvidia-cuda-mps-control, `nodes`
-# also grpcio, structlog, safetensors and gguf. `NODES_DEVICE=cpu` lets `nodes` run on CPUs, without MPS; with
-# `NODES_MODEL=PATH` it tries that model after a small random one, `NODES_REFERENCE=transformers` compares with that.
+# also grpcio, structlog, safetensors and gguf, `ready` all that this project depends on, and to measure whole nodes the
+# project and an etcd binary. `NODES_DEVICE=cpu` lets `nodes` and `ready` run on CPUs, without MPS, `READY_KV_BYTES=256MiB`
+# with less memory; with `NODES_MODEL=PATH` `nodes` tries that model after a small random one, and compares with
+# transformers where it is told `NODES_REFERENCE=transformers`.
 set -uo pipefail
 out=${1:?a folder for the results}
 shift
-steps=${*:-tests tune bench layer paths hop poller step nodes}
+steps=${*:-tests tune bench layer paths hop poller step nodes ready}
 mkdir -p "$out"
-services=services/common:services/weight:services/attention
+services=services/common:services/weight:services/attention:services/controller
 export PYTHONPATH=kernels:$services:protos:tests:tests/attention${PYTHONPATH:+:$PYTHONPATH}
 export PYTHONUNBUFFERED=1 FLUME_TUNING_FILE="$out/tuning.json"
 status=0
@@ -47,7 +50,7 @@ measure_hop() {
 }
 
 measure_steps() {
-  timeout 500 python3 bench/gpu_step.py --out "$out/step.json" 2>&1 | tee "$out/step.log" || status=1
+  timeout 500 python3 bench/gpu_step.py --microbatches 2 --out "$out/step.json" 2>&1 | tee "$out/step.log" || status=1
 }
 
 # float32 must agree to the token; a killed node must cost none; bfloat16 says how far it agrees.
@@ -75,10 +78,12 @@ for step in $steps; do
           python3 -m flume_kernels.gpu.decode_tuning --compile "$part" 12 --block-tokens 16 32 64 128
           python3 -m flume_kernels.gpu.decode_tuning --compile "$part" 12 --dtype float8_e4m3fn
           python3 -m flume_kernels.gpu.decode_tuning --compile "$part" 12 --queries 512 --shapes 1x32768
+          python3 -m flume_kernels.gpu.linear_tuning --compile "$part" 12
         ) &
       done
       wait
       python3 bench/kernels.py --tune-only 2>&1 | tee "$out/tune.log" | tail -n 90 || status=1
+      python3 -m flume_kernels.gpu.linear_tuning 2>&1 | tee "$out/tune_linear.log" | grep TB/s || status=1
       ;;
     bench) python3 bench/kernels.py --out "$out/kernels.json" 2>&1 | tee "$out/bench.log" || status=1 ;;
     layer) python3 bench/gpu_layer.py --out "$out/layer.json" 2>&1 | tee "$out/layer.log" || status=1 ;;
@@ -89,6 +94,10 @@ for step in $steps; do
     hop) under_mps measure_hop ;;
     poller) python3 bench/gpu_poller.py --out "$out/poller.json" 2>&1 | tee "$out/poller.log" || status=1 ;;
     step) under_mps measure_steps ;;
+    ready)
+      timeout 300 python3 bench/gpu_ready.py --device "$device" --kv-bytes "${READY_KV_BYTES:-40GiB}" \
+        --out "$out/ready.json" 2>&1 | tee "$out/ready.log" || status=1
+      ;;
     nodes) if [ "$device" = cuda ]; then under_mps run_nodes; else run_nodes; fi ;;
     *) echo "no step $step" >&2; status=2 ;;
   esac

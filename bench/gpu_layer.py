@@ -6,7 +6,8 @@ Every phase is captured alone, once for each layer with that layer's weights, so
 cache; what is given is its time per layer, and beside it the least time in which its weights could be read.
 `whole` is the captured step itself, its waits for attention left out: what it takes beyond the sum of its
 phases, or less, is what lies between them. Random weights. `step / least` is the step over the time of
-reading all weights once at the bandwidth measured here.
+reading all weights once at the bandwidth measured here. K and V count a norm of their own; the step shares
+it with Q where neither product takes it in.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import json
 import statistics
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ import torch
 from flume_weight.cuda.buckets import StepSize
 from flume_weight.cuda.decode_step import DecodeStep
 from flume_weight.cuda.ops import Angles, Ops
+from flume_weight.cuda.products import Normed
 from flume_weight.cuda.step_buffers import StepBuffers
 from flume_weight.model.linear import Linear
 from flume_weight.model.weights import Layer, Weights
@@ -70,19 +72,27 @@ class Layers:
         def made(*size: int) -> torch.Tensor:
             return torch.randn(problem.batch, *size, dtype=problem.dtype, device=where)
 
-        self._x, self._residual = made(config.hidden_size), made(config.hidden_size)
+        self._hidden, self._added_to = made(config.hidden_size), made(config.hidden_size)
         self._q, self._turned = (made(config.num_query_heads, config.head_dim) for _ in range(2))
         self._k, self._v = (made(config.num_kv_heads, config.head_dim) for _ in range(2))
         self._mixed = made(config.query_size)
-        self._wide, self._inner = made(2 * config.intermediate_size), made(config.intermediate_size)
+        self._inner = made(config.intermediate_size)
 
     def phases(self) -> dict[str, tuple[Phase, Callable[[Layer], Linear | None]]]:
         """By name: what to queue, and the matrix that it reads."""
         ops, part, nothing = self._ops, self._part, lambda layer: None
         eps, scale = self._config.rms_norm_eps, self._config.head_dim**-0.5
 
-        def norm(number: int, layer: Layer) -> None:
-            ops.rms_norm(self._x, layer.input_norm, eps, self._residual)
+        def normed(of: Callable[[Layer], Linear]) -> tuple[Phase, Callable[[Layer], Linear]]:
+            return lambda _, layer: void(
+                ops.linear(of(layer), Normed(self._hidden, layer.input_norm, eps))
+            ), of
+
+        def added(of: Callable[[Layer], Linear], x: torch.Tensor) -> tuple[Phase, Callable[[Layer], Linear]]:
+            return lambda _, layer: ops.linear_add(of(layer), x, self._added_to), of
+
+        def gate(number: int, layer: Layer) -> None:
+            ops.gate(layer.gate_up, Normed(self._hidden, layer.post_norm, eps))
 
         def turn(out: torch.Tensor, x: torch.Tensor) -> Phase:
             return lambda number, layer: ops.rope(x, self._positions, self._angles, out)
@@ -94,26 +104,18 @@ class Layers:
         def merge(number: int, layer: Layer) -> None:
             ops.merge(self._turned, self._k, self._v, part.part_o, part.part_lse, scale)
 
-        def product(
-            of: Callable[[Layer], Linear], x: torch.Tensor
-        ) -> tuple[Phase, Callable[[Layer], Linear]]:
-            return lambda number, layer: void(of(layer)(x)), of
-
         return {
-            "norm and residual (before Q)": (norm, nothing),
-            "Q": product(lambda layer: layer.query, self._x),
+            "norm and Q": normed(lambda layer: layer.query),
             "RoPE of Q into the send buffer": (turn(part.queries, self._q), nothing),
             "signal": (lambda number, layer: self._device.signal(self._buffers.flags, 1), nothing),
             "RoPE of Q for the merge": (turn(self._turned, self._q), nothing),
-            "K and V": product(lambda layer: layer.kv, self._x),
+            "norm, K and V": normed(lambda layer: layer.kv),
             "RoPE of K": (turn(torch.empty_like(self._k), self._k), nothing),
             "K and V into the send buffer": (keep, nothing),
             "merge": (merge, nothing),
-            "O": product(lambda layer: layer.output, self._mixed),
-            "norm and residual (before FFN)": (norm, nothing),
-            "gate and up": product(lambda layer: layer.gate_up, self._x),
-            "SiLU": (lambda number, layer: void(ops.silu_mul(self._wide)), nothing),
-            "down": product(lambda layer: layer.down, self._inner),
+            "O and residual": added(lambda layer: layer.output, self._mixed),
+            "norm, gate and up, SiLU": (gate, lambda layer: layer.gate_up),
+            "down and residual": added(lambda layer: layer.down, self._inner),
         }  # fmt: skip
 
 
@@ -153,8 +155,9 @@ def measure(device: Any, ops: Ops, problem: Problem) -> Iterator[Found]:
         took = max(seconds(device, run) - (empty if name != "signal" else 0.0), 0.0)
         yield Found(name, took / count, 0 if matrix is None else _bytes(matrix))
     hidden = torch.randn(problem.batch, problem.config.hidden_size, dtype=problem.dtype, device=device.name)
-    head = seconds(device, lambda: void(weights.head(hidden)))
-    yield Found("head", max(head - empty, 0.0), _bytes(weights.head), per_step=True)
+    last = Normed(hidden, weights.final_norm, problem.config.rms_norm_eps)
+    head = seconds(device, lambda: void(ops.linear(weights.head, replace(last))))
+    yield Found("norm and head", max(head - empty, 0.0), _bytes(weights.head), per_step=True)
     buffers.flags.rearm()
     angles = Angles.of(problem.config, weights.embedding.device)
     step = DecodeStep(Alone(device), ops, problem.config, weights, angles, buffers)

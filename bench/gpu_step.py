@@ -1,12 +1,13 @@
 """The decode step of a model of random weights: one process against a weight node and an attention node.
 
-    python bench/gpu_step.py --model 8b --batch 8 --context 8192 32768 [--out step.json]
+    python bench/gpu_step.py --model 8b --batch 8 --context 8192 32768 [--microbatches 2] [--out step.json]
 
 Both run the same kernels from captured graphs. `one` attends in the weight node's own graph; `split` is the
-real data path: queries over a lane to another process, partials back, keys appended there; `direct` the same
-with queries and partials in device memory that both have mapped. Milliseconds a step, median of --steps;
+real data path: queries over a lane to another process, partials back, keys appended there. `direct` is the
+same with queries and partials in device memory that both have mapped. Milliseconds a step, median of --steps;
 `attention` is what the driver saw between queries' flags and their gates, which says nothing of direct steps.
-On one card the two processes need MPS. `--model tiny` runs on anything that has a GPU.
+With --microbatches 2 `halves` is the split step in two of them, beside what the step model makes of it. On
+one card the two processes need MPS. `--model tiny` runs on anything that has a GPU.
 """
 
 from __future__ import annotations
@@ -39,9 +40,10 @@ from flume_common.wire import LaneShape
 from flume_kernels.gpu.watchdog import Watchdog
 from flume_weight.cuda.buckets import StepSize
 from flume_weight.cuda.captured_steps import CapturedSteps
+from flume_weight.cuda.chooser import predicted_s
 from flume_weight.cuda.decode_step import DecodeStep
 from flume_weight.cuda.direct_exchange import DirectExchange
-from flume_weight.cuda.driver import StepDriver
+from flume_weight.cuda.driver import StepDriver, StepTimes
 from flume_weight.cuda.lane_exchange import LaneExchange
 from flume_weight.cuda.ops import Angles, Ops
 from flume_weight.cuda.region_mapping import mapped
@@ -78,6 +80,7 @@ class Problem:
     context: int
     steps: int = 30
     warm_up: int = 5
+    microbatches: int = 1  # the most
 
     @property
     def layout(self) -> KvLayout:
@@ -91,7 +94,7 @@ class Problem:
     @property
     def longest(self) -> int:
         """Tokens of a sequence at last: each way of splitting the step adds to it."""
-        return self.context + 2 * (self.steps + self.warm_up) + 1
+        return self.context + (self.microbatches + 1) * (self.steps + self.warm_up) + 1
 
     @property
     def shape(self) -> LaneShape:
@@ -272,10 +275,10 @@ def _fill(session: GpuLaneSession, tokens: int) -> None:
 def weight_node(
     problem: Problem, device: Any, ops: Ops, where: torch.device, pipe: Connection
 ) -> dict[str, dict[str, float]]:
-    """Decodes against the attention node at the other end of the pipe, each way that it can."""
+    """Decodes against the attention node at the other end of the pipe: in whole steps, in microbatches, and
+    direct."""
     weights = random_weights(problem, where)
     steps = CapturedSteps(device, ops, problem.config, weights, parts=1)
-    size = StepSize(problem.batch)
     with torch.inference_mode(), Port() as port, Watchdog() as watchdog:
         pipe.send(port.address)
         address, region = pipe.recv(), pipe.recv()
@@ -295,28 +298,38 @@ def weight_node(
         driver = StepDriver(watchdog, TIMEOUT_S)
         number, held = 0, problem.context
         ids = torch.zeros(problem.batch, dtype=torch.int64)
+        measured: list[StepTimes] = []
 
         def run() -> float:
             nonlocal number, held
             number += 1
             captured.buffers.fill(ids, torch.full_like(ids, held))
             exchange = _exchange(problem, peer, held)
-            eager.begin(number, [exchange], [], way == "direct")
             messages.begin(number, [exchange], captured.buffers)
+            eager.begin(number, [exchange], [], way == "direct")
             times = driver.run(captured, messages)
             lost = messages.finish(TIMEOUT_S)
             assert not lost, lost
             held += 1
+            measured.append(times)
             return times.attention_s
 
         found = {}
-        for way, messages in ways.items():
+        runs = [("split", 1), ("halves", 2)][: problem.microbatches] + [("direct", 1)] * bool(region)
+        for way, microbatches in runs:
+            messages = ways["direct" if way == "direct" else "split"]
             messages.epoch = 1
-            captured = steps.of(size, way == "direct")
+            captured = steps.of(StepSize(problem.batch, microbatches), way == "direct")
+            measured.clear()
             found[way] = median_ms(problem, run)
+            if way == "split":
+                whole = measured[problem.warm_up :]
+        if problem.microbatches > 1:
+            found["halves"]["predicted"] = 1e3 * predicted_s(whole, problem.config.num_layers, 2)
         pipe.send("end")
         captures = pipe.recv()
-        assert (steps.captures, captures) == (len(ways), 1), (steps.captures, captures)
+        expected = len(runs), problem.microbatches
+        assert (steps.captures, captures) == expected, (steps.captures, captures)
         return found
 
 
@@ -385,6 +398,14 @@ def _answer(pipe: Connection, processes: list[Any]) -> Any:
     return answer
 
 
+def _halves(found: dict[str, dict[str, float]]) -> str:
+    if "halves" not in found:
+        return ""
+    halves = found["halves"]
+    error = halves["predicted"] / halves["step"] - 1
+    return f"; in halves {halves['step']:.2f} ms, predicted {halves['predicted']:.2f} ({error:+.1%})"
+
+
 def _direct(found: dict[str, dict[str, float]]) -> str:
     if "direct" not in found:
         return ""
@@ -401,19 +422,22 @@ def main() -> None:
     parser.add_argument("--batch", type=int, nargs="+", default=[8, 32])
     parser.add_argument("--context", type=int, nargs="+", default=[8192])
     parser.add_argument("--steps", type=int, default=30)
+    parser.add_argument("--microbatches", type=int, choices=[1, 2], default=1, help="2: measured, too.")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     rows = []
     for batch in args.batch:
         for context in args.context:
             config = model(args.model, args.layers, context)
-            found = measure(Problem(config, torch.bfloat16, batch, context, args.steps))
+            found = measure(
+                Problem(config, torch.bfloat16, batch, context, args.steps, microbatches=args.microbatches)
+            )
             ratio = found["split"]["step"] / found["one"]["step"]
             rows.append({"model": args.model, "batch": batch, "context": context, **found, "ratio": ratio})
             print(
                 f"{args.model} {batch} x {context}: one {found['one']['step']:.2f} ms, split"
                 f" {found['split']['step']:.2f} ms (attention {found['split']['attention']:.2f}),"
-                f" {ratio:.3f} x{_direct(found)}",
+                f" {ratio:.3f} x{_halves(found)}{_direct(found)}",
                 flush=True,
             )
             if args.out:

@@ -1,5 +1,4 @@
-"""GPU kernels beside others on the same card: what share of its measured read bandwidth decode attention
-reaches.
+"""GPU kernels beside others on the same card: what share of its measured read bandwidth each reaches.
 
     python bench/kernels.py [--out bench/results/kernels.json] [--tune]
 
@@ -33,11 +32,13 @@ from flume_kernels.gpu.decode_tuning import (
 )
 from flume_kernels.gpu.kv_append import kv_append
 from flume_kernels.gpu.kv_pool import FP8, KvPool
+from flume_kernels.gpu.linear_tuning import LinearProblem, LinearRun, known_config, model_problems
 from flume_kernels.gpu.merge_partials import merge_partials
 from flume_kernels.gpu.rms_norm import rms_norm
 from flume_kernels.gpu.rope import rope
 from flume_kernels.gpu.sampling import greedy, greedy_workspace_size, sample
 from flume_kernels.gpu.silu_mul import silu_mul
+from flume_kernels.gpu.skinny_linear import SkinnyConfig
 from flume_kernels.gpu.timing import graph_seconds
 from flume_kernels.gpu.tuning import TuningCache, default_path
 from torch import Tensor
@@ -215,6 +216,36 @@ def chunk_row(cache: TuningCache) -> Row:
     }  # fmt: skip
 
 
+def product_rows(name: str, problem: LinearProblem, cache: TuningCache) -> list[Row]:
+    """One matrix: torch's product alone, that with the kernels for norm and gate beside it, and ours."""
+    run = LinearRun(problem, "cuda")
+    want = run.exact()
+    known = known_config(problem, cache, torch.cuda.get_device_name())
+    config = known[0] if known else SkinnyConfig()
+    ours = "ours" if known else "ours, not tuned"
+    rows: list[Row] = [
+        {"kernel": "F.linear", "seconds": run.seconds_of(lambda weight: F.linear(run.x, weight))},
+        {"kernel": f"torch, {problem.fusion}", "seconds": run.seconds(None)},
+    ]
+    if run.is_right(config, want):
+        rows.append({"kernel": ours, "seconds": run.seconds(config), "config": repr(config)})
+    else:
+        rows.append({"kernel": ours, "failed": "answers wrongly, or not the same twice"})
+    shape = {"shape": f"{name}, batch {problem.rows}", "bytes": problem.weight_bytes}
+    return [shape | row for row in rows]
+
+
+def product_table(cache: TuningCache) -> list[Row]:
+    """The products of Llama-3.1-8B; bytes are those of the weights."""
+    rows = []
+    for batch in (1, 8, 32):
+        problems = model_problems(batch, 4096, 4096, 2048, 14336, 128256, torch.bfloat16)
+        for name, problem in problems.items():
+            rows += product_rows(name, problem, cache)
+            torch.cuda.empty_cache()
+    return rows
+
+
 def small_rows(batch: int = 32) -> list[Row]:
     """The dense path's small kernels at Llama-3.1-8B's sizes; bytes are read plus written."""
     bf16 = {"dtype": torch.bfloat16, "device": "cuda"}
@@ -303,7 +334,8 @@ def main() -> int:
     sys.stdout.write(f"{gpu}, torch {torch.__version__}, triton {triton.__version__}: ")
     sys.stdout.write(f"reads {bandwidth / 1e12:.3f} TB/s\n")
     rows = attention_table(cache)
-    rows += [ragged_row(cache), spread_row(cache), fp8_row(cache), chunk_row(cache), *small_rows()]
+    rows += [ragged_row(cache), spread_row(cache), fp8_row(cache), chunk_row(cache)]
+    rows += [*small_rows(), *product_table(cache)]
     print_table(rows, bandwidth)
     options.out.parent.mkdir(parents=True, exist_ok=True)
     result = {"gpu": gpu, "torch": torch.__version__, "triton": triton.__version__}

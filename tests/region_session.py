@@ -43,23 +43,23 @@ class RegionSession(LaneSession):
         step = self.holdings.step
         if step is None or not self._is_direct:
             return super()._answer()
-        layer, layers = step.layers_answered, self.holdings.shape.layout.num_layers
+        layer, layers = step.answered, self.holdings.shape.layout.num_layers
         if layer == layers or layer == self.stops_at or not step.query_tokens:
             return False
         if int(flag(self._mapped, ASKED_AT).cpu()) < mark(step.number, layer):
             return False
-        self._attend_there(step)
+        self._attend_there(step.parts[0], layer)
         flag(self._mapped, ANSWERED_AT).fill_(mark(step.number, layer))
-        step.layers_answered += 1
+        step.answered += 1
         self.answered_directly += 1
         return True
 
-    def _attend_there(self, step):
-        region, rows, layout = self._mapped.region, step.query_tokens, self.holdings.shape.layout
+    def _attend_there(self, part, layer):
+        region, rows, layout = self._mapped.region, part.query_tokens, self.holdings.shape.layout
         size, dtype = (rows, layout.num_query_heads, layout.head_dim), DTYPES[layout.dtype]
         q = self._rows(region.queries_at, region.row_bytes, rows).view(dtype).view(size)
         o, lse = torch.empty(size, dtype=dtype), torch.empty(size[:2])
-        self._attend(step, q.cpu(), o, lse)
+        self._attend(part, layer, q.cpu(), o, lse)
         self._rows(region.o_at, region.row_bytes, rows).view(dtype).view(size).copy_(o)
         self._rows(region.lse_at, region.lse_row_bytes, rows).view(torch.float32).view(size[:2]).copy_(lse)
 

@@ -23,10 +23,10 @@ def model(*_, **__):
     return Transformer(CONFIG, random_weights(CONFIG))
 
 
-def open_gpu(direct):
+def open_gpu(*, direct, microbatches):
     device = SimulatedDevice()
     _for_good.enter_context(device.running())
-    return backend.GpuBackend(device, ReferenceOps(), direct)
+    return backend.GpuBackend(device, ReferenceOps(), direct, microbatches)
 
 
 def main():

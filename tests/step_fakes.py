@@ -53,18 +53,21 @@ _by_address.impl("merge", direct_reference.direct_merge, "CPU")
 class ReferenceOps:
     """`flume_weight.cuda.ops.Ops` by the definitions of the kernels."""
 
-    def rms_norm(self, x, weight, eps, residual=None):
-        if residual is not None:
-            residual.add_(x)
-            x = residual
+    def rms_norm(self, x, weight, eps):
         return reference.rms_norm(x, weight, eps).to(x.dtype)
+
+    def linear(self, linear, x):
+        return linear(self.rms_norm(x.x, x.weight, x.eps))
+
+    def gate(self, linear, x):
+        gate, up = self.linear(linear, x).chunk(2, -1)
+        return reference.silu_mul(gate, up).to(gate.dtype)
+
+    def linear_add(self, linear, x, to):
+        to.add_(linear(x))
 
     def rope(self, x, positions, angles, out):
         out.copy_(reference.rope(x, positions, angles.cos, angles.sin))
-
-    def silu_mul(self, gate_up):
-        gate, up = gate_up.chunk(2, -1)
-        return reference.silu_mul(gate, up).to(gate_up.dtype)
 
     def merge(self, q, k, v, o, lse, scale):
         return reference.decode_merge(q, k, v, o, lse, scale).to(q.dtype)

@@ -23,9 +23,9 @@ class DirectWeightNode(FakeWeightNode):
         self.is_direct = self.memory is not None and any(queries) and max(queries) == 1
         return self.is_direct
 
-    def query(self, number, layer, q):
+    def query(self, number, layer, q, microbatch=0):
         if not self.is_direct:
-            super().query(number, layer, q)
+            super().query(number, layer, q, microbatch)
             return
         self._region.queries[: len(q)] = q.to(self.memory.device)
         self._flag(ASKED_AT).fill_(mark(number, layer))

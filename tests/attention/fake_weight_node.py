@@ -94,7 +94,7 @@ class FakeWeightNode:
 
     # Single messages
 
-    def plan(self, rows=(), ops=(), *, number=None, epoch=None, kv_sent=None) -> int:
+    def plan(self, rows=(), ops=(), *, number=None, epoch=None, kv_sent=None, second=0) -> int:
         """Send a PLAN of rows (slot, queries, append, held[, position]) and ops (op, slot, argument, key).
 
         Returns its step. Slots here begin with their sequence, so that a row's position is what is held.
@@ -113,6 +113,7 @@ class FakeWeightNode:
             returned_blocks=self.returned,
             kv_sent_step=self.kv_sent if kv_sent is None else kv_sent,
             direct=self.asks_directly(rows),
+            second_rows=second,
         )
         frame = self._frame(Kind.PLAN)
         self.lane.sender(Kind.PLAN).send(frame, plan.encode(frame.header, frame.words))
@@ -121,20 +122,23 @@ class FakeWeightNode:
     def asks_directly(self, rows) -> bool:
         return False
 
-    def query(self, number: int, layer: int, q: torch.Tensor) -> None:
-        self._send(Kind.QUERY, number, layer, layer + 1, q)
+    def query(self, number: int, layer: int, q: torch.Tensor, microbatch: int = 0) -> None:
+        self._send(Kind.QUERY, number, layer, layer + 1, q, microbatch)
 
     def append(self, number: int, first: int, kv: torch.Tensor) -> None:
         """kv [layers, 2, tokens, kv_heads, head_dim]"""
         self._send(Kind.KV, number, first, first + kv.shape[0], kv)
 
-    def partial(self, number: int, layer: int, tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def partial(
+        self, number: int, layer: int, tokens: int, microbatch: int = 0
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """The next partial of this step; those of older steps are dropped, as a weight node does."""
         frame = self._receive(Kind.PARTIAL)
         while frame.header[Header.STEP] < number:
             self.lane.receiver(Kind.PARTIAL).give_back(frame)
             frame = self._receive(Kind.PARTIAL)
-        assert (frame.header[Header.STEP], frame.header[Header.LAYER]) == (number, layer)
+        words = [frame.header[word] for word in (Header.STEP, Header.LAYER, Header.MICROBATCH)]
+        assert words == [number, layer, microbatch]
         layout = self.shape.layout
         split = tokens * layout.num_query_heads * layout.head_dim * layout.itemsize
         size = split + 4 * tokens * layout.num_query_heads
@@ -191,18 +195,24 @@ class FakeWeightNode:
         del self.slots[slot]
         return (Op.RELEASE, slot, 0, 0)
 
-    def step(self, *rows: tuple[int, int, int], ops=(), kv_layers: int = 1) -> None:
-        """One step with rows (slot, queries, append): send it, check every partial, and commit."""
-        self.finish(self.begin(*rows, ops=ops), kv_layers=kv_layers)
+    def step(self, *rows: tuple[int, int, int], ops=(), kv_layers: int = 1, second: int = 0) -> None:
+        """One step with rows (slot, queries, append): send it, check every partial, and commit. The last
+        `second` rows are the second microbatch's."""
+        self.finish(self.begin(*rows, ops=ops, second=second), kv_layers=kv_layers)
 
-    def begin(self, *rows: tuple[int, int, int], ops=()) -> RunningStep:
-        number = self.plan([(s, n, a, self.slots[s].held) for s, n, a in rows], ops)
-        return RunningStep(self, number, rows)
+    def begin(self, *rows: tuple[int, int, int], ops=(), second: int = 0) -> RunningStep:
+        number = self.plan([(s, n, a, self.slots[s].held) for s, n, a in rows], ops, second=second)
+        return RunningStep(self, number, rows, second)
 
     def finish(self, running: RunningStep, kv_layers: int = 1) -> None:
-        for layer in range(self.shape.layout.num_layers):
-            running.ask(layer)
-            running.check(layer)
+        """A microbatch asks about its next layer when it has an answer, as a weight node does."""
+        layers = self.shape.layout.num_layers
+        running.ask(0)
+        for layer in range(layers):
+            for part in running.parts:
+                running.check(layer, part)
+                if layer + 1 < layers:
+                    running.ask(layer + 1, part)
         running.send_kv(kv_layers)
 
     def _frame(self, kind: Kind):
@@ -210,10 +220,13 @@ class FakeWeightNode:
         assert self.port.wait(lambda: (f := sender.frame()) is not None and not got.append(f), self.timeout_s)
         return got[0]
 
-    def _send(self, kind: Kind, number: int, first: int, end: int, values: torch.Tensor) -> None:
+    def _send(
+        self, kind: Kind, number: int, first: int, end: int, values: torch.Tensor, microbatch: int = 0
+    ) -> None:
         frame = self._frame(kind)
         frame.header[Header.STEP], frame.header[Header.EPOCH] = number, self.epoch
         frame.header[Header.LAYER], frame.header[Header.LAYER_END] = first, end
+        frame.header[Header.MICROBATCH] = microbatch
         data = values.contiguous().flatten().view(torch.uint8).numpy()
         frame.body[: len(data)] = data
         self.lane.sender(kind).send(frame, len(data))
@@ -228,34 +241,54 @@ class FakeWeightNode:
         return got[0]
 
 
+@dataclass(frozen=True)
+class Asked:
+    """A microbatch's rows with queries, and which of the step's queries are theirs."""
+
+    microbatch: int
+    rows: list[tuple[int, int, int]]
+    queries: slice
+
+
 class RunningStep:
     """A step between its PLAN and its last KV."""
 
-    def __init__(self, node: FakeWeightNode, number: int, rows: tuple[tuple[int, int, int], ...]) -> None:
+    def __init__(
+        self, node: FakeWeightNode, number: int, rows: tuple[tuple[int, int, int], ...], second: int = 0
+    ) -> None:
         self.node = node
         self.number = number
         self.rows = rows
+        self.parts: list[Asked] = []
+        self.queries = 0
+        for microbatch, some in enumerate((rows[: len(rows) - second], rows[len(rows) - second :])):
+            count = sum(n for _, n, _ in some)
+            if count:
+                self.parts.append(Asked(microbatch, some, slice(self.queries, self.queries + count)))
+            self.queries += count
         layout = node.shape.layout
-        self.queries = sum(n for _, n, _ in rows)
         self.q = node.rand(layout.num_layers, self.queries, layout.num_query_heads, layout.head_dim)
         self.past = {slot: node.slots[slot].kv for slot, _, _ in rows}
         self.kv = {slot: node.new_kv(append) for slot, _, append in rows}
 
-    def ask(self, layer: int) -> None:
-        if self.queries:
-            self.node.query(self.number, layer, self.q[layer])
+    def ask(self, layer: int, only: Asked | None = None) -> None:
+        for part in [only] if only else self.parts:
+            self.node.query(self.number, layer, self.q[layer, part.queries], part.microbatch)
 
-    def check(self, layer: int) -> None:
-        """The partial of this layer equals attention over what was held when the step began."""
-        if not self.queries:
-            return
-        o, lse = self.node.partial(self.number, layer, self.queries)
+    def check(self, layer: int, only: Asked | None = None) -> None:
+        """The partials of this layer equal attention over what was held when the step began."""
+        for part in [only] if only else self.parts:
+            q = self.q[layer, part.queries]
+            o, lse = self.node.partial(self.number, layer, len(q), part.microbatch)
+            self._compare(layer, part.rows, q, o, lse)
+
+    def _compare(self, layer, rows, q, o, lse) -> None:
         tolerance = 1e-5 if self.node.shape.layout.dtype == "float32" else 1e-2
         at = 0
-        for slot, n, _ in self.rows:
+        for slot, n, _ in rows:
             k, v = self.past[slot][layer].transpose(1, 2)
             scale = self.node.shape.layout.head_dim**-0.5
-            want_o, want_lse = reference.attention(self.q[layer, at : at + n], k, v, scale)
+            want_o, want_lse = reference.attention(q[at : at + n], k, v, scale)
             torch.testing.assert_close(o[at : at + n].double(), want_o, atol=tolerance, rtol=tolerance)
             torch.testing.assert_close(lse[at : at + n].double(), want_lse, atol=2e-3, rtol=1e-4)
             at += n

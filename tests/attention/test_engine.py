@@ -547,6 +547,32 @@ async def test_a_weight_node_that_contradicts_itself_loses_its_lane(node, port):
     assert (await node.report()).used_blocks == 0
 
 
+async def test_two_microbatches_are_answered_each_on_its_own(node, port):
+    w = await node.attach(FakeWeightNode(port))
+    w.step((0, 0, 5), (1, 0, 3), (2, 0, 7), ops=[w.open(0), w.open(1), w.open(2)])
+    for second in (1, 3, 2, 0):
+        w.step((0, 1, 1), (1, 1, 1), (2, 1, 1), second=second)
+    w.step((2, 4, 4), (0, 0, 1), (1, 1, 1), second=1, kv_layers=3)
+    assert (await node.report(after=w)).used_tokens == 15 + 4 * 3 + 6
+
+
+async def test_microbatches_that_are_asked_about_out_of_turn_end_the_lane(node, port):
+    w = await node.attach(FakeWeightNode(port))
+    w.step((0, 0, 5), (1, 0, 3), ops=[w.open(0), w.open(1)])
+    running = w.begin((0, 1, 1), (1, 1, 1), second=1)
+    running.ask(0, running.parts[1])
+    assert "expected layer 0, microbatch 0" in (await node.expect(LaneClosed)).reason
+
+
+async def test_a_second_microbatch_of_more_rows_than_the_step_has_is_refused(node, port):
+    w = await node.attach(FakeWeightNode(port))
+    w.step((0, 0, 5), ops=[w.open(0)])
+    w.begin((0, 1, 1), second=2)
+    credit = w.await_credit(lambda credit: credit.refusal is not Refusal.NONE)
+    assert credit.refusal is Refusal.TOO_LARGE
+    w.step((0, 1, 1))
+
+
 async def test_the_engine_ends_with_its_supervisor():
     async with engine_with() as node:
         process = node.engine.process

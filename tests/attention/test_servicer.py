@@ -42,6 +42,9 @@ class FakeSupervisor:
             raise self.answer
         return self.answer
 
+    async def attach(self, make):
+        return await self.ask(make, m.Attached)
+
     async def set_draining(self, draining, *, leave_by_s=0.0):
         self.drains.append((draining, leave_by_s))
 

@@ -1,6 +1,7 @@
 """The supervisor over a fake engine that says what the test tells it to."""
 
 import asyncio
+import time
 from contextlib import asynccontextmanager
 
 import pytest
@@ -10,6 +11,7 @@ from flume_attention import supervisor as module
 from flume_attention.errors import AttachRefused, EngineGone
 from flume_attention.supervisor import Supervisor
 from flume_common.engine_link import LinkClosed
+from flume_common.layout import KvLayout
 from flume_common.membership import State
 from flume_common.tasks import background
 
@@ -21,7 +23,7 @@ class FakeEngine:
         self.returncode = -9
         self.sent = []
         self.outbox = asyncio.Queue()
-        self.outbox.put_nowait(m.Started(import_ms=1, port_ms=1))
+        self.outbox.put_nowait(m.Started(main_at_s=time.monotonic(), phases_ms={"port": 1.0}))
 
     def send(self, message):
         self.sent.append(message)
@@ -33,7 +35,7 @@ class FakeEngine:
         return message
 
     async def watch(self, silence_s):
-        self.silence_s = silence_s()
+        self.silence_s, self.patience_s = silence_s(), silence_s
         await asyncio.Event().wait()
 
     def die(self):
@@ -131,3 +133,55 @@ async def test_a_drain_without_a_deadline_and_an_undrain_take_the_deadline_back(
 async def test_an_engine_that_is_busy_is_reported_as_it_last_said(engines, supervisor):
     engines[0].outbox.put_nowait(m.Report(used_tokens=5))
     assert (await supervisor.fresh_report()).used_tokens == 5
+
+
+def attach(supervisor):
+    layout = KvLayout(3, 4, 2, 16, "float32", 4)
+    make = lambda number: m.Attach(  # noqa: E731
+        request=number, weight_node="w", epoch=1, layout=layout, worker_address=b"", lane=1,
+        max_step_tokens=1, max_step_sequences=1, kv_frame_bytes=1,
+    )  # fmt: skip
+    return asyncio.create_task(supervisor.attach(make))
+
+
+def attached(number):
+    return m.Attached(request=number, worker_address=b"", lane=1, capacity_blocks=1)
+
+
+async def test_while_kernels_are_compiled_an_engine_may_be_silent_and_one_lane_is_asked_for(
+    engines, supervisor, monkeypatch
+):
+    monkeypatch.setattr(module, "ATTACH_S", 0.1)
+    (engine,) = engines
+    first = attach(supervisor)
+    await until(lambda: engine.sent)
+    engine.outbox.put_nowait(m.Preparing(for_request=engine.sent[0].request))
+    with pytest.raises(EngineGone, match="compiled"):
+        await first
+    assert engine.patience_s() == module.PREPARE_S
+    with pytest.raises(EngineGone, match="compiled"):
+        await attach(supervisor)
+    assert len(engine.sent) == 1, "nothing more for it to do when it is back"
+    monkeypatch.setattr(module, "ATTACH_S", 5.0)
+    again = attach(supervisor)
+    engine.outbox.put_nowait(attached(engine.sent[0].request))
+    await until(lambda: len(engine.sent) == 2)
+    assert engine.patience_s() == 7.0
+    answer = attached(engine.sent[1].request)
+    engine.outbox.put_nowait(answer)
+    assert await again == answer
+
+
+async def test_an_engine_that_dies_compiling_leaves_nothing_behind(engines, supervisor):
+    first = attach(supervisor)
+    await until(lambda: engines[0].sent)
+    engines[0].outbox.put_nowait(m.Preparing(for_request=engines[0].sent[0].request))
+    engines[0].die()
+    with pytest.raises(EngineGone):
+        await first
+    await until(lambda: len(engines) == 2 and supervisor.state is State.READY)
+    again = attach(supervisor)
+    await until(lambda: engines[1].sent)
+    assert engines[1].patience_s() == 7.0
+    engines[1].outbox.put_nowait(attached(engines[1].sent[0].request))
+    await again

@@ -64,7 +64,7 @@ def test_text_becomes_a_value_of_the_setting_s_type(name, text, value):
         ("step_timeout_s", "nan", "a number from 0.1 to 600 s"),
         ("request_deadline_s", "inf", "a number from 1 to 86400 s"),
         ("log_level", "loud", "one of debug, info, warning, error"),
-        ("microbatches", "2", "a whole number from 1 to 1"),
+        ("microbatches", "3", "one of auto, 1, 2"),
     ],
 )
 def test_a_value_of_another_type_or_out_of_range_is_refused_with_what_would_be_right(name, text, expected):

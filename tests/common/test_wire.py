@@ -40,6 +40,7 @@ def test_a_plan_survives_its_frame(step, epoch, ops, rows, layers, credit):
         want_blocks=credit,
         returned_blocks=credit // 2,
         direct=credit % 2 == 1,
+        second_rows=len(rows) // 3,
     )
     header, body = np.zeros(HEADER_WORDS, np.int64), np.full(2000, -1, np.int64)
     num_bytes = plan.encode(header, body)
@@ -47,6 +48,7 @@ def test_a_plan_survives_its_frame(step, epoch, ops, rows, layers, credit):
     got = Plan.decode(header, body[: num_bytes // 8])
     assert (got.step, got.epoch, got.layers_per_kv) == (step, epoch, layers)
     assert (got.want_blocks, got.returned_blocks, got.direct) == (credit, credit // 2, credit % 2 == 1)
+    assert got.second_rows == len(rows) // 3
     np.testing.assert_array_equal(got.ops, ops)
     np.testing.assert_array_equal(got.rows, rows)
 

@@ -66,13 +66,21 @@ ENGINE = """
                 sys.exit(3)
 """
 RUN = """
-    import socket, sys
+    import importlib, os, socket, sys
     from flume_common.telemetry import configure_logging
     from flume_common.zygote import server
     server.TIED_GRACE_S = 1.0
+    server.DEVICE_FILES = os.environ.get("FLUME_TEST_DEVICES", server.DEVICE_FILES)
+
+    def prepare():
+        if name := os.environ.get("FLUME_TEST_PREPARE"):
+            importlib.import_module(name)
+            print("prepared", file=sys.stderr)
+
     configure_logging("zygote", "test")
     words = iter(sys.argv[1:])
-    server.run([server.Stage(socket.socket(fileno=int(fd)), module) for fd, module in zip(words, words)])
+    listeners = [(socket.socket(fileno=int(fd)), module) for fd, module in zip(words, words)]
+    server.run([server.Stage(listener, module, prepare) for listener, module in listeners])
 """
 
 
@@ -290,6 +298,23 @@ async def test_what_has_threads_is_not_forked(start, tmp_path):
     with pytest.raises(ZygoteUnavailable):
         await zygote.fork("tell")
     assert zygote.process.wait() == 1 and "zygote_has_threads" in zygote.log.read_text()
+
+
+async def test_what_has_a_device_open_is_not_forked(start, tmp_path, monkeypatch):
+    monkeypatch.setenv("FLUME_TEST_DEVICES", "/dev/full")
+    (tmp_path / "flume_test_device.py").write_text("file = open('/dev/full')")
+    zygote = start("flume_test_device")
+    with pytest.raises(ZygoteUnavailable):
+        await zygote.fork("tell")
+    assert zygote.process.wait() == 1 and "zygote_has_device" in zygote.log.read_text()
+
+
+async def test_a_stage_is_prepared_once_and_children_have_what_was_prepared(start, monkeypatch):
+    monkeypatch.setenv("FLUME_TEST_PREPARE", "fractions")
+    zygote = start()
+    (one, _), (two, _) = await zygote.told(), await zygote.told()
+    assert "fractions" in one["modules"] and "fractions" in two["modules"]
+    assert zygote.log.read_text().count("prepared") == 1
 
 
 async def test_what_is_no_request_is_refused_and_the_zygote_goes_on(start):

@@ -158,7 +158,7 @@ def test_what_can_not_be_is_refused_by_its_status_and_changes_nothing(controller
     assert not slo.HasField("value") and not controller.status().autoscale.enabled
     for name, value, status in (
         ("step_timeout_s", "soon", grpc.StatusCode.INVALID_ARGUMENT),
-        ("microbatches", "2", grpc.StatusCode.INVALID_ARGUMENT),
+        ("microbatches", "3", grpc.StatusCode.INVALID_ARGUMENT),
         ("colour", "blue", grpc.StatusCode.NOT_FOUND),
     ):
         request = pb.SetConfigRequest(assignments=[pb.Assignment(name=name, value=value)])

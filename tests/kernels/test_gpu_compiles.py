@@ -29,6 +29,7 @@ from flume_kernels.gpu.rope import rope
 from flume_kernels.gpu.sampling import greedy, greedy_workspace_size, sample
 from flume_kernels.gpu.signals import await_, land, signal
 from flume_kernels.gpu.silu_mul import silu_mul
+from flume_kernels.gpu.skinny_linear import SkinnyConfig, SplitMemory, skinny_linear
 from triton.backends.compiler import GPUTarget
 
 TARGETS = {"sm80": 80, "sm90": 90}
@@ -194,3 +195,64 @@ def test_what_meets_by_address_is_moved_in_16_bytes_a_thread_and_ordered_by_its_
     assert re.search(rf"bra\s+\${loop};", awaited), "flags are read anew in every round"
     assert look < awaited.index("sys.acquire.add.u64")
     assert re.search(r"ld.volatile.global.v\d", merged)
+
+
+def project(rows=8, outputs=4096, inner=4096, config=None, gated=False, norm=False, **options):
+    x = torch.zeros(rows, inner, dtype=BF16)
+    weight = torch.zeros(2 * outputs if gated else outputs, inner, dtype=BF16)
+    out = torch.zeros(rows, outputs, dtype=BF16)
+    options |= {"norm": x[0]} if norm else {}
+    skinny_linear(x, weight, out, config or SkinnyConfig(), SplitMemory(), gated=gated, **options)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"norm": True},
+        {"norm": True, "gated": True, "config": SkinnyConfig(num_stages=4)},
+        {"add": True, "config": SkinnyConfig(split=4)},
+        {"norm": True, "config": SkinnyConfig(128, 64, 4)},
+        {"norm": True, "config": SkinnyConfig(32, 256, 2, 4, 2)},
+        {"norm": True, "config": SkinnyConfig(32, 256, 1, 4, 4, 4)},
+        {"norm": True, "gated": True, "config": SkinnyConfig(16, 512, 2, 3, 4, 4)},
+        {"norm": True, "rows": 32},
+        {"add": True, "rows": 64, "config": SkinnyConfig(128, 64, 4, 4, 8)},
+    ],
+    ids=["norm", "gate", "add, split", "wide", "long", "slices", "gate, slices", "32 rows", "64 rows"],
+)
+def test_weights_stream_16_bytes_a_thread_into_tensor_cores_without_spilling(compiled, options, tmp_path):
+    capability, kernels = compiled
+    project(**options)
+    (kernel,) = kernels
+    ptx = kernel.asm["ptx"]
+    config = options.get("config", SkinnyConfig())
+    copies = re.findall(r"cp\.async\.cg\.shared\.global \[.*?\], \[.*?\], 0x10", ptx)
+    vectors = config.block_n * config.block_k // 8 // (32 * config.num_warps) * (1 + ("gated" in options))
+    assert len(copies) >= vectors * config.num_stages
+    assert ("wgmma" if capability == 90 and options.get("rows", 8) > 8 else "mma.sync") in ptx
+    assert usage(kernel, tmp_path)[1] == 0
+    assert kernel.metadata.shared <= SHARED_BYTES[capability]
+
+
+def test_an_early_launch_touches_nothing_but_weights_before_it_waits(compiled):
+    capability, kernels = compiled
+    if capability < 90:
+        pytest.skip("launches depend on the end of the one before")
+    project(gated=True, norm=True, config=SkinnyConfig(split=2, num_stages=4, early=1))
+    project(gated=True, norm=True, config=SkinnyConfig(split=2, num_stages=4))
+    early, late = (kernel.asm["ptx"] for kernel in kernels)
+    before, after = early.split("griddepcontrol.wait")
+    assert before.count("prefetch.global.L2") == 2 * 3 * 2  # tiles, stages ahead, lines of a tile's row
+    assert not re.search(r"ld\.global|cp\.async|st\.global|atom", before) and "cp.async" in after
+    assert "griddepcontrol" not in late and "prefetch" not in late
+    assert [kernel.metadata.launch_pdl for kernel in kernels] == [True, False]
+
+
+def test_the_parts_of_a_tile_are_counted_once_all_threads_have_left_theirs(compiled):
+    _, kernels = compiled
+    project(config=SkinnyConfig(split=4))
+    ptx = kernels[0].asm["ptx"]
+    counted = ptx.index("atom.global.gpu.acq_rel.add.u32")
+    assert ptx.rindex("st.global", 0, counted) < ptx.rindex("bar.sync", 0, counted)
+    assert ptx.count("ld.global.cg") >= 4
+    assert not re.search(r"atom\S*\.f32|red\S*\.f32", ptx)

@@ -48,6 +48,19 @@ async def test_a_page_says_what_the_engine_said_last(supervisor):
     }  # fmt: skip
 
 
+async def test_a_node_on_a_gpu_says_in_how_many_microbatches_steps_run_and_how_far_off_their_model_is(
+    supervisor,
+):
+    await supervisor._hear(
+        m.StepModel(2, comparisons=5, error_ratio=0.1, bias_ratio=-0.05, worst_error_ratio=1)
+    )
+    page = shown(supervisor)
+    assert page["step_microbatches"] == 2 and page["step_model_comparisons_total"] == 5
+    assert (page["step_model_error_ratio"], page["step_model_bias_ratio"]) == (0.1, -0.05)
+    await supervisor._engine_gone()
+    assert "step_microbatches" not in shown(supervisor)
+
+
 async def test_without_an_engine_nothing_runs_and_its_counters_begin_again(supervisor):
     await supervisor._hear(m.Capacity(capacity_tokens=900, running=3, waiting=2))
     await supervisor._hear(m.Recomputed(node_lost=10))

@@ -7,15 +7,17 @@
     direct             queries, flags and partials by address, in memory that two devices share
     causal_attention   a chunk's attention to itself, in plain torch
     kv_append          new keys and values into their blocks
-    rms_norm, rope, silu_mul, sampling     the dense path's small parts
+    skinny_linear      the dense path's products for few rows, with what stands beside them
+    rms_norm, rope, silu_mul, sampling     its small parts
     signals            flags between the device, the host and peers: the device's end
     flags, watchdog    the host's end of them, and a deadline for what waits there
     shared_memory    device memory that two processes map
     device, cuda_device    what captured steps ask of a device, and the real one
+    preload             Triton made ready in a process that opens no device
 
 Importing this package loads neither torch nor triton; `flags` and `watchdog` need neither, `device` needs
 torch, the others both. A node on a CPU never imports them. Ways of running a kernel that depend on the card
-are in `tuning`, which remembers them on disk.
+are in `tuning`, which remembers them on disk; `decode_tuning` and `linear_tuning` measure them.
 """
 
 from __future__ import annotations

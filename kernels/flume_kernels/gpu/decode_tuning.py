@@ -14,6 +14,7 @@ import sys
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
+from functools import cache as remember
 from pathlib import Path
 
 import torch
@@ -71,8 +72,14 @@ class DecodeProblem:
         return 2 * self.rows * self.length * self.num_kv_heads * self.head_dim * self.kv_dtype.itemsize
 
 
+@remember
+def decode_hash() -> str:
+    """Of the kernels' source, which is read once per process."""
+    return kernel_hash(DECODE_KERNELS)
+
+
 def decode_key(problem: DecodeProblem, gpu: str) -> Key:
-    return Key(gpu, triton.__version__, kernel_hash(DECODE_KERNELS), problem.bucket)
+    return Key(gpu, triton.__version__, decode_hash(), problem.bucket)
 
 
 def decode_config(problem: DecodeProblem, cache: TuningCache, device: torch.device | str) -> DecodeConfig:

@@ -62,6 +62,22 @@ def silu_mul(gate: Tensor, up: Tensor) -> Tensor:
     return torch.nn.functional.silu(gate.double()) * up.double()
 
 
+def skinny_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    norm: Tensor | None = None,
+    eps: float = 0.0,
+    gated: bool = False,
+) -> Tensor:
+    """x [rows, inner], or its norm, · weightᵀ + bias, gate · silu of the halves when gated; float64."""
+    x = x.double() if norm is None else rms_norm(x, norm, eps)
+    y = x @ weight.double().T
+    if bias is not None:
+        y = y + bias.double()
+    return silu_mul(*y.chunk(2, -1)) if gated else y
+
+
 def decode_merge(q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, scale: float) -> Tensor:
     """Attention of each token to itself and to what P partials cover, float64 [tokens, heads, head_dim].
 

@@ -2,7 +2,8 @@
 
 A result is kept under (GPU name, triton version, hash of the kernels' source, bucket): any of these
 changing makes it unknown. What is known is looked up in the user's file, then in the results that ship with
-this package. Measuring is a command of its own, `decode_tuning` for attention.
+this package. Measuring is a command of its own: `decode_tuning` for attention, `linear_tuning` for the dense
+path's products.
 
 The file is JSON, replaced as a whole and atomically; two processes that tune at once may lose one result,
 never the file.
@@ -18,13 +19,12 @@ import tempfile
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import triton
 
-from flume_kernels.gpu.decode_attention import DecodeConfig
-
+Config = TypeVar("Config")
 SHIPPED = Path(__file__).parent / "tuned.json"
 Numbers = dict[str, int]
 
@@ -93,14 +93,12 @@ def _read(path: Path) -> dict[str, Any]:
     return results if isinstance(results, dict) else {}
 
 
-def choose(
-    candidates: Iterable[DecodeConfig], measure: Callable[[DecodeConfig], float]
-) -> tuple[DecodeConfig, float]:
+def choose(candidates: Iterable[Config], measure: Callable[[Config], float]) -> tuple[Config, float]:
     """The candidate with the least time. One that does not run counts as infinitely slow.
 
     Raises RuntimeError when none runs.
     """
-    best: tuple[DecodeConfig, float] | None = None
+    best: tuple[Config, float] | None = None
     for candidate in candidates:
         try:
             seconds = measure(candidate)

@@ -28,7 +28,7 @@ from flume_common.zygote import ENGINE_ZYGOTE
 from flume_protos.v1 import attention_pb2_grpc as rpc
 from setproctitle import getproctitle, setproctitle
 
-from flume_attention.config import Config, engine_args, parse, silence_s
+from flume_attention.config import Config, engine_args, parse
 from flume_attention.errors import ConfigRefused
 from flume_attention.memory import kv_bytes, measure, measure_gpu
 from flume_attention.metrics import families
@@ -44,7 +44,10 @@ def main() -> int:
     try:
         config = parse()
         configure_logging("attention", config.node, config.log_level)
+        import_ms = elapsed_ms()
         budget_bytes = kv_bytes(config.kv_memory, measure_gpu() if config.device == "cuda" else measure())
+        measure_ms = elapsed_ms() - import_ms
+        log.info("imported", elapsed_ms=elapsed_ms(), measure_ms=measure_ms, kv_bytes=budget_bytes)
         asyncio.run(run(config, budget_bytes))
     except (ConfigRefused, CannotListen, ValueError) as refused:
         print(f"Error: {refused}", file=sys.stderr)
@@ -56,11 +59,10 @@ async def run(config: Config, budget_bytes: int) -> None:
     """Serve until SIGTERM or SIGINT. Raises CannotListen, and ValueError for names that cannot be."""
     keys = Keys(config.cluster)
     keys.member(Role.ATTENTION, config.node)
-    log.info("imported", elapsed_ms=elapsed_ms(), kv_bytes=budget_bytes)
     supervisor = Supervisor(
         engine_args(config, budget_bytes),
         zygote=os.environ.get(ENGINE_ZYGOTE),
-        silence_s=silence_s(config),
+        silence_s=config.engine_silence_s,
     )
     registered: list[Registration] = []
     servicer = AttentionServicer(
@@ -68,7 +70,7 @@ async def run(config: Config, budget_bytes: int) -> None:
     )
     async with (
         # First, as it takes longest; last to stop, so that ranges are served until we are out of the list.
-        background(engine=supervisor.keep_engine()),
+        _engine_of(supervisor),
         connect(config.store) as store,
         metrics_page(
             config.metrics_listen, lambda: store.connected, advertise_host=config.advertise_host
@@ -88,6 +90,14 @@ async def run(config: Config, budget_bytes: int) -> None:
         await until_signalled()
         log.info("stopping", used_tokens=supervisor.report.used_tokens)
         server.set_ready(False)
+
+
+@asynccontextmanager
+async def _engine_of(supervisor: Supervisor) -> AsyncIterator[None]:
+    async with background(engine=supervisor.keep_engine()):
+        # It is asked for now. What comes next keeps this thread busy for long before it awaits anything.
+        await asyncio.sleep(0)
+        yield
 
 
 @asynccontextmanager

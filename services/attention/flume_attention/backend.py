@@ -21,6 +21,7 @@ from flume_attention.node import Node
 
 class Backend(Protocol):
     rings: Rings  # of lanes to weight nodes
+    compiles: bool  # a lane may need kernels that are not compiled yet
 
     def pool(self, layout: KvLayout, num_blocks: int) -> Pool:
         """Memory for keys and values. Raises RuntimeError or MemoryError where there is not so much, and
@@ -69,6 +70,7 @@ class CpuBackend:
     """Ordinary memory, and answers computed in the engine's own thread."""
 
     rings = USUAL
+    compiles = False
 
     def __init__(self, threads: Threads) -> None:
         self._threads = threads

@@ -16,7 +16,6 @@ from flume_common.store import StoreConfig
 
 from flume_attention.errors import ConfigRefused
 
-COMPILE_S = 180.0
 _EXAMPLES = """examples:
   python -m flume_attention --etcd 127.0.0.1:2379
   python -m flume_attention --etcd e1:2379,e2:2379 --cluster prod --node attention-7 --kv-memory 8GiB
@@ -79,7 +78,8 @@ def flags() -> argparse.ArgumentParser:
         "--device",
         default="cpu",
         choices=["cpu", "cuda"],
-        help="cuda: the first GPU this process sees (CUDA_VISIBLE_DEVICES); --kv-memory is of that",
+        help="cuda: the first GPU this process sees (CUDA_VISIBLE_DEVICES); --kv-memory is of that, and "
+        "taken whole at start",
     )
     add("--threads", type=int, default=1, help="threads for steps of few queries; default 1")
     add(
@@ -104,7 +104,8 @@ def flags() -> argparse.ArgumentParser:
         "--engine-silence-s",
         type=float,
         default=15.0,
-        help="an engine that answers its supervisor nothing for so long is replaced; default %(default)s",
+        help="an engine that answers its supervisor nothing for so long is replaced, unless it compiles "
+        "kernels for a new lane; default %(default)s",
     )
     add("--hop", default="auto", choices=HOPS, help=HOP_HELP)
     add(
@@ -139,11 +140,6 @@ def parse(argv: Sequence[str] | None = None) -> Config:
     if config.lease_ttl_s < 2:
         raise ConfigRefused(f"--lease-ttl-s must be at least 2, got {config.lease_ttl_s}")
     return config
-
-
-def silence_s(config: Config) -> float:
-    """For how long an engine may say nothing. On a GPU a layout's first lane has kernels compiled."""
-    return max(config.engine_silence_s, COMPILE_S) if config.device == "cuda" else config.engine_silence_s
 
 
 def engine_args(config: Config, kv_bytes: int) -> list[str]:

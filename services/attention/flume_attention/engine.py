@@ -42,6 +42,7 @@ from flume_attention.messages import (
     LaneReport,
     Lend,
     PreparePull,
+    Preparing,
     Pull,
     Refused,
     Report,
@@ -53,7 +54,7 @@ from flume_attention.messages import (
 from flume_attention.node import Node
 from flume_attention.orphans import Orphans
 from flume_attention.pulls import Pulls
-from flume_attention.startup import elapsed_ms
+from flume_attention.startup import Phases
 
 # How soon others hear of changes that nobody waits for.
 REPORT_INTERVAL_S = 0.2
@@ -193,6 +194,8 @@ class Engine:
                 self._pulls.end(message.request)
 
     def _attach(self, request: Attach) -> None:
+        if self._backend.compiles:
+            self._link.send(Preparing(for_request=request.request))
         self._let_steps_end()
         against = self._against_region(request)
         try:
@@ -398,21 +401,22 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def main() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the supervisor, too, and it closes the link
     args = parse()
-    import_ms, imported = elapsed_ms(), time.monotonic()
+    phases = Phases()
     link: EngineLink[ToEngine] = EngineLink(args.link_fd, ToEngine)
     try:
-        backend = open_backend(args)
+        backend = open_backend(args, phases)
     except ConfigRefused as refused:
         link.send(CannotRun(reason=str(refused)))
         return
     node = Node(args.kv_bytes, dtype=args.dtype, make_pool=backend.pool, orphans=Orphans(args.orphan_grace_s))
-    with torch.inference_mode(), Port(spin_s=args.spin_us * 1e-6) as port:
-        opened = time.monotonic()
+    with phases.phase("port"):
+        opened = Port(spin_s=args.spin_us * 1e-6)
+    with torch.inference_mode(), opened as port:
         engine = Engine(
             node, port, link, backend, pull_tokens_per_step=args.pull_tokens_per_step, hop=args.hop
         )
         try:
-            link.send(Started(import_ms=import_ms, port_ms=1e3 * (opened - imported)))
+            link.send(Started(main_at_s=phases.began_s, phases_ms=phases.took_ms))
             with suppress(LinkClosed):
                 engine.run()
             engine.leave()
@@ -423,14 +427,20 @@ def main() -> None:
             os._exit(DEVICE_STUCK if isinstance(error, DeviceStuck) else 1)
 
 
-def open_backend(args: argparse.Namespace) -> Backend:
-    """Raises ConfigRefused for a device that cannot be used."""
+def open_backend(args: argparse.Namespace, phases: Phases) -> Backend:
+    """Raises ConfigRefused for a device that cannot be used, or has not so much memory."""
     if args.device == "cpu":
         return CpuBackend(Threads(args.threads, args.prefill_threads))
     from flume_attention.cuda import backend
 
     torch.set_num_threads(1)
-    return backend.open_gpu()
+    with phases.phase("device"):
+        gpu = backend.open_gpu()
+    with phases.phase("kv_memory"):
+        gpu.reserve(args.kv_bytes)
+    with phases.phase("first_kernel"):
+        gpu.warm_up()
+    return gpu
 
 
 if __name__ == "__main__":

@@ -31,18 +31,45 @@ class Row:
     target: list[Run]  # where its appended tokens go
 
 
+@dataclass(frozen=True, slots=True)
+class Part:
+    """What one microbatch asks of this node: `asking` are those of its rows that have queries."""
+
+    microbatch: int
+    asking: list[Row]
+    query_tokens: int
+
+
 @dataclass(slots=True)
 class Step:
-    """A step under way. Layers are answered and appended in order."""
+    """A step under way. Layers are asked about, answered and appended in order, and in each the parts."""
 
     number: int
     rows: list[Row]
-    asking: list[Row]  # those with queries
-    query_tokens: int
+    parts: list[Part]  # of the microbatches with queries
     append_tokens: int
-    layers_answered: int = 0
+    asked: int = 0  # QUERYs taken up
+    answered: int = 0
     layers_appended: int = 0
     committed: bool = False
+
+    @property
+    def query_tokens(self) -> int:
+        return sum(part.query_tokens for part in self.parts)
+
+    @property
+    def asking(self) -> list[Row]:
+        """Those of the rows with queries."""
+        return [row for part in self.parts for row in part.asking]
+
+    @property
+    def all_asked(self) -> bool:
+        """Whether every part waits for an answer: nothing can be asked before there is one."""
+        return 0 < len(self.parts) == self.asked - self.answered
+
+    def turn(self, number: int) -> tuple[int, int]:
+        """Layer of the QUERY or PARTIAL of this number, and index of its part. There must be parts."""
+        return divmod(number, len(self.parts))
 
     @property
     def awaits_kv(self) -> bool:
@@ -202,10 +229,10 @@ class Holdings:
             raise StepRefused(Refusal.UNKNOWN_SLOT, f"slot {number} was never opened or is released")
         return slot
 
-    def begin(self, number: int, rows: Words) -> Step:
+    def begin(self, number: int, rows: Words, second_rows: int = 0) -> Step:
         """Start a step over rows [n, 5] of wire.Plan and reserve what it appends. Raises StepRefused."""
         assert self.step is None or self.step.committed or not self.step.append_tokens
-        self._require_size(rows)
+        self._require_size(rows, second_rows)
         checked = [self._checked(*row) for row in rows.tolist()]
         if len({id(row.slot) for row in checked}) != len(checked):
             raise StepRefused(Refusal.LENGTH_MISMATCH, "two rows of one step are the same slot's")
@@ -214,16 +241,12 @@ class Holdings:
             raise StepRefused(Refusal.OVER_CREDIT, f"{needed} blocks needed, credit is {self.unused}")
         begun = [_with_target(row) for row in checked]
         self.step = Step(
-            number,
-            begun,
-            asking=[row for row in begun if row.queries],
-            query_tokens=int(rows[:, 1].sum()),
-            append_tokens=int(rows[:, 2].sum()),
+            number, begun, _parts(begun, len(begun) - second_rows), append_tokens=int(rows[:, 2].sum())
         )
         self.steps += not self.step.append_tokens
         return self.step
 
-    def _require_size(self, rows: Words) -> None:
+    def _require_size(self, rows: Words, second_rows: int) -> None:
         queries, appended = int(rows[:, 1].sum()), int(rows[:, 2].sum())
         shape = self.shape
         too_large = (
@@ -231,6 +254,7 @@ class Holdings:
             or max(queries, appended) > shape.max_step_tokens
             or appended * shape.layout.layer_token_bytes > shape.kv_frame_bytes
             or bool((rows[:, 1:3] < 0).any())
+            or not 0 <= second_rows <= len(rows)
         )
         if too_large:
             raise StepRefused(
@@ -291,6 +315,14 @@ class Holdings:
         self.held_tokens = self.held_blocks = 0
         self.granted = self.returned = self.taken = self.want = 0
         return slots
+
+
+def _parts(rows: list[Row], first_rows: int) -> list[Part]:
+    found = []
+    for microbatch, some in enumerate((rows[:first_rows], rows[first_rows:])):
+        if asking := [row for row in some if row.queries]:
+            found.append(Part(microbatch, asking, sum(row.queries for row in asking)))
+    return found
 
 
 def _with_target(row: Row) -> Row:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from flume_attention.errors import ProtocolError, StepRefused
 from flume_attention.frame_tensors import FrameTensors
-from flume_attention.holdings import Holdings, Step
+from flume_attention.holdings import Holdings, Part, Step
 from flume_attention.kv_pool import KvPool
 from flume_attention.node import Node
 
@@ -63,7 +63,7 @@ class LaneSession:
         self._committed_step = 0
         self._refused = (0, Refusal.NONE)
         self._last_credit: Credit | None = None
-        self._past: list[list[tuple[KvRun, ...]]] = []  # per row with queries, per layer
+        self._past: dict[int, list[list[tuple[KvRun, ...]]]] = {}  # by microbatch: per asking row, per layer
         self._attended_s = 0.0  # in the step under way
         self._tensors = FrameTensors(holdings.shape.layout)
         self._use_threads = use_threads
@@ -115,7 +115,7 @@ class LaneSession:
         if plan.step < self._last_step:
             raise ProtocolError(f"PLAN {plan.step} came after step {self._last_step}")
         self.holdings.abandon()
-        self._past, self._attended_s = [], 0.0
+        self._past, self._attended_s = {}, 0.0
         self.changed = True
         if len(plan.rows):
             self._last_step = plan.step
@@ -127,7 +127,7 @@ class LaneSession:
                 # The weight node has counted them against credit it is yet to hear of.
                 self.credit_due = self.credit_due or op in (Op.ADOPT, Op.TAKE)
             if len(plan.rows):
-                self.holdings.begin(plan.step, plan.rows)
+                self.holdings.begin(plan.step, plan.rows, plan.second_rows)
         except StepRefused as error:
             self._refused = (plan.step, error.refusal)
             self.credit_due = True
@@ -152,53 +152,65 @@ class LaneSession:
         answer = self._partials.frame()
         if answer is None:
             return False
-        self._require_query(step, frame)
-        q = self._tensors.queries(frame, step.query_tokens)
-        o, lse = self._tensors.partial(answer, step.query_tokens)
+        layer, part = self._require_query(step, frame)
+        q = self._tensors.queries(frame, part.query_tokens)
+        o, lse = self._tensors.partial(answer, part.query_tokens)
         began_s = time.perf_counter()
-        self._attend(step, q, o, lse)
+        self._attend(part, layer, q, o, lse)
         self._attended_s += time.perf_counter() - began_s
-        header = answer.header
-        header[Header.STEP], header[Header.LAYER] = step.number, step.layers_answered
-        header[Header.EPOCH] = self._node_epoch
-        self._partials.send(answer, self._tensors.partial_bytes(step.query_tokens))
-        step.layers_answered += 1
+        step.asked += 1
+        self._send_partial(step, answer)
         self._queries.drop()
-        if step.layers_answered == self.holdings.shape.layout.num_layers:
-            self._note_reads(step)
         return True
+
+    def _send_partial(self, step: Step, answer: Frame) -> None:
+        """The next one of this step."""
+        layer, at = step.turn(step.answered)
+        part, header = step.parts[at], answer.header
+        header[Header.STEP], header[Header.LAYER] = step.number, layer
+        header[Header.EPOCH], header[Header.MICROBATCH] = self._node_epoch, part.microbatch
+        self._partials.send(answer, self._tensors.partial_bytes(part.query_tokens))
+        step.answered += 1
+        if step.answered == len(step.parts) * self.holdings.shape.layout.num_layers:
+            self._note_reads(step)
 
     def _note_reads(self, step: Step) -> None:
         if step.query_tokens < MANY_QUERIES:
             tokens = sum(run.tokens for row in step.asking for run in row.past)
             self._node.reads.add(tokens * self.holdings.shape.layout.token_bytes, self._attended_s)
 
-    def _require_query(self, step: Step, frame: Frame) -> None:
-        layer, size = int(frame.header[Header.LAYER]), int(frame.header[Header.BODY_BYTES])
-        wanted = self._tensors.query_bytes(step.query_tokens)
-        if layer != step.layers_answered or size != wanted:
+    def _require_query(self, step: Step, frame: Frame) -> tuple[int, Part]:
+        """The layer and the part that the frame asks about, which must be those whose turn it is."""
+        if not step.parts or step.asked == len(step.parts) * self.holdings.shape.layout.num_layers:
+            raise ProtocolError(f"step {step.number}: a QUERY beyond the step's")
+        layer, at = step.turn(step.asked)
+        part, header = step.parts[at], frame.header
+        wanted = (layer, part.microbatch, self._tensors.query_bytes(part.query_tokens))
+        got = tuple(int(header[word]) for word in (Header.LAYER, Header.MICROBATCH, Header.BODY_BYTES))
+        if got != wanted:
             raise ProtocolError(
-                f"step {step.number}: QUERY of layer {layer} with {size} bytes, "
-                f"expected layer {step.layers_answered} with {wanted}"
+                f"step {step.number}: QUERY of layer {got[0]}, microbatch {got[1]} and {got[2]} bytes, "
+                f"expected layer {wanted[0]}, microbatch {wanted[1]} and {wanted[2]} bytes"
             )
+        return layer, part
 
-    def _attend(self, step: Step, q: Tensor, o: Tensor, lse: Tensor) -> None:
-        layer, scale = step.layers_answered, self.holdings.shape.layout.head_dim**-0.5
-        past = self._past or self._open_past(step)
-        self._use_threads(step.query_tokens >= MANY_QUERIES)
+    def _attend(self, part: Part, layer: int, q: Tensor, o: Tensor, lse: Tensor) -> None:
+        scale = self.holdings.shape.layout.head_dim**-0.5
+        past = self._past.get(part.microbatch) or self._open_past(part)
+        self._use_threads(part.query_tokens >= MANY_QUERIES)
         if len(past) == 1:
             attend_runs(q, past[0][layer], scale, o, lse)
             return
         at = 0
-        for row, layers in zip(step.asking, past, strict=True):
+        for row, layers in zip(part.asking, past, strict=True):
             end = at + row.queries
             attend_runs(q[at:end], layers[layer], scale, o[at:end], lse[at:end])
             at = end
 
-    def _open_past(self, step: Step) -> list[list[tuple[KvRun, ...]]]:
+    def _open_past(self, part: Part) -> list[list[tuple[KvRun, ...]]]:
         assert isinstance(self._node.pool, KvPool)
-        self._past = [self._node.pool.layers_of(row.past) for row in step.asking]
-        return self._past
+        past = self._past[part.microbatch] = [self._node.pool.layers_of(row.past) for row in part.asking]
+        return past
 
     # KV
 

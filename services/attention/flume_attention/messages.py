@@ -108,10 +108,21 @@ class Ask(msgspec.Struct, tag=True, frozen=True, kw_only=True):
 
 
 class Started(msgspec.Struct, tag=True, frozen=True, kw_only=True):
-    """The engine is ready for Attach."""
+    """The engine is ready for Attach.
 
-    import_ms: float
-    port_ms: float
+    `main_at_s` (monotonic): when its process had been made and all imported. What came then, by phase:
+    `port` is the UCX worker; on a GPU `device` is its context, `kv_memory` all memory for KV, `first_kernel`
+    what kernels and pinned memory take once. On a CPU pages of KV come with tokens.
+    """
+
+    main_at_s: float
+    phases_ms: dict[str, float]
+
+
+class Preparing(msgspec.Struct, tag=True, frozen=True, kw_only=True):
+    """The answer to that request takes a while, kernels may have to be compiled: no sign of life before."""
+
+    for_request: int
 
 
 class CannotRun(msgspec.Struct, tag=True, frozen=True, kw_only=True):
@@ -221,6 +232,7 @@ class StepNotTaken(msgspec.Struct, tag=True, frozen=True, kw_only=True):
 ToEngine = Attach | Detach | Adopt | SetDraining | Ask | Lend | PreparePull | Pull | EndPull
 FromEngine = (
     Started
+    | Preparing
     | CannotRun
     | Attached
     | Detached

@@ -52,9 +52,7 @@ class AttentionServicer(rpc.AttentionServicer):
     ) -> pb.AttachReply:
         async with status_errors(context, STATUS_OF):
             layout, epoch = _layout(request), self._epoch()
-            attached = await self._supervisor.ask(
-                lambda number: _attach(number, request, layout, epoch), m.Attached
-            )
+            attached = await self._supervisor.attach(lambda number: _attach(number, request, layout, epoch))
         log.info("lane_attached", weight_node=request.weight_node, epoch=request.epoch, layout=layout.hash,
                  **_hop(attached))  # fmt: skip
         return pb.AttachReply(

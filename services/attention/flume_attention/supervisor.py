@@ -35,6 +35,12 @@ ENGINE_SILENCE_S = 15.0
 STABLE_S = 10.0
 PUBLISH_INTERVAL_S = 0.5
 ANSWER_S = 10.0
+ATTACH_S = 4.0
+"""Less than a weight node waits, so that it hears why there is no lane yet. It asks again."""
+PREPARE_S = 180.0
+"""How long an engine that compiles kernels may give no sign of life. 18 of them for Llama-3.1-8B, once per
+machine: 3.7 s on one core at 2.6 GHz that does nothing else."""
+LONG_MS = 1000
 
 
 class Supervisor:
@@ -56,6 +62,9 @@ class Supervisor:
         self._changed = asyncio.Event()
         self._urgent = asyncio.Event()  # changed in a way that others should see at once
         self._up = asyncio.Event()
+        self._preparing: dict[int, float] = {}  # requests whose answer takes a while, and since when
+        self._prepared = asyncio.Event()  # there are none
+        self._prepared.set()
 
     @property
     def state(self) -> State:
@@ -80,7 +89,7 @@ class Supervisor:
                 ENGINE_MODULE, self._args, inbox=m.FromEngine, env=ENGINE_ENV, zygote=self._zygote
             ) as engine:
                 try:
-                    await self._run(engine)
+                    await self._run(engine, started_at)
                 except (LinkClosed, TimeoutError) as error:
                     log.error("engine_lost", engine_pid=engine.pid, reason=str(error) or "start timed out")
                 finally:
@@ -90,16 +99,17 @@ class Supervisor:
                 backoff.reset()
             await asyncio.sleep(backoff.next_s())
 
-    async def _run(self, engine: Engine[m.FromEngine]) -> NoReturn:
-        started_at = time.monotonic()
+    async def _run(self, engine: Engine[m.FromEngine], asked_at: float) -> NoReturn:
         async with asyncio.timeout(ENGINE_START_S):
             started = await engine.receive()
         if isinstance(started, m.CannotRun):
             raise ConfigRefused(started.reason)
         assert isinstance(started, m.Started), started
+        # The first phase ends with all imported, whether in a fork of the zygote or anew.
+        phases = {"process": 1e3 * (started.main_at_s - asked_at), **started.phases_ms}
         log.info(
-            "engine_started", engine_pid=engine.pid, elapsed_ms=round(1e3 * (time.monotonic() - started_at)),
-            import_ms=round(started.import_ms), port_ms=round(started.port_ms),
+            "engine_started", engine_pid=engine.pid, elapsed_ms=round(1e3 * (time.monotonic() - asked_at)),
+            **{f"{name}_ms": round(took_ms) for name, took_ms in phases.items()},
         )  # fmt: skip
         self._engine = engine
         self._up.set()
@@ -107,12 +117,17 @@ class Supervisor:
             engine.send(self._set_draining(0))
         self._urgent.set()
         self._changed.set()
-        async with background(watch=engine.watch(lambda: self._silence_s)):
+        async with background(watch=engine.watch(self._patience_s)):
             while True:
                 self._take(await engine.receive())
 
+    def _patience_s(self) -> float:
+        return max(self._silence_s, PREPARE_S) if self._preparing else self._silence_s
+
     def _lose_engine(self) -> None:
         self._engine = None
+        self._preparing.clear()
+        self._prepared.set()
         self._up.clear()
         self.report = m.Report()
         for answer in self._answers.values():
@@ -132,15 +147,44 @@ class Supervisor:
                 )  # fmt: skip
             case m.Report():
                 self._take_report(message)
-        answer = self._answers.get(getattr(message, "request", 0))
+            case m.Preparing():
+                self._preparing[message.for_request] = time.monotonic()
+                self._prepared.clear()
+                return
+        number = getattr(message, "request", 0)
+        self._note_prepared(number)
+        answer = self._answers.get(number)
         if answer is not None and not answer.done():
             answer.set_result(message)
+
+    def _note_prepared(self, number: int) -> None:
+        if (since_s := self._preparing.pop(number, None)) is None:
+            return
+        elapsed_ms = round(1e3 * (time.monotonic() - since_s))
+        if elapsed_ms >= LONG_MS:
+            log.info("lane_prepared", elapsed_ms=elapsed_ms)
+        if not self._preparing:
+            self._prepared.set()
 
     def _take_report(self, report: m.Report) -> None:
         if report.capacity_blocks != self.report.capacity_blocks:
             self._urgent.set()  # nobody places a tail here before they know how much fits
         self.report = report
         self._changed.set()
+
+    async def attach(self, make: Callable[[int], m.Attach]) -> m.Attached:
+        """As `ask`. Raises EngineGone, too, where it takes longer than a weight node waits: the engine goes
+        on, and whoever asks again finds what was compiled meanwhile.
+        """
+        try:
+            async with asyncio.timeout(ATTACH_S):
+                await self._prepared.wait()
+                return await self.ask(make, m.Attached)
+        except TimeoutError as error:
+            if not self._preparing:
+                raise EngineGone(f"the engine did not answer within {ATTACH_S:g} s") from error
+            log.warning("lane_takes_long", reason="kernels for this layout are being compiled")
+            raise EngineGone("kernels for this layout are being compiled, once; ask again") from error
 
     async def ask(
         self,

@@ -16,7 +16,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal, get_args
 
 import msgspec
 from msgspec import Meta
@@ -24,6 +24,8 @@ from msgspec import Meta
 from flume_common.telemetry import LEVELS, Level
 
 Value = int | float | str
+Microbatches = Literal["auto", "1", "2"]
+MICROBATCHES: tuple[Microbatches, ...] = get_args(Microbatches)
 
 
 class Scope(StrEnum):
@@ -117,14 +119,12 @@ class Values(msgspec.Struct, frozen=True, kw_only=True):
         ),
     ] = 128
     microbatches: Annotated[
-        int,
+        Microbatches,
         Meta(
-            ge=1,
-            le=1,
-            description="Parts a step is split into. Only 1 is possible so far, and no node reads it yet.",
-            extra=_read_by(Scope.WEIGHT),
+            description="Parts of a step on a GPU, within what a node started with; auto: what is faster.",
+            extra=_read_by(Scope.WEIGHT, choices=MICROBATCHES),
         ),
-    ] = 1
+    ] = "auto"
     request_deadline_s: Annotated[
         float,
         Meta(

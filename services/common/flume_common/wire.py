@@ -4,8 +4,8 @@ A lane joins one weight node (W) and one attention node (A). Every message is a 
 eight int64 words, then a body. Per step:
 
     W -> A  PLAN     ops on slots, the rows of this step, and the credit W would like to have
-    W -> A  QUERY    one per layer: the queries of the rows, [query_tokens, query_heads, head_dim]
-    A -> W  PARTIAL  one per layer: o like the queries, then lse float32 [query_tokens, query_heads]
+    W -> A  QUERY    one per layer and microbatch: its rows' queries, [query_tokens, query_heads, head_dim]
+    A -> W  PARTIAL  one per QUERY, in the same order: o like it, then lse float32 [query_tokens, query_heads]
     W -> A  KV       the appended keys and values of layers [first, last),
                      [last - first, 2, append_tokens, kv_heads, head_dim]; several per step
     A -> W  CREDIT   what W may still append, and how A is doing; whenever that changes
@@ -16,6 +16,12 @@ ranges of its slot that start before it, at once, and appends to the open range 
 sequence has at most one row per lane and step however often its tail came by, and a lost range is
 computed again in its place while its successors stay where they are. Keys arrive after RoPE and every
 token asked about lies in the past of every query, so A never masks.
+
+A step may be cut into two microbatches, so that the dense path works on one while the other is attended to.
+The last `second_rows` rows of a PLAN are the second's, none where there is one microbatch. QUERYs come layer
+by layer, in each the first microbatch before the second; one without queries on this lane has no messages.
+That of a layer follows the PARTIAL of the layer before, so two QUERYs at most wait for an answer. KV knows no
+microbatches: it is the whole step's.
 
 A PLAN with rows starts a step; QUERY messages follow if any row has queries and KV messages if any
 row appends. A step is committed when KV of all its layers is in. Messages of one kind arrive in order, of
@@ -37,6 +43,7 @@ from numpy.typing import NDArray
 from flume_common.layout import KvLayout
 
 PROTOCOL_VERSION = 4
+MOST_MICROBATCHES = 2
 
 Words = NDArray[np.int64]
 
@@ -74,6 +81,7 @@ class Header(IntEnum):
     EPOCH = 2  # of the sender
     LAYER = 3  # QUERY, PARTIAL: the layer; KV: the first layer
     LAYER_END = 4  # KV: one past the last layer
+    MICROBATCH = 5  # QUERY, PARTIAL: 0, or 1 for the second
 
 
 HEADER_WORDS = 8
@@ -165,13 +173,14 @@ class Plan:
     returned_blocks: int  # credit W has given back so far, a running total
     kv_sent_step: int = 0  # the last step whose KV W has sent whole on this lane
     direct: bool = False  # queries and partials go through the lane's region: `direct_region`
+    second_rows: int = 0  # so many of the last rows are the second microbatch's
 
     def encode(self, header: Words, body: Words) -> int:
         """Write into a frame's header and body (int64 views); returns the body's bytes."""
         num_ops, num_rows = len(self.ops), len(self.rows)
         body[:PLAN_HEAD_WORDS] = (
             num_ops, num_rows, self.layers_per_kv,
-            self.want_blocks, self.returned_blocks, self.kv_sent_step, self.direct, 0,
+            self.want_blocks, self.returned_blocks, self.kv_sent_step, self.direct, self.second_rows,
         )  # fmt: skip
         rows_at = PLAN_HEAD_WORDS + OP_WORDS * num_ops
         end = rows_at + ROW_WORDS * num_rows
@@ -184,7 +193,8 @@ class Plan:
     @classmethod
     def decode(cls, header: Words, body: Words) -> Plan:
         """Arrays are copies: the frame may be given back at once."""
-        num_ops, num_rows, layers_per_kv, want, returned, kv_sent_step, direct = (int(w) for w in body[:7])
+        head = (int(word) for word in body[:PLAN_HEAD_WORDS])
+        num_ops, num_rows, layers_per_kv, want, returned, kv_sent_step, direct, second_rows = head
         rows_at = PLAN_HEAD_WORDS + OP_WORDS * num_ops
         end = rows_at + ROW_WORDS * num_rows
         return cls(
@@ -197,6 +207,7 @@ class Plan:
             returned_blocks=returned,
             kv_sent_step=kv_sent_step,
             direct=bool(direct),
+            second_rows=second_rows,
         )
 
 

@@ -30,7 +30,8 @@ class ControllerConfig(msgspec.Struct, frozen=True, kw_only=True):
     zygote: bool = True
     """Fork attention nodes from a process that has all imported; only for the standard command."""
     standby: Annotated[int, msgspec.Meta(ge=0)] = 0
-    """Attention nodes kept started ahead of need. Each costs its processes' memory, none for KV."""
+    """Attention nodes kept started ahead of need. Each costs its processes' memory, and on a GPU that of its
+    KV."""
     data_dir: Path
     """Records of the processes it starts and their output: a restarted controller finds them here."""
     initial_attention: Annotated[int, msgspec.Meta(ge=0)] = 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import asyncio
 import time
 from collections.abc import Awaitable, Callable, Iterator, Sequence
@@ -97,6 +98,7 @@ class Leader:
                 config.data_dir,
                 grace_s=config.stop_grace_s,
                 zygote=config.zygote and config.attention_command == STANDARD_COMMAND,
+                device=attention_device(config),
                 num_standbys=config.standby,
             ) as provider,
             event_writer(store, fenced, keys, self._correlator) as events,
@@ -181,6 +183,16 @@ def attention_command(config: ControllerConfig, node: str) -> Sequence[str]:
         *etcd_arguments(config.store),
         *config.attention_args,
     )
+
+
+def attention_device(config: ControllerConfig) -> str:
+    """What attention nodes are told to run on, wherever in their arguments that is said."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    try:
+        return str(parser.parse_known_args(config.attention_args)[0].device)
+    except argparse.ArgumentError:
+        return "cpu"  # the nodes say what is wrong with it
 
 
 async def _forward(changed: Callable[[], Awaitable[None]], poke: Callable[[], None]) -> NoReturn:

@@ -6,6 +6,7 @@ import argparse
 import os
 import socket
 
+from flume_common.config_schema import MICROBATCHES
 from flume_common.direct_region import HOP_HELP, HOPS
 from flume_common.etcd_flags import add_etcd_flags
 from flume_common.gpu.visible import NoGpu, visible_gpu
@@ -65,6 +66,13 @@ def add_engine_flags(flags: argparse.ArgumentParser) -> None:
         help="cuda: the first GPU that this process sees (CUDA_VISIBLE_DEVICES)",
     )
     flags.add_argument("--hop", default="auto", choices=HOPS, help=HOP_HELP)
+    flags.add_argument(
+        "--microbatches",
+        default="auto",
+        choices=MICROBATCHES,
+        help="parts of a decode step on a GPU, one in the dense path while the other is attended to; auto: "
+        "what measures faster; 1 captures nothing else",
+    )
     flags.add_argument("--block-tokens", type=int, default=16, help="tokens in one KV block")
     flags.add_argument("--max-sequences", type=int, default=64, help="most sequences in one step")
     flags.add_argument("--prefill-tokens", type=int, default=1024, help="prompt tokens of a step of its own")
@@ -85,8 +93,8 @@ def add_engine_flags(flags: argparse.ArgumentParser) -> None:
 
 
 _ENGINE_FLAGS = (
-    "dtype", "device", "hop", "block_tokens", "max_sequences", "prefill_tokens", "mixed_prefill_tokens",
-    "tail_margin_tokens", "step_timeout_s", "decode_threads", "prefill_threads",
+    "dtype", "device", "hop", "microbatches", "block_tokens", "max_sequences", "prefill_tokens",
+    "mixed_prefill_tokens", "tail_margin_tokens", "step_timeout_s", "decode_threads", "prefill_threads",
 )  # fmt: skip
 
 
@@ -109,6 +117,10 @@ def check(args: argparse.Namespace) -> None:
     for name in ("step_timeout_s", "engine_silence_s", "lease_ttl_s"):
         if getattr(args, name) <= 0:
             raise ConfigRefused(f"--{name.replace('_', '-')} must be positive, got {getattr(args, name)}")
+    if args.device == "cpu" and args.microbatches == "2":
+        raise ConfigRefused(
+            "--microbatches 2 needs --device cuda: on a CPU a step runs whole, as auto and 1 have it"
+        )
     if args.device == "cuda":
         try:
             visible_gpu()

@@ -122,6 +122,8 @@ class WeightEngine:
         capacity_tokens = self._fleet.capacity_blocks * self._shape.layout.block_tokens
         self._reports.capacity(capacity_tokens, len(self._roster.running), len(self._roster.waiting))
         self._reports.recomputed()
+        if self._passes.microbatching is not None:
+            self._reports.step_model(self._passes.microbatching.model)
         peers = self._fleet.peers.values()
         self._reports.epoch_rejected(self._epoch_rejected + sum(peer.epoch_rejected for peer in peers))
 
@@ -354,6 +356,8 @@ class WeightEngine:
         self._limits = replace(self._limits, mixed_prefill_tokens=message.mixed_prefill_tokens)
         self._fleet.balance = replace(self._fleet.balance, margin_tokens=message.tail_margin_tokens)
         self._attention.timeout_s = message.step_timeout_s
+        if self._passes.microbatching is not None:
+            self._passes.microbatching.use(message.microbatches)
 
     def _tell_sequences(self, message: m.AskSequences) -> None:
         self._reports.sequences(message.number, self._roster)

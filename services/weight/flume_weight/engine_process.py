@@ -90,7 +90,7 @@ def open_backend(args: argparse.Namespace) -> Backend:
         return CpuBackend(Threads(args.decode_threads, args.prefill_threads))
     from flume_weight.cuda import backend
 
-    return backend.open_gpu(direct=args.hop == "auto")
+    return backend.open_gpu(direct=args.hop == "auto", microbatches=args.microbatches)
 
 
 def _ready(config: ModelConfig, shape: LaneShape, port: Port, load_s: float) -> m.Ready:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import msgspec
+from flume_common.config_schema import Microbatches
 
 from flume_weight.sampling import SamplingParams
 
@@ -98,6 +99,7 @@ class Configure(msgspec.Struct, tag=True):
     tail_margin_tokens: int
     mixed_prefill_tokens: int
     step_timeout_s: float
+    microbatches: Microbatches = "auto"
 
 
 Inbound = Submit | Cancel | Attach | Detach | NodeDraining | RangesMoved | Epoch | AskSequences | Configure
@@ -199,6 +201,18 @@ class EpochRejected(msgspec.Struct, tag=True):
     messages: int
 
 
+class StepModel(msgspec.Struct, tag=True):
+    """In how many microbatches the last decode step ran, and how far off predictions of two were whenever
+    both were measured; on a GPU, when that changes. Errors are shares of what was measured; the bias is
+    positive where predictions were too long."""
+
+    microbatches: int
+    comparisons: int
+    error_ratio: float  # mean of absolute errors
+    bias_ratio: float
+    worst_error_ratio: float
+
+
 class TopToken(msgspec.Struct, array_like=True):
     """A token id and its natural-log probability."""
 
@@ -292,6 +306,7 @@ Outbound = (
     | NodeSilent
     | Recomputed
     | EpochRejected
+    | StepModel
     | Produced
     | Finished
     | Failed

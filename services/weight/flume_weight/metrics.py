@@ -13,6 +13,7 @@ from flume_common.metrics import counter, epoch_rejected, gauge, node_state
 from flume_common.route_store import RouteWriter
 from prometheus_client import Metric
 
+from flume_weight import messages as m
 from flume_weight.supervisor import Supervisor
 
 
@@ -33,8 +34,27 @@ def families(supervisor: Supervisor, routes: RouteWriter) -> Iterator[Metric]:
         msgspec.structs.asdict(supervisor.recomputed),
         by="cause",
     )
+    if supervisor.step_model is not None:
+        yield from _step_model(supervisor.step_model)
     yield epoch_rejected("weight", supervisor.epoch_rejected)
     yield from _routes(routes)
+
+
+def _step_model(model: m.StepModel) -> Iterator[Metric]:
+    yield gauge("flume_step_microbatches", "Parts that the last decode step ran in.", model.microbatches)
+    yield gauge(
+        "flume_step_model_error_ratio",
+        "Mean distance of predicted steps of two microbatches from measured ones.",
+        model.error_ratio,
+    )
+    yield gauge(
+        "flume_step_model_bias_ratio", "The same with signs: positive: predicted too long.", model.bias_ratio
+    )
+    yield counter(
+        "flume_step_model_comparisons_total",
+        "How often one and two microbatches were compared.",
+        model.comparisons,
+    )
 
 
 def _routes(routes: RouteWriter) -> Iterator[Metric]:

@@ -16,6 +16,7 @@ from flume_common.layout import KvLayout
 from torch import Tensor
 
 from flume_weight.batch import Batch
+from flume_weight.cuda.microbatching import Microbatching
 from flume_weight.errors import PeerLost
 from flume_weight.mapped_region import MappedRegion
 from flume_weight.model import Transformer
@@ -51,6 +52,7 @@ class Passes:
 
     attention: RangeAttention
     kinds: Sequence[Pass]
+    microbatching: Microbatching | None = None  # where steps can be cut
     map_region: Callable[[bytes], MappedRegion] | None = None
     """From a RegionHandle, where steps can be asked about in such a region. Raises MappingFailed."""
 

@@ -155,6 +155,7 @@ class Peer:
         epoch: int,
         rows: Seq[Seq[int]],
         layers_per_kv: int,
+        second_rows: int = 0,
         direct: bool = False,
     ) -> bool:
         """Send waiting ops and the step's rows. False: ops are left over and no row was sent; call again."""
@@ -169,6 +170,7 @@ class Peer:
             want_blocks=self.want_blocks,
             returned_blocks=self.ledger.returned_blocks,
             kv_sent_step=self.kv_sent_step,
+            second_rows=second_rows if whole else 0,
             direct=direct and whole,
         )
         self._told = (self.want_blocks, self.ledger.returned_blocks)

@@ -37,6 +37,7 @@ class Exchange:
     num_queries: int = 0
     append: slice = field(default_factory=lambda: slice(0, 0))
     layers_per_kv: int = 0
+    second_rows: int = 0  # of `rows`, the last ones: those of the step's second microbatch
 
     @property
     def num_appended(self) -> int:
@@ -112,8 +113,9 @@ class RangeAttention:
         while not sent:
             frame = self._await_frame(peer, peer.plan_frame)
             sent = peer.send_plan(
-                frame, self._step, self.epoch, exchange.rows, exchange.layers_per_kv, direct
-            )
+                frame, self._step, self.epoch, exchange.rows, exchange.layers_per_kv,
+                second_rows=exchange.second_rows, direct=direct,
+            )  # fmt: skip
 
     def forget(self, peer: Peer) -> None:
         """The lane is closed: its frames are not ours any more."""

@@ -10,6 +10,8 @@ from flume_common.engine_link import EngineLink
 from flume_weight import messages as m
 from flume_weight.sequence import Sequence
 
+_MODEL_EVERY_S = 1.0
+
 
 class Reports:
     """Counts of this engine and what was last said of them. May be called as often as one likes."""
@@ -20,6 +22,8 @@ class Reports:
         self._recomputed = m.Recomputed()
         self._recomputed_told = True
         self._epoch_rejected = 0
+        self._model: m.StepModel | None = None
+        self._model_due_s = 0.0
 
     def route(self, sequence: Sequence) -> None:
         """Where the sequence's tokens are, from now on."""
@@ -57,6 +61,13 @@ class Reports:
         if total != self._epoch_rejected:
             self._epoch_rejected = total
             self._link.send(m.EpochRejected(total))
+
+    def step_model(self, model: m.StepModel) -> None:
+        """Not more often than a person looks: batches of other sizes may run in other parts."""
+        now = time.monotonic()
+        if model != self._model and now >= self._model_due_s:
+            self._model, self._model_due_s = model, now + _MODEL_EVERY_S
+            self._link.send(model)
 
     def sequences(self, number: int, live: Iterable[Sequence]) -> None:
         """The answer to AskSequences."""

@@ -16,6 +16,7 @@ def base(args: argparse.Namespace) -> Values:
         tail_margin_tokens=args.tail_margin_tokens,
         mixed_prefill_tokens=args.mixed_prefill_tokens,
         step_timeout_s=args.step_timeout_s,
+        microbatches=args.microbatches,
     )
 
 
@@ -26,4 +27,5 @@ def configure(values: Values, ready: m.Ready) -> m.Configure:
         tail_margin_tokens=values.tail_margin_tokens,
         mixed_prefill_tokens=min(values.mixed_prefill_tokens, room_tokens),
         step_timeout_s=values.step_timeout_s,
+        microbatches=values.microbatches,
     )

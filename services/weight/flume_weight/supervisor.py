@@ -56,6 +56,7 @@ class Supervisor:
         self.running = self.waiting = 0  # sequences of this engine
         self.recomputed = m.Recomputed()  # of this engine
         self.epoch_rejected = 0  # of this engine
+        self.step_model: m.StepModel | None = None  # of this engine, on a GPU
         self.started = asyncio.Event()  # the first engine is ready
         self._args = args
         self._model_path = str(source.path)
@@ -187,7 +188,7 @@ class Supervisor:
     async def _engine_gone(self) -> None:
         self._engine = self.ready = self._attachments = None
         self.capacity_tokens = self.running = self.waiting = 0
-        self.recomputed, self.epoch_rejected = m.Recomputed(), 0
+        self.recomputed, self.epoch_rejected, self.step_model = m.Recomputed(), 0, None
         self.streams.fail_all("UNAVAILABLE", f"the engine of weight node {self._args.node} ended")
         self._routes.end_all()  # or they would be written again after a lost lease
         await self._registration.update(state=State.PREPARING, sequences=0, kv_capacity_tokens=0)
@@ -252,6 +253,8 @@ class Supervisor:
                 log.warning("stale_messages_ignored", messages=messages)
             case m.Recomputed():
                 self.recomputed = message
+            case m.StepModel():
+                self._note_model(message)
             case m.Adopted(sequence=sequence, tokens=tokens):
                 log.info("sequence_adopted", sequence=sequence, adopted_tokens=tokens)
             case m.Recovered():
@@ -269,6 +272,14 @@ class Supervisor:
                 if self._attachments is not None and not message.replaced:
                     self._attachments.lost(node)
                 self._poked.set()
+
+    def _note_model(self, model: m.StepModel) -> None:
+        before, self.step_model = self.step_model, model
+        if before is None or model.comparisons != before.comparisons:
+            log.info(
+                "step_model", microbatches=model.microbatches, comparisons=model.comparisons,
+                error_ratio=round(model.error_ratio, 3), bias_ratio=round(model.bias_ratio, 3),
+            )  # fmt: skip
 
     def _recomputed_fields(self) -> dict[str, int]:
         totals = msgspec.structs.asdict(self.recomputed)

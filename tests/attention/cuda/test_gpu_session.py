@@ -121,3 +121,50 @@ def test_rows_longer_than_a_graph_was_captured_for_are_answered_outside_of_it(we
         assert node.steps.captures == 1
         w.step((0, 1, 1))
         assert node.steps.of(1).replays == 1
+
+
+def test_two_microbatches_are_answered_by_one_captured_step_each_on_its_own(weight_node):
+    with GpuNode() as node:
+        w = node.attach(weight_node)
+        w.step(*[(slot, 0, 2 + 3 * slot) for slot in range(5)], ops=[w.open(slot) for slot in range(5)])
+        for _ in range(3):
+            w.step(*[(slot, 1, 1) for slot in range(5)], second=2)
+        w.step((4, 1, 1), (2, 1, 0), (0, 1, 1), second=1, kv_layers=3)
+        assert (node.steps.captures, node.steps.of(3, 2).replays) == (2, 3)
+        assert node.steps.of(2, 2).replays == 1
+
+
+def test_a_microbatch_without_queries_here_has_no_messages_and_steps_of_one_and_two_alternate(weight_node):
+    with GpuNode() as node:
+        w = node.attach(weight_node)
+        w.step(*[(slot, 0, 9) for slot in range(3)], ops=[w.open(slot) for slot in range(3)])
+        for second in (1, 3, 0, 2, 0, 3, 1):
+            w.step(*[(slot, 1, 1) for slot in range(3)], second=second)
+        w.step((0, 0, 1), (1, 1, 1), second=1)
+        assert node.steps.captures == 3, "all of three rows, two parts of two, one row"
+
+
+def test_two_microbatches_of_chunks_are_answered_outside_of_graphs(weight_node):
+    with GpuNode() as node:
+        w = node.attach(weight_node)
+        w.step((0, 0, 6), (1, 0, 3), ops=[w.open(0), w.open(1)])
+        w.step((0, 3, 3), (1, 1, 1), second=1)
+        w.step((0, 1, 1), (1, 2, 2), second=1)
+        assert node.steps.captures == 0
+
+
+@pytest.mark.parametrize("answered", range(2 * LAYOUT.num_layers + 1))
+def test_a_step_abandoned_after_any_answer_of_two_microbatches_leaves_the_device_ready(weight_node, answered):
+    with GpuNode() as node:
+        w = node.attach(weight_node)
+        w.step((0, 0, 9), (1, 0, 3), ops=[w.open(0), w.open(1)])
+        running = w.begin((0, 1, 1), (1, 1, 1), second=1)
+        running.ask(0)
+        turns = [(layer, part) for layer in range(LAYOUT.num_layers) for part in running.parts]
+        for layer, part in turns[:answered]:
+            running.check(layer, part)
+            if layer + 1 < LAYOUT.num_layers:
+                running.ask(layer + 1, part)
+        w.step((0, 1, 1), (1, 1, 1))
+        w.step((0, 1, 1), (1, 1, 1), second=1)
+        assert node.steps.captures == 2

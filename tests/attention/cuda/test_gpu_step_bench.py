@@ -28,7 +28,8 @@ def bench(monkeypatch):
 
 @pytest.fixture
 def problem(bench):
-    return bench.Problem(bench.model("tiny", 0, 40), torch.float32, batch=3, context=40, steps=2, warm_up=1)
+    config = bench.model("tiny", 0, 40)
+    return bench.Problem(config, torch.float32, batch=4, context=40, steps=2, warm_up=1, microbatches=2)
 
 
 def test_one_process_attends_in_its_own_graph(bench, problem):
@@ -38,7 +39,7 @@ def test_one_process_attends_in_its_own_graph(bench, problem):
 
 
 @pytest.mark.skipif(ON_GPU, reason="bench/gpu_check.sh runs it for real")
-def test_two_nodes_decode_over_a_lane_and_directly_with_one_capture_each(bench, problem):
+def test_two_nodes_decode_with_one_capture_each_for_a_step_whole_in_halves_and_direct(bench, problem):
     here, there = Pipe()
     device, ops = SimulatedDevice(), None
     ops = ReferenceAttention(device)
@@ -50,3 +51,4 @@ def test_two_nodes_decode_over_a_lane_and_directly_with_one_capture_each(bench, 
         other.join(20)
     assert 0 < found["split"]["attention"] <= found["split"]["step"]
     assert found["direct"]["step"] > 0
+    assert min(found["halves"]["step"], found["halves"]["predicted"]) > 0

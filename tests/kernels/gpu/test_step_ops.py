@@ -15,6 +15,8 @@ from flume_kernels.gpu import decode_tuning, reference
 from flume_kernels.gpu.cuda_device import CudaDevice
 from flume_kernels.gpu.decode_attention import DecodeConfig
 from flume_kernels.gpu.kv_pool import KvPool
+from flume_kernels.gpu.linear_tuning import Fusion
+from flume_kernels.gpu.skinny_linear import SkinnyConfig
 from flume_weight.cuda.buckets import StepSize
 from flume_weight.cuda.decode_step import DecodeStep
 from flume_weight.cuda.device_weights import on_device
@@ -108,11 +110,23 @@ def test_an_answer_is_attention_over_what_was_appended(attention, pool, device, 
     torch.testing.assert_close(lse.double(), want_lse, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("changes", [{}, {"qk_norm": True, "qkv_bias": True}], ids=str)
-def test_a_decode_step_of_kernels_is_that_of_their_definitions(device, changes):
-    config = small_config(num_layers=2, **changes)
-    weights = on_device(random_weights(config), torch.device(device))
-    results = [run(config, weights, ops, device) for ops in (TritonOps(), ReferenceOps())]
+BIASES = {"qkv_bias": True, "output_bias": True, "mlp_bias": True}
+FUSED = SkinnyConfig(block_n=16, block_k=16, split=2, num_stages=2)
+
+
+@pytest.mark.parametrize("changes", [{}, {"qk_norm": True, **BIASES}], ids=["", "with norms and biases"])
+@pytest.mark.parametrize("config", [None, FUSED], ids=["torch's products", "ours"])
+def test_a_decode_step_of_kernels_is_that_of_their_definitions(device, changes, config):
+    asked = set()
+
+    def choice(problem, where):
+        asked.add(problem.fusion)
+        return config
+
+    model = small_config(num_layers=2, **changes)
+    weights = on_device(random_weights(model), torch.device(device))
+    results = [run(model, weights, ops, device) for ops in (TritonOps(choice), ReferenceOps())]
+    assert asked == set(Fusion)
     for got, want in zip(*results, strict=True):
         torch.testing.assert_close(got, want, atol=2e-5, rtol=2e-5)
 

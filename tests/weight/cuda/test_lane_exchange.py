@@ -13,7 +13,7 @@ from flume_attention.messages import Attach
 from flume_attention.node import Node
 from flume_common.direct_region import ANSWERED_AT, mark
 from flume_common.lanes import Port, Side
-from flume_common.wire import LaneShape, sequence_key
+from flume_common.wire import Header, Kind, LaneShape, sequence_key
 from flume_kernels.gpu.watchdog import Watchdog
 from flume_weight.batch import Batch
 from flume_weight.cuda.buckets import Buckets, StepSize
@@ -25,6 +25,7 @@ from flume_weight.cuda.eager import DeviceRangeAttention, EagerForward
 from flume_weight.cuda.errors import RouteTooWide
 from flume_weight.cuda.forward import CapturedForward
 from flume_weight.cuda.lane_exchange import LaneExchange
+from flume_weight.cuda.microbatching import Microbatching
 from flume_weight.errors import PeerLost, PeerSilent, StepRefused
 from flume_weight.model import LocalAttention, Transformer
 from flume_weight.peer import Peer
@@ -36,7 +37,7 @@ TIMEOUT_S = 20.0
 CONFIG = small_config(num_layers=4)
 LAYOUT = CONFIG.layout("float32", block_tokens=16)
 SHAPE = LaneShape(
-    LAYOUT, max_step_tokens=16, max_step_sequences=4, kv_frame_bytes=48 * LAYOUT.layer_token_bytes
+    LAYOUT, max_step_tokens=16, max_step_sequences=4, kv_frame_bytes=4 * LAYOUT.layer_token_bytes
 )
 SIZE = StepSize(4)
 WAYS = pytest.mark.parametrize("way", ["frames", "direct"])
@@ -119,7 +120,7 @@ def index(rows):
 class WeightNode:
     """Sequences whose tokens lie on attention nodes; decoded by captured steps over lanes."""
 
-    def __init__(self, port, peers, watchdog, parts=2, way="frames"):
+    def __init__(self, port, peers, watchdog, parts=2, way="frames", microbatches=1):
         weights = random_weights(CONFIG)
         self.model = Transformer(CONFIG, weights)
         self.port, self.peers = port, peers
@@ -132,7 +133,7 @@ class WeightNode:
         self.direct = self.moving(DirectExchange(port, LAYOUT, self.device)) if way == "direct" else None
         self.forward = CapturedForward(
             self.steps, Buckets((SIZE.rows,)), StepDriver(watchdog, TIMEOUT_S), self.eager, self.exchange,
-            self.direct,
+            Microbatching(CONFIG.num_layers, str(microbatches)), self.direct,
         )  # fmt: skip
         self.prefill_forward = EagerForward(Transformer(CONFIG, on_device(weights, where)), self.eager)
         self.oracle = LocalAttention(CONFIG.num_layers)
@@ -231,6 +232,7 @@ class WeightNode:
     def step(self, rows):
         batch = self.batch(rows)
         self.number += 1
+        self.last_batch = batch
         logits = self.forward.forward(self.number, batch)
         assert self.forward.finish() == []
         self.commit(rows)
@@ -244,7 +246,7 @@ class WeightNode:
 
 
 @contextmanager
-def cluster(nodes, parts=2, way="frames"):
+def cluster(nodes, parts=2, way="frames", microbatches=1):
     torch.set_num_threads(1)
     interval_s = sys.getswitchinterval()
     sys.setswitchinterval(1e-4)  # the driver spins, and the nodes are threads of the same process here
@@ -252,7 +254,7 @@ def cluster(nodes, parts=2, way="frames"):
     try:
         with Port(spin_s=0) as port, Watchdog() as watchdog:
             peers = [thread.attach(port) for thread in threads]
-            weight = WeightNode(port, peers, watchdog, parts, way)
+            weight = WeightNode(port, peers, watchdog, parts, way, microbatches)
             weight.prefill()
             yield weight, threads
     finally:
@@ -261,9 +263,11 @@ def cluster(nodes, parts=2, way="frames"):
         sys.setswitchinterval(interval_s)
 
 
-@WAYS
-def test_tokens_over_lanes_are_the_models_own_while_tails_move_and_nothing_is_captured_again(way):
-    with cluster(2, way=way) as (weight, threads):
+@pytest.mark.parametrize("way, microbatches", [("frames", 1), ("frames", 2), ("direct", 1)])
+def test_tokens_over_lanes_are_the_models_own_while_tails_move_and_nothing_is_captured_again(
+    way, microbatches
+):
+    with cluster(2, way=way, microbatches=microbatches) as (weight, threads):
         for turn in range(6):
             if turn in (1, 4):
                 for sequence in range(len(PROMPTS)):
@@ -274,27 +278,63 @@ def test_tokens_over_lanes_are_the_models_own_while_tails_move_and_nothing_is_ca
             for (sequence, *_), token in zip(rows, got.argmax(-1).tolist(), strict=True):
                 weight.tokens[sequence].append(token)
         assert weight.steps.captures == (1 if way == "frames" else 2)
-        assert weight.steps.replays == weight.steps.of(SIZE, way == "direct").replays == 6
+        assert weight.steps.of(StepSize(SIZE.rows, microbatches), way == "direct").replays == 6
         assert all(bool(thread.session.answered_directly) == (way == "direct") for thread in threads)
 
 
-@pytest.mark.parametrize("layer", [0, CONFIG.num_layers - 1])
-def test_a_node_that_says_nothing_fails_the_step_by_name_and_the_step_can_be_repeated(layer, monkeypatch):
-    with cluster(2) as (weight, threads):
+def test_a_node_is_asked_in_the_microbatches_of_its_rows_and_in_no_other(monkeypatch):
+    sent = []
+
+    def send(exchange, peer, kind, frame, elements):
+        if kind is Kind.QUERY:
+            layer, microbatch = frame.header[Header.LAYER], frame.header[Header.MICROBATCH]
+            sent.append((int(layer), int(microbatch), peer.node))
+        really(exchange, peer, kind, frame, elements)
+
+    really = LaneExchange._send
+    monkeypatch.setattr(LaneExchange, "_send", send)
+    with cluster(2, microbatches=2) as (weight, _):
+        # Rows 0 and 1 lie on the first node, row 2 on the second: the second microbatch is all of that.
+        rows = weight.rows()
+        assert [weight.tails[sequence][0] for sequence, *_ in rows] == [
+            *weight.peers[:1] * 2,
+            weight.peers[1],
+        ]
+        weight.step(rows)
+        turns = [(layer, number) for layer in range(CONFIG.num_layers) for number in (0, 1)]
+        assert sent == [(layer, number, f"attention-{number + 1}") for layer, number in turns]
+        assert [exchange.second_rows for exchange in weight.last_batch.exchanges] == [0, 1]
+
+
+def test_a_batch_that_fills_one_microbatch_runs_as_one(monkeypatch):
+    with cluster(1, microbatches=2) as (weight, _):
+        rows = weight.rows()[:2]
+        torch.testing.assert_close(weight.step(rows), weight.expect(rows), atol=3e-5, rtol=3e-5)
+        assert weight.steps.of(SIZE).replays == 1
+
+
+@pytest.mark.parametrize(
+    "layer, microbatches", [(0, 1), (CONFIG.num_layers - 1, 1), (0, 2), (CONFIG.num_layers - 1, 2)]
+)
+def test_a_node_that_says_nothing_fails_the_step_by_name_and_the_step_can_be_repeated(
+    layer, microbatches, monkeypatch
+):
+    with cluster(2, microbatches=microbatches) as (weight, threads):
         rows = weight.rows()
         want = weight.expect(rows)
         weight.eager.timeout_s = 0.3
         query = LaneExchange.query
 
         def silences(exchange, microbatch, asked):
-            if asked == layer:
+            if (asked, microbatch) == (layer, microbatches - 1):
                 threads[1].silent.set()
             query(exchange, microbatch, asked)
 
         monkeypatch.setattr(LaneExchange, "query", silences)
         with pytest.raises(PeerLost, match=r"attention-2.*no answer within 0\.3 s") as lost:
             weight.step(rows)
-        assert lost.value.__cause__.layers == [layer]
+        # Its rows are those of the second microbatch; the first may be waiting for the next layer's turn.
+        assert layer in lost.value.__cause__.layers and len(lost.value.__cause__.layers) <= microbatches
         monkeypatch.undo()
         threads[1].silent.clear()
         weight.eager.timeout_s = TIMEOUT_S
@@ -318,6 +358,14 @@ def test_a_node_whose_process_ends_during_a_step_is_looked_for_and_lost_by_name(
         assert weight.steps.of(SIZE, way == "direct").graph.done()
 
 
+def test_a_node_that_takes_no_queries_is_lost_by_name(monkeypatch):
+    with cluster(2) as (weight, _):
+        monkeypatch.setattr(weight.peers[1].lane.sender(Kind.QUERY), "frame", lambda: None)
+        with pytest.raises(PeerLost, match=r"attention-2.*took none of the last queries"):
+            weight.step(weight.rows())
+        assert weight.steps.of(SIZE).graph.done()
+
+
 @WAYS
 def test_a_sequence_on_more_nodes_than_a_step_merges_is_refused_before_anything_is_sent(way):
     with cluster(2, parts=1, way=way) as (weight, _):
@@ -330,11 +378,6 @@ def test_a_sequence_on_more_nodes_than_a_step_merges_is_refused_before_anything_
         assert not weight.forward.takes(weight.batch(weight.rows()))
         with pytest.raises(RouteTooWide, match="2 attention nodes, captured steps merge 1"):
             weight.step(weight.rows())
-
-
-def test_lanes_carry_one_microbatch():
-    with cluster(1) as (weight, _), pytest.raises(ValueError, match="one microbatch, not 2"):
-        weight.exchange.begin(1, [], weight.steps.of(StepSize(4, 2)).buffers)
 
 
 def test_chunks_and_batches_beyond_the_largest_bucket_are_left_to_the_model():

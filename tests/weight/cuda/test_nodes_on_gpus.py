@@ -10,6 +10,7 @@ import signal
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import replace
 
+import msgspec
 import pytest
 import torch
 from engine_rig import attention_node, weight_node
@@ -70,9 +71,11 @@ def hops(rig):
     return {message.hop for message in rig.said if isinstance(message, m.LaneUp)}
 
 
-def gpu_weight_node(name, step_timeout_s=20, margin=16, hop="direct"):
-    flags = [*FLAGS, "--tail-margin-tokens", str(margin), "--step-timeout-s", str(step_timeout_s)]
-    flags += ["--hop", "auto" if hop == "direct" else hop]
+def gpu_weight_node(name, step_timeout_s=20, margin=16, hop="direct", microbatches="auto"):
+    flags = [
+        *FLAGS, "--tail-margin-tokens", str(margin), "--step-timeout-s", str(step_timeout_s),
+        "--microbatches", microbatches, "--hop", "auto" if hop == "direct" else hop,
+    ]  # fmt: skip
     return weight_node(name, flags, "simulated_gpu_weight", os.environ[ENGINE_ZYGOTE])
 
 
@@ -81,7 +84,8 @@ def test_decode_batches_are_captured_steps_all_of_them_captured_beforehand_and_o
     device, layout, limits = SimulatedDevice(), CONFIG.layout("float32"), StepLimits(8, 64, 16)
     backend = GpuBackend(device, ReferenceOps(), direct)
     with Port() as port, backend.passes(model(), port, layout, limits, 1.0) as passes:
-        assert device.captures == len(Buckets.up_to(8).rows) * (2 if direct else 1)
+        both = len(Buckets.up_to(8).rows) + 3
+        assert device.captures == both + direct * len(Buckets.up_to(8).rows), "2, 4 and 8 rows in two, too"
         ids = torch.zeros(8, dtype=torch.int64)
         decoding = Batch([], ids, ids, ids, [], [])
         assert isinstance(passes.of(decoding), CapturedForward)
@@ -103,6 +107,31 @@ async def test_tokens_are_the_models_own_wherever_the_ranges_lie(hop):
         assert any(len({item.node for item in route.ranges}) == 2 for route in routes)
         assert await rig.is_free()
         assert hops(rig) == {hop}
+
+
+async def test_tokens_are_the_models_own_in_two_microbatches_which_a_setting_begins_while_they_run():
+    names = "abc"
+    async with gpu_nodes(512, 512, hop="frames", microbatches="2") as rig:
+        settings = m.Configure(
+            tail_margin_tokens=16, mixed_prefill_tokens=8, step_timeout_s=20.0, microbatches="1"
+        )
+        rig.weight.send(settings)
+        rig.submit("e", prompt(20), 8)
+        assert await rig.generate("f", prompt(20), 8) == own_tokens(prompt(20), 8)
+        assert not any(isinstance(said, m.StepModel) and said.microbatches == 2 for said in rig.said)
+        rig.weight.send(msgspec.structs.replace(settings, microbatches="2"))
+        for seed, name in enumerate(names):
+            rig.submit(name, prompt(20 + 5 * seed, seed), 20)
+        await rig.until(lambda said: isinstance(said, m.StepModel) and said.microbatches == 2)
+        for seed, name in enumerate(names):
+            assert (await rig.end_of(name)).reason == "length"
+            assert rig.tokens(name) == own_tokens(prompt(20 + 5 * seed, seed), 20)
+
+
+def test_two_microbatches_on_a_cpu_are_refused_by_name():
+    args = supervisor_flags().parse_args(["--model", "x", "--microbatches", "2"])
+    with pytest.raises(ConfigRefused, match="--microbatches 2 needs --device cuda"):
+        check(args)
 
 
 @on_each_hop

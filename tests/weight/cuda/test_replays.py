@@ -199,12 +199,15 @@ class Nodes:
 
     def begin(self):
         self.sent_keys.clear()
+        self.queries = 0
         self.asked = [None] * self.step.count
 
     def progress(self):
         self.step.run_some(self.random.randint(0, 9))
 
     def query(self, microbatch, layer):
+        assert (layer, microbatch) == divmod(self.queries, self.step.count), "out of turn"
+        self.queries += 1
         self.asked[microbatch] = layer, self.step.queries[microbatch]
         self.late[microbatch] = self.random.randint(0, 3)
 

@@ -1,12 +1,15 @@
 """One lane's answers on a GPU, layer by layer, without waiting: ask, then look whether it is answered.
 
 A decode step is a captured one, launched when its PLAN is in: from then on the device waits for queries, and
-`ask` only opens its gate. Steps that no graph fits are computed in `ask`.
+`ask` only opens a gate. Steps that no graph fits are computed in `ask`. Whatever a step's parts are, they are
+asked about in turn, layer by layer, and answered in that order.
 """
 
 from __future__ import annotations
 
 import time
+from collections import deque
+from collections.abc import Sequence
 
 import torch
 from flume_kernels.gpu.device import Device, Graph
@@ -20,7 +23,7 @@ from flume_attention.cuda.eager import EagerStep
 from flume_attention.cuda.ops import AttentionOps
 from flume_attention.cuda.paging import Segment, segments
 from flume_attention.errors import DeviceStuck
-from flume_attention.holdings import Step
+from flume_attention.holdings import Row, Step
 
 DRAIN_TIMEOUT_S = 5.0
 MANY_QUERIES = 512
@@ -53,35 +56,41 @@ class Answers:
         self._ops = ops
         self._pool = pool
         self._buffers = buffers
-        self._max_rows = max_rows
         self._max_length = max_length
         self._watchdog = watchdog
         self._query_timeout_s = query_timeout_s
         self._captured: CapturedStep | None = None
-        self._eager: EagerStep | None = None
-        self._queries = 0
-        self._lse: Tensor | None = None  # where that of the layer under way belongs
-        self._layers_left = 0
+        self._eager: list[EagerStep] = []  # by part
+        self._pending: deque[tuple[int, Tensor]] = deque()  # part, and where its lse belongs
+        self._left = 0  # answers to give
 
     @property
     def busy(self) -> bool:
         """Whether the device works or waits for the host: nobody but its flag will say when it has answered,
         and what else the host asks of it may wait until this step is over."""
         if self._captured is None:
-            return self._lse is not None
-        return self._layers_left > 0 and not self._captured.flags.host.poisoned
+            return bool(self._pending)
+        return self._left > 0 and not self._captured.flags.host.poisoned
+
+    @property
+    def reads_lane(self) -> bool:
+        """Whether the device reads queries from the lane's buffer until they are answered. Otherwise it is
+        free again after `ask`."""
+        return self._captured is not None and len(self._captured.parts) == 1
 
     def prepare(self) -> None:
         """Capture every step, and load what others are made of, so that no step waits for it. Nothing may
-        run, on any lane: making memory and loading kernels may wait for all of a device."""
+        run, on any lane: making memory and loading kernels may wait for all of a device. Takes seconds where
+        kernels are not in Triton's cache yet."""
         self.steps.prepare()
         self._load_eager()
+        self._pool.load()
 
     def _load_eager(self) -> None:
         """Once with one query a row, once with many, with two segments each: what chunks launch."""
         some = [Segment([0], 1), Segment([0], 1)]
         for queries in (1, min(MANY_QUERIES, len(self._buffers.queries))):
-            q, o = self._buffers.queries[:queries], self._buffers.o[:queries]
+            q, o = self._buffers.queries[:queries], self._buffers.o[0][:queries]
             lse = torch.empty(queries, self._pool.layout.num_query_heads, dtype=torch.float32)
             step = EagerStep(self._device, self._ops, [(some, queries)], self._pool.where)
             step.attend(self._pool.layers[0], q, o, lse)
@@ -89,55 +98,68 @@ class Answers:
     def begin(self, step: Step) -> None:
         """A step's PLAN is in, and the memory holds all that its queries ask about."""
         self.end()
-        if not step.query_tokens:
+        if not step.parts:
             return
         self._device.join()
-        self._queries, self._layers_left = step.query_tokens, self._pool.layout.num_layers
-        rows = [(segments(row.past, self._pool.layout.block_tokens), row.queries) for row in step.asking]
-        if len(rows) <= self._max_rows and all(_is_simple(*row, self._max_length) for row in rows):
-            self._captured = self.steps.of(len(rows))
-            self._captured.tables.fill([each[0] if each else Segment([], 0) for each, _ in rows])
+        self._left = len(step.parts) * self._pool.layout.num_layers
+        parts = [self._segments(part.asking) for part in step.parts]
+        if all(self._is_simple(rows, len(parts)) for rows in parts):
+            self._captured = self.steps.of(max(len(rows) for rows in parts), len(parts))
+            for captured, rows in zip(self._captured.parts, parts, strict=True):
+                captured.tables.fill([each[0] if each else Segment([], 0) for each, _ in rows])
             self._watch(self._captured)
             self._captured.launch()
         else:
-            self._eager = EagerStep(self._device, self._ops, rows, self._pool.where)
+            self._eager = [EagerStep(self._device, self._ops, rows, self._pool.where) for rows in parts]
 
-    def ask(self, layer: int, lse: Tensor) -> None:
-        """The queries of this layer are in the lane's buffer. lse float32 [queries, query_heads] is where
-        theirs will be; o will be in the lane's buffer."""
-        self._lse = lse
-        if self._captured is not None:
-            self._watch(self._captured)
-            self._captured.flags.host.gates[0].open()
-        else:
-            assert self._eager is not None, "asked about a step without queries"
-            count = self._queries
-            q, o = self._buffers.queries[:count], self._buffers.o[:count]
-            self._eager.attend(self._pool.layers[layer], q, o, lse)
+    def _segments(self, asking: Sequence[Row]) -> list[tuple[list[Segment], int]]:
+        return [(segments(row.past, self._pool.layout.block_tokens), row.queries) for row in asking]
+
+    def _is_simple(self, rows: Sequence[tuple[list[Segment], int]], parts: int) -> bool:
+        """Whether a captured step can answer this part: one query a row, one table that is not too long."""
+        return len(rows) <= self.steps.most_rows(parts) and all(
+            queries == 1 and len(row) <= 1 and sum(segment.tokens for segment in row) <= self._max_length
+            for row, queries in rows
+        )
+
+    def ask(self, part: int, layer: int, queries: Tensor, lse: Tensor) -> None:
+        """The queries of this part and layer are in the lane's buffer, as `queries` [queries, query_heads,
+        head_dim]. lse float32 [queries, query_heads] is where theirs will be; o will be in the part's."""
+        self._pending.append((part, lse))
+        if self._captured is None:
+            o = self._buffers.o[part][: len(queries)]
+            self._eager[part].attend(self._pool.layers[layer], queries, o, lse)
+            return
+        if not self.reads_lane:
+            self._captured.parts[part].queries[: len(queries)].copy_(queries)
+        self._watch(self._captured)
+        self._captured.flags.host.gates[part].open()
 
     def answered(self) -> bool:
-        """Whether what was asked is answered now."""
-        if self._lse is None:
+        """Whether the oldest of what was asked is answered now; then it is no longer asked."""
+        if not self._pending:
             return False
+        part, lse = self._pending[0]
         if self._captured is not None:
             try:
-                if not self._captured.flags.host.signals[0].take():
+                if not self._captured.flags.host.signals[part].take():
                     return False
             except Poisoned:
-                self._lse = None
+                self._pending.clear()
                 return False
-            self._lse.copy_(self._captured.lse[: self._queries])
-        self._lse = None
-        self._layers_left -= 1
+            lse.copy_(self._captured.parts[part].lse[: len(lse)])
+        self._pending.popleft()
+        self._left -= 1
         return True
 
     def end(self) -> None:
         """Leave the step under way, complete or not, with the device idle and its flags as new."""
-        captured, self._captured, self._eager, self._lse = self._captured, None, None, None
+        captured, self._captured, self._eager = self._captured, None, []
+        self._pending.clear()
         if captured is None:
             return
         self._watchdog.disarm()
-        if self._layers_left:
+        if self._left:
             captured.flags.host.poison()
         drain(captured.graph)
         if captured.flags.host.poisoned:
@@ -158,8 +180,3 @@ def drain(graph: Graph) -> None:
     while not graph.done():
         if time.monotonic() > deadline:
             raise DeviceStuck(DRAIN_TIMEOUT_S)
-
-
-def _is_simple(row: list[Segment], queries: int, max_length: int) -> bool:
-    """Whether a captured step can answer this row: one query, one table that is not too long."""
-    return queries == 1 and len(row) <= 1 and sum(segment.tokens for segment in row) <= max_length

@@ -19,17 +19,26 @@ from flume_attention.ranges import Run
 class DevicePool:
     """Room for `num_blocks` blocks of every layer, and one message at a time on its way in or out.
 
-    Raises RuntimeError when the device has not so much memory.
+    `memory` is uint8 device memory to use, which keeps what it holds; None: its own. Raises RuntimeError when
+    the device has not so much.
     """
 
-    def __init__(self, device: Device, ops: AttentionOps, layout: KvLayout, num_blocks: int) -> None:
+    def __init__(
+        self,
+        device: Device,
+        ops: AttentionOps,
+        layout: KvLayout,
+        num_blocks: int,
+        memory: Tensor | None = None,
+    ) -> None:
         self.layout = layout
         self.num_blocks = num_blocks
         self.ops = ops
         self._device = device
-        kv = device.tensor(
-            layout.num_layers, num_blocks, 2, layout.num_kv_heads, layout.block_tokens, layout.head_dim,
-            dtype=DTYPES[layout.dtype],
+        if memory is None:
+            memory = device.tensor(num_blocks * layout.block_bytes, dtype=torch.uint8)
+        kv = memory[: num_blocks * layout.block_bytes].view(DTYPES[layout.dtype]).view(
+            layout.num_layers, num_blocks, 2, layout.num_kv_heads, layout.block_tokens, layout.head_dim
         )  # fmt: skip
         self.layers = [KvPool(layer) for layer in kv]
         self._message = device.host_tensor(0, dtype=kv.dtype)
@@ -44,6 +53,14 @@ class DevicePool:
         if size > len(self._message):
             self._device.wait_beside()
             self._message = self._device.host_tensor(size, dtype=self._message.dtype)
+
+    def load(self) -> None:
+        """Put a token nowhere, so that no step waits for the kernel that does it."""
+        size = (2, 1, self.layout.num_kv_heads, self.layout.head_dim)
+        with self._device.beside():
+            k, v = torch.zeros(size, dtype=self._message.dtype, device=self.where)
+            self.ops.append(self.layers[0], k, v, torch.tensor([-1]).to(self.where))
+        self._device.wait_beside()
 
     def read(self, first_layer: int, runs: Sequence[Run], out: Tensor) -> None:
         """Copy what lies in `runs`, in order, to out [layers, 2, tokens, kv_heads, head_dim] in host memory.

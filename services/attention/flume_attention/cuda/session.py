@@ -1,17 +1,18 @@
 """A lane seen from an attention node on a GPU: the same state machine, with answers that take a while.
 
-The lane has one QUERY and one PARTIAL frame, in host memory that the device sees, as captured steps read and
-write at fixed addresses. That is enough: a weight node asks about a layer when it has the answer to the one
-before.
+The lane has one QUERY frame, and one PARTIAL frame for each microbatch, in host memory that the device sees,
+as captured steps read and write at fixed addresses. That is enough: a weight node asks about a layer of a
+microbatch when it has the answer to the one before, and with two of them queries are copied on arrival.
 """
 
 from __future__ import annotations
 
 import time
+from collections import deque
 from typing import Any
 
-from flume_common.lanes import Lane
-from flume_common.wire import Header, Kind, LaneShape, Plan
+from flume_common.lanes import Frame, Lane
+from flume_common.wire import MOST_MICROBATCHES, Kind, LaneShape, Plan
 
 from flume_attention.cuda.answers import Answers
 from flume_attention.cuda.captured_steps import LaneBuffers
@@ -21,7 +22,7 @@ from flume_attention.frame_tensors import FrameTensors
 from flume_attention.holdings import Step
 from flume_attention.lane_session import LaneSession
 
-RINGS = {Kind.QUERY: 1, Kind.PARTIAL: 1}
+RINGS = {Kind.QUERY: 1, Kind.PARTIAL: MOST_MICROBATCHES}
 
 
 class GpuLaneSession(LaneSession):
@@ -34,7 +35,9 @@ class GpuLaneSession(LaneSession):
         self._answers = answers
         self._direct = direct
         self._asked_directly = False  # about the step under way
-        self._asked_s: float | None = None  # when, while a layer is asked about
+        self._frames = self.lane.sender(Kind.PARTIAL).frames  # by part
+        self._asked: deque[tuple[Frame, float]] = deque()  # where answers belong, and when it was asked
+        self._answered_s = 0.0
 
     @property
     def busy(self) -> bool:
@@ -54,7 +57,8 @@ class GpuLaneSession(LaneSession):
         self._answers.end()
         if self._direct is not None:
             self._direct.end()
-        self._asked_s, self._asked_directly = None, plan.direct
+        self._asked.clear()
+        self._asked_directly = plan.direct
         super()._run_plan(plan)
         step = self.holdings.step
         if step is None or not len(plan.rows):
@@ -73,40 +77,56 @@ class GpuLaneSession(LaneSession):
             self.credit_due = True
 
     def _answer(self) -> bool:
-        if self._direct is not None and self._direct.over():
-            assert self.holdings.step is not None
-            self.holdings.step.layers_answered = self.holdings.shape.layout.num_layers
-            return True
+        return self._end_direct() or self._send_answer() or self._take_query()
+
+    def _end_direct(self) -> bool:
+        """Whether a direct step has just been answered, all of it."""
+        over = self._direct is not None and self._direct.over()
+        if over:
+            step = self.holdings.step
+            assert step is not None
+            step.asked = step.answered = len(step.parts) * self.holdings.shape.layout.num_layers
+        return over
+
+    def _take_query(self) -> bool:
         frame = self._queries.peek()
         step = self._step_of(frame, self._queries) if frame is not None else None
-        if frame is None or step is None:
+        if frame is None or step is None or step.all_asked:
             return False
         if self._asked_directly:
             raise ProtocolError(f"step {step.number}: QUERY of a step that is asked about in the region")
-        answer = self._partials.frame()
+        layer, part = self._require_query(step, frame)
+        at = step.parts.index(part)
+        answer = self._partials.frame(self._frames[at])
         if answer is None:
             return False
-        if self._asked_s is None:
-            self._require_query(step, frame)
-            _, lse = self._tensors.partial(answer, step.query_tokens)
-            self._answers.ask(step.layers_answered, lse)
-            self._asked_s = time.perf_counter()
-        if not self._answers.answered():
+        _, lse = self._tensors.partial(answer, part.query_tokens)
+        self._answers.ask(at, layer, self._tensors.queries(frame, part.query_tokens), lse)
+        self._asked.append((answer, time.perf_counter()))
+        step.asked += 1
+        if not self._answers.reads_lane:
+            self._queries.drop()
+        return True
+
+    def _send_answer(self) -> bool:
+        step = self.holdings.step
+        if step is None or not self._asked or not self._answers.answered():
             return False
-        self._attended_s += time.perf_counter() - self._asked_s
-        self._asked_s = None
-        self._queries.drop()  # before the answer goes out: the next query may follow at once
-        header = answer.header
-        header[Header.STEP], header[Header.LAYER] = step.number, step.layers_answered
-        header[Header.EPOCH] = self._node_epoch
-        self._partials.send(answer, self._tensors.partial_bytes(step.query_tokens))
-        step.layers_answered += 1
-        if step.layers_answered == self.holdings.shape.layout.num_layers:
-            self._note_reads(step)
+        answer, asked_s = self._asked.popleft()
+        now = time.perf_counter()
+        self._attended_s += now - max(asked_s, self._answered_s)  # two may be asked about at once
+        self._answered_s = now
+        if self._answers.reads_lane:
+            self._queries.drop()  # before the answer goes out: the next query may follow at once
+        self._partials.frame(answer)  # the next to be sent, whatever was asked since
+        self._send_partial(step, answer)
         return True
 
 
 def lane_buffers(tensors: FrameTensors, lane: Lane[LaneShape], tokens: int) -> LaneBuffers:
-    """The two frames of a lane with `RINGS` as a captured step sees them; `tokens` is the most of a step."""
-    (queries,), (partial,) = lane.receiver(Kind.QUERY).frames, lane.sender(Kind.PARTIAL).frames
-    return LaneBuffers(tensors.queries(queries, tokens), tensors.queries(partial, tokens))
+    """The frames of a lane with `RINGS` as captured steps see them, before anything is sent; `tokens` is the
+    most of a step."""
+    (queries,), partials = lane.receiver(Kind.QUERY).frames, lane.sender(Kind.PARTIAL).frames
+    return LaneBuffers(
+        tensors.queries(queries, tokens), tuple(tensors.queries(partial, tokens) for partial in partials)
+    )

@@ -45,12 +45,15 @@ class Sender:
         """Whether nothing is on its way: closing the lane now takes nothing back."""
         return all(frame.request is None or frame.request.completed for frame in self._frames)
 
-    def frame(self) -> Frame | None:
+    def frame(self, wanted: Frame | None = None) -> Frame | None:
         """The next free frame, its header zeroed; None while the whole ring is in flight.
 
-        The same frame is given until it is sent. Raises LaneDown.
+        The same frame is given until it is sent. `wanted` is a frame of the ring to have as the next, None
+        while that one is in flight. Raises LaneDown.
         """
         self._lane.require_up()
+        if wanted is not None:
+            self._frames.rotate(-self._frames.index(wanted))
         frame = self._frames[0]
         request = frame.request
         if request is None:

@@ -10,7 +10,7 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,14 +35,17 @@ log = structlog.get_logger()
 
 TIED_GRACE_S = 5.0
 """How long a tied child may take to end by itself once whoever asked for it is gone."""
+DEVICE_FILES = "/dev/nvidia-uvm"
+"""What CUDA has open once it is initialised, and the driver's management library has not."""
 
 
 @dataclass(frozen=True, slots=True)
 class Stage:
-    """What to import before requests on `listener` are served."""
+    """What to import, and then to call, before requests on `listener` are served."""
 
     listener: socket.socket
     module: str
+    prepare: Callable[[], None] = lambda: None
 
 
 def run(stages: Sequence[Stage], parent_fd: int = -1) -> NoReturn:
@@ -53,6 +56,7 @@ def run(stages: Sequence[Stage], parent_fd: int = -1) -> NoReturn:
     began_s, env = time.monotonic(), dict(os.environ)
     stage, *later = stages
     importlib.import_module(stage.module)
+    stage.prepare()
     # Libraries read some of what modules set while being imported only later, in the child.
     server = Server(stage.listener, {k: v for k, v in os.environ.items() if env.get(k) != v})
     if parent_fd >= 0:
@@ -68,15 +72,29 @@ def run(stages: Sequence[Stage], parent_fd: int = -1) -> NoReturn:
             other.listener.close()
         server.own(write)
         server.end_with(os.pidfd_open(pid), "the later stage")
-    threads = len(list(Path("/proc/self/task").iterdir()))
-    if threads > 1:
-        # Their locks would be held for ever in a child.
-        log.error("zygote_has_threads", module=stage.module, threads=threads)
-        os._exit(1)
+    _require_forkable(stage.module)
     gc.collect()
     gc.freeze()  # or the children's collector would touch, and so copy, every page
     log.info("zygote_ready", module=stage.module, elapsed_ms=round(1e3 * (time.monotonic() - began_s)))
     server.serve()
+
+
+def _require_forkable(module: str) -> None:
+    threads = len(list(Path("/proc/self/task").iterdir()))
+    if threads > 1:
+        # Their locks would be held for ever in a child.
+        log.error("zygote_has_threads", module=module, threads=threads)
+        os._exit(1)
+    # A driver that is initialised in a parent does not work in its children.
+    if devices := sorted({path for path in _open_files() if path.startswith(DEVICE_FILES)}):
+        log.error("zygote_has_device", module=module, files=devices)
+        os._exit(1)
+
+
+def _open_files() -> Iterator[str]:
+    for link in Path("/proc/self/fd").iterdir():
+        with suppress(OSError):  # that of the listing itself
+            yield str(link.readlink())
 
 
 @dataclass(slots=True)

@@ -231,13 +231,14 @@ async def local_provider(
     *,
     grace_s: float = 10.0,
     zygote: bool = False,
+    device: str = "cpu",
     num_standbys: int = 0,
     standby_command: standby.Command | None = None,
 ) -> AsyncIterator[LocalProvider]:
     """Records go to `directory`/run, output to `directory`/logs. Nodes go on running when the body ends.
 
-    With `zygote` nodes are forked where that is possible. `standby_command` by default runs what
-    `command` does, with --standby.
+    With `zygote` nodes are forked where that is possible, ready for `device`. `standby_command` by default
+    runs what `command` does, with --standby.
     """
     records, logs = RecordDir(directory / RECORDS), directory / "logs"
     async with asyncio.TaskGroup() as tasks:
@@ -247,7 +248,7 @@ async def local_provider(
             logs,
             tasks,
             grace_s=grace_s,
-            zygote=Zygote(records, logs) if zygote else None,
+            zygote=Zygote(records, logs, device) if zygote else None,
             num_standbys=num_standbys,
             standby_command=standby_command or (lambda id, socket: (*command(id), "--standby", socket)),
         )

@@ -1,7 +1,8 @@
 """Attention nodes started ahead of need: all that takes time is done, but they have no id and joined nothing.
 
-They hold no KV memory and count for nobody until one is told to become a node. Then it is another's
-turn to be started, a while later, so that the two do not compete for the machine.
+They hold no keys or values and count for nobody until one is told to become a node. Then it is another's
+turn to be started, a while later, so that the two do not compete for the machine. On a GPU each has its KV
+memory from the start, or it might not be there when the node is needed.
 """
 
 from __future__ import annotations

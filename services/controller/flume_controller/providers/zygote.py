@@ -39,10 +39,11 @@ _STABLE_S = 60.0
 
 
 class Zygote:
-    """At most one runs per directory of records."""
+    """At most one runs per directory of records. `device` is what the nodes' engines run on."""
 
-    def __init__(self, records: RecordDir, logs: Path) -> None:
+    def __init__(self, records: RecordDir, logs: Path, device: str = "cpu") -> None:
         self._records = records
+        self._device = device
         self._log = logs / f"{ID}.log"
         self._supervisors = abstract_name("supervisors", records.path)
         self._engines = abstract_name("engines", records.path)
@@ -98,7 +99,7 @@ class Zygote:
             fds = (supervisors.fileno(), engines.fileno())
             argv = [
                 *(sys.executable, "-m", "flume_attention.zygote"),
-                *("--supervisors-fd", str(fds[0]), "--engines-fd", str(fds[1])),
+                *("--supervisors-fd", str(fds[0]), "--engines-fd", str(fds[1]), "--preload", self._device),
             ]
             if self._child is not None:
                 self._child.poll()  # reaped

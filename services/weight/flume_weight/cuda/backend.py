@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from functools import partial
 
 import torch
+from flume_common.config_schema import Microbatches
 from flume_common.lanes import Port
 from flume_common.layout import KvLayout
 from flume_kernels.gpu.device import Device
@@ -24,6 +25,7 @@ from flume_weight.cuda.driver import StepDriver
 from flume_weight.cuda.eager import DeviceRangeAttention, EagerForward
 from flume_weight.cuda.forward import CapturedForward
 from flume_weight.cuda.lane_exchange import LaneExchange
+from flume_weight.cuda.microbatching import Microbatching
 from flume_weight.cuda.ops import Ops
 from flume_weight.cuda.region_mapping import mapped
 from flume_weight.errors import ConfigRefused
@@ -37,10 +39,13 @@ class GpuBackend:
 
     packs = False
 
-    def __init__(self, device: Device, ops: Ops, direct: bool = True) -> None:
+    def __init__(
+        self, device: Device, ops: Ops, direct: bool = True, microbatches: Microbatches = "auto"
+    ) -> None:
         self._device = device
         self._ops = ops
         self._direct = direct
+        self._microbatches = microbatches
 
     @contextmanager
     def passes(
@@ -61,23 +66,24 @@ class GpuBackend:
         config = model.config
         there = Transformer(config, on_device(model.weights, self._device.name))
         attention = DeviceRangeAttention(port, layout, layout.head_dim**-0.5, driver.timeout_s)
+        microbatching = Microbatching(config.num_layers, self._microbatches)
         captured = CapturedForward(
             CapturedSteps(self._device, self._ops, config, there.weights),
-            Buckets.up_to(limits.max_sequences), driver, attention, LaneExchange(port, layout),
+            Buckets.up_to(limits.max_sequences), driver, attention, LaneExchange(port, layout), microbatching,
             DirectExchange(port, layout, self._device) if self._direct else None,
         )  # fmt: skip
         captured.prepare()
         map_region = partial(mapped, self._device, layout) if self._direct else None
-        return Passes(attention, (captured, EagerForward(there, attention)), map_region)
+        return Passes(attention, (captured, EagerForward(there, attention)), microbatching, map_region)
 
 
-def open_gpu(direct: bool = True) -> GpuBackend:
+def open_gpu(*, direct: bool, microbatches: Microbatches) -> GpuBackend:
     """On the first GPU that this process sees. Raises ConfigRefused."""
     from flume_kernels.gpu.cuda_device import CudaDevice, DeviceUnusable
 
     from flume_weight.cuda.ops import TritonOps
 
     try:
-        return GpuBackend(CudaDevice(), TritonOps(), direct)
+        return GpuBackend(CudaDevice(), TritonOps(), direct, microbatches)
     except DeviceUnusable as error:
         raise ConfigRefused(f"--device cuda: {error}; flumectl doctor says what this machine has") from error

@@ -6,6 +6,9 @@ Per layer and microbatch
     K, V, RoPE; K and V into their buffer             while the queries are under way
     wait, merge, O, norm, gate and up, SiLU, down     once the partials are here
 
+The products take in what stands beside them, norm, SiLU and the sum into the residual stream, where that is
+the faster way: `products`.
+
 K and V of a layer are in place when the next signal is given, so they travel with the next layer's queries;
 one more signal follows the last layer's. With several microbatches each asks about its next layer as soon as
 its answer is worked in, so that the others' turn comes while it waits.
@@ -24,6 +27,7 @@ from torch.nn import functional as F
 
 from flume_weight.cuda.hops import hop_of
 from flume_weight.cuda.ops import Angles, Ops
+from flume_weight.cuda.products import Normed
 from flume_weight.cuda.step_buffers import MicrobatchBuffers, StepBuffers
 from flume_weight.model.config import ModelConfig
 from flume_weight.model.linear import Linear
@@ -32,13 +36,12 @@ from flume_weight.model.weights import Layer, Weights
 
 @dataclass(slots=True)
 class _Stream:
-    """A microbatch on its way through the layers. `hidden` is the residual stream, without `added`."""
+    """A microbatch on its way through the layers. `hidden` is its residual stream, updated in place."""
 
     number: int
     buffers: MicrobatchBuffers
     positions: Tensor
     hidden: Tensor
-    added: Tensor | None = None  # what the last block gave
     asked: tuple[Tensor, Tensor, Tensor] | None = None  # q, k, v of the layer under way
 
 
@@ -66,7 +69,7 @@ class DecodeStep:
 
     @torch.inference_mode()
     def __call__(self) -> None:
-        streams = self._begin()
+        hidden, streams = self._begin()
         for stream in streams:
             self._ask(stream, 0)
         for layer in range(self._config.num_layers):
@@ -74,22 +77,23 @@ class DecodeStep:
                 self._answer(stream, layer)
                 if layer + 1 < self._config.num_layers:
                     self._ask(stream, layer + 1)
-        self._finish(streams)
+        self._finish(hidden)
 
-    def _begin(self) -> list[_Stream]:
+    def _begin(self) -> tuple[Tensor, list[_Stream]]:
+        """The residual stream of all rows, and the microbatches, which share it."""
         where = self._weights.embedding.device
         ids = self._buffers.token_ids.to(where, non_blocking=True)
         positions = self._buffers.positions.to(where, non_blocking=True)
         self._hop.begin(where)
         hidden = F.embedding(ids, self._weights.embedding)
-        return [
+        return hidden, [
             _Stream(number, microbatch, positions[microbatch.rows], hidden[microbatch.rows])
             for number, microbatch in enumerate(self._buffers.microbatches)
         ]
 
     def _ask(self, stream: _Stream, number: int) -> None:
         layer, buffers = self._weights.layers[number], stream.buffers
-        x = self._norm_next(stream, layer.input_norm)
+        x = self._normed(stream.hidden, layer.input_norm)
         q = self._heads(layer.query, x, layer.query_norm)
         turned = self._hop.ask(stream.number, number, q, stream.positions)
         k, v = self._keys(stream, layer, x)
@@ -99,9 +103,9 @@ class DecodeStep:
             self._signal(stream)
         stream.asked = turned, k, v
 
-    def _keys(self, stream: _Stream, layer: Layer, x: Tensor) -> tuple[Tensor, Tensor]:
+    def _keys(self, stream: _Stream, layer: Layer, x: Normed) -> tuple[Tensor, Tensor]:
         kv_heads, dim = self._config.num_kv_heads, self._config.head_dim
-        k, v = layer.kv(x).view(-1, 2 * kv_heads, dim).chunk(2, dim=1)
+        k, v = self._ops.linear(layer.kv, x).view(-1, 2 * kv_heads, dim).chunk(2, dim=1)
         if layer.key_norm is not None:
             k = self._norm_heads(k, layer.key_norm)
         turned = torch.empty(k.shape, dtype=k.dtype, device=k.device)
@@ -112,28 +116,23 @@ class DecodeStep:
         layer = self._weights.layers[number]
         assert stream.asked is not None
         mixed = self._hop.answer(stream.number, number, *stream.asked)
-        stream.added = layer.output(mixed.flatten(1))
-        x = self._norm_next(stream, layer.post_norm)
-        stream.added = layer.down(self._ops.silu_mul(layer.gate_up(x)))
+        self._ops.linear_add(layer.output, mixed.flatten(1), stream.hidden)
+        inner = self._ops.gate(layer.gate_up, self._normed(stream.hidden, layer.post_norm))
+        self._ops.linear_add(layer.down, inner, stream.hidden)
 
-    def _finish(self, streams: list[_Stream]) -> None:
-        x = torch.cat([self._norm_next(stream, self._weights.final_norm) for stream in streams])
-        self._buffers.logits.copy_(self._weights.head(x))
+    def _finish(self, hidden: Tensor) -> None:
+        x = self._normed(hidden, self._weights.final_norm)
+        self._buffers.logits.copy_(self._ops.linear(self._weights.head, x))
         self._device.signal(self._flags, self._ended)
 
     def _signal(self, stream: _Stream) -> None:
         self._device.signal(self._flags, self._buffers.signal_of(stream.number))
 
-    def _norm_next(self, stream: _Stream, weight: Tensor) -> Tensor:
-        """The norm of the residual stream, with what the last block gave taken into it."""
-        eps = self._config.rms_norm_eps
-        if stream.added is None:
-            return self._ops.rms_norm(stream.hidden, weight, eps)
-        added, stream.added = stream.added, None
-        return self._ops.rms_norm(added, weight, eps, stream.hidden)
+    def _normed(self, hidden: Tensor, weight: Tensor) -> Normed:
+        return Normed(hidden, weight, self._config.rms_norm_eps)
 
-    def _heads(self, project: Linear, x: Tensor, norm: Tensor | None) -> Tensor:
-        q = project(x).view(-1, self._config.num_query_heads, self._config.head_dim)
+    def _heads(self, project: Linear, x: Normed, norm: Tensor | None) -> Tensor:
+        q = self._ops.linear(project, x).view(-1, self._config.num_query_heads, self._config.head_dim)
         return q if norm is None else self._norm_heads(q, norm)
 
     def _norm_heads(self, x: Tensor, weight: Tensor) -> Tensor:

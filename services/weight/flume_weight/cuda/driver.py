@@ -10,6 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import cycle
 from typing import Protocol
 
 from flume_kernels.gpu.flags import Gate, Poisoned, Signals
@@ -22,7 +23,8 @@ DRAIN_TIMEOUT_S = 5.0
 
 
 class StepExchange(Protocol):
-    """The messages of one step. Nothing here waits; what it raises fails the step."""
+    """The messages of one step. Nothing here waits; what it raises fails the step. Microbatches come in turn,
+    layer by layer, as the device does them."""
 
     def progress(self) -> None:
         """Move what is under way along."""
@@ -40,10 +42,12 @@ class StepExchange(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class StepTimes:
-    """Seconds of one step as the driver saw them; `attention_s` from a query's signal to its gate, summed."""
+    """Seconds of one step as the driver saw them: `attention_s` from a query's signal to its gate, summed;
+    `layers_s` from the first query's signal to the last gate."""
 
     total_s: float
     attention_s: float
+    layers_s: float = 0.0
 
 
 class _Microbatch:
@@ -56,6 +60,7 @@ class _Microbatch:
         self._num_layers = num_layers
         self._signalled = 0
         self._asked_at = 0.0
+        self.first_asked_at = self.last_answered_at = 0.0
         self.waits_for: int | None = None  # the layer whose partials are not all here
         self.attention_s = 0.0
 
@@ -63,12 +68,19 @@ class _Microbatch:
     def over(self) -> bool:
         return self._signalled > self._num_layers and self.waits_for is None
 
-    def advance(self, exchange: StepExchange) -> None:
-        if self._signals.take():
+    def follow(self, exchange: StepExchange) -> bool:
+        """Do what the next signal asks for; whether there was one."""
+        taken = self._signals.take()
+        if taken:
             self._follow(exchange)
+        return taken
+
+    def answer(self, exchange: StepExchange) -> None:
+        """Open the gate if all is there that it waits for."""
         if self.waits_for is not None and exchange.arrived(self._number, self.waits_for):
             self._gate.open()
-            self.attention_s += time.perf_counter() - self._asked_at
+            self.last_answered_at = time.perf_counter()
+            self.attention_s += self.last_answered_at - self._asked_at
             self.waits_for = None
 
     def _follow(self, exchange: StepExchange) -> None:
@@ -76,6 +88,7 @@ class _Microbatch:
         self._signalled += 1
         if layer < self._num_layers:
             self._asked_at = time.perf_counter()
+            self.first_asked_at = self.first_asked_at or self._asked_at
             exchange.query(self._number, layer)
             self.waits_for = layer
         if layer > 0:
@@ -116,7 +129,11 @@ class StepDriver:
             raise
         if flags.poisoned:  # at the very moment that the step ended well
             step.buffers.flags.rearm()
-        return StepTimes(time.perf_counter() - started, sum(each.attention_s for each in microbatches))
+        return StepTimes(
+            time.perf_counter() - started,
+            sum(each.attention_s for each in microbatches),
+            microbatches[-1].last_answered_at - microbatches[0].first_asked_at,
+        )
 
     def _undo(self, step: CapturedStep) -> None:
         """Let the device run to the end of what is worth nothing any more, then start afresh."""
@@ -128,10 +145,14 @@ class StepDriver:
 
 def _serve(microbatches: list[_Microbatch], ended: Signals, exchange: StepExchange) -> None:
     under_way, over = list(microbatches), False
+    turns = cycle(microbatches)  # as the device signals, whichever flag is looked at first
+    turn = next(turns)
     while under_way or not over:
         exchange.progress()
+        while turn.follow(exchange):
+            turn = next(turns)
         for microbatch in under_way:
-            microbatch.advance(exchange)
+            microbatch.answer(exchange)
         under_way = [microbatch for microbatch in under_way if not microbatch.over]
         # Asked in every round: after the last query it is the only signal that poison can come by.
         over = over or ended.take()

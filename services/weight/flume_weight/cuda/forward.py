@@ -11,6 +11,7 @@ from flume_weight.cuda.direct_exchange import DirectExchange, can_be_direct
 from flume_weight.cuda.driver import StepDriver, StepTimes
 from flume_weight.cuda.errors import StepTimedOut
 from flume_weight.cuda.lane_exchange import LaneExchange, widest_route
+from flume_weight.cuda.microbatching import Microbatching
 from flume_weight.errors import PeerLost
 from flume_weight.peer import Peer
 from flume_weight.range_attention import RangeAttention, no_answer
@@ -29,6 +30,7 @@ class CapturedForward:
         driver: StepDriver,
         attention: RangeAttention,
         exchange: LaneExchange,
+        microbatching: Microbatching,
         direct: DirectExchange | None = None,
     ) -> None:
         """`direct`: for batches that may go by the nodes' memory; without it none does."""
@@ -38,14 +40,14 @@ class CapturedForward:
         self._attention = attention
         self._frames, self._direct = exchange, direct
         self._exchange = exchange  # of the last pass
+        self._microbatching = microbatching
         self.times = StepTimes(0.0, 0.0)  # of the last pass
 
     def prepare(self) -> None:
-        """Capture every bucket, each way that batches may go."""
-        sizes = [StepSize(rows) for rows in self._buckets.rows]
-        self._steps.prepare(sizes)
+        """Capture every size, each way that batches may go."""
+        self._steps.prepare(self._microbatching.sizes(self._buckets))
         if self._direct is not None:
-            self._steps.prepare(sizes, direct=True)
+            self._steps.prepare((StepSize(rows) for rows in self._buckets.rows), direct=True)
 
     def takes(self, batch: Batch) -> bool:
         """Whether a captured step can run this batch: one token a row, on few enough nodes each."""
@@ -64,7 +66,10 @@ class CapturedForward:
         """
         self._exchange = self._way_of(batch)
         direct = self._exchange is self._direct
-        step = self._steps.of(StepSize(self._buckets.of(len(batch.token_ids))), direct)
+        rows = len(batch.token_ids)
+        bucket = self._buckets.of(rows)
+        size = StepSize(bucket) if direct else self._microbatching.size(bucket, rows)
+        step = self._steps.of(size, direct)
         step.buffers.fill(batch.token_ids, batch.positions)
         self._exchange.epoch = self._attention.epoch
         self._exchange.may_leave = self._attention.may_leave
@@ -77,6 +82,8 @@ class CapturedForward:
             if silent := self._exchange.silent:
                 raise no_answer(silent[0].node, error.timeout_s) from error
             raise
+        if not direct:  # whose host sees nothing of how long answers take
+            self._microbatching.note(size, self.times)
         return step.buffers.logits[batch.logit_rows.to(step.buffers.logits.device)]
 
     def _way_of(self, batch: Batch) -> LaneExchange:

@@ -50,7 +50,8 @@ def expected(whole: LayerTimes, microbatches: int, hop_s: float) -> LayerTimes:
     The dense path is taken to be bound by the weights, which each microbatch reads anew; attention beyond the
     hop by keys and values, of which it reads its share.
     """
-    attention = hop_s + max(whole.attention_s - hop_s, 0.0) / microbatches
+    hop_s = min(hop_s, whole.attention_s)
+    attention = hop_s + (whole.attention_s - hop_s) / microbatches
     return LayerTimes(whole.dense_s, attention)
 
 

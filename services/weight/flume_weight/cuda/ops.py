@@ -1,4 +1,4 @@
-"""The small operations of a decode step, between the projections.
+"""The operations of a decode step: the products with the weights, and the small ones between them.
 
 `Ops` is what `decode_step` asks for; `TritonOps` are the kernels of `flume_kernels.gpu`. Each queues on the
 current stream and reads nothing on the host. Tests use the kernels' definitions in their place.
@@ -12,7 +12,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from flume_weight.cuda.products import Choice, Normed, Products
 from flume_weight.model.config import ModelConfig
+from flume_weight.model.linear import Linear
 from flume_weight.model.rope import inverse_frequencies
 
 
@@ -31,16 +33,23 @@ class Angles:
 
 
 class Ops(Protocol):
-    def rms_norm(self, x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None) -> Tensor:
-        """x [rows, size] -> its norm, new; with a residual, that of residual += x."""
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        """x [rows, size] -> its norm, new."""
         ...
+
+    def linear(self, linear: Linear, x: Normed) -> Tensor:
+        """[rows, outputs], new."""
+        ...
+
+    def gate(self, linear: Linear, x: Normed) -> Tensor:
+        """silu(the first half of linear(x)) · the second, [rows, outputs / 2], new."""
+        ...
+
+    def linear_add(self, linear: Linear, x: Tensor, to: Tensor) -> None:
+        """to [rows, outputs] += linear(x), in place; the sum is rounded to its dtype once."""
 
     def rope(self, x: Tensor, positions: Tensor, angles: Angles, out: Tensor) -> None:
         """x [rows, heads, head_dim], turned, into `out`, which may be host memory."""
-
-    def silu_mul(self, gate_up: Tensor) -> Tensor:
-        """gate_up [rows, 2 · size] -> [rows, size], new."""
-        ...
 
     def merge(self, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, scale: float) -> Tensor:
         """Each row's attention to itself and to partials, which may lie in host memory: `decode_merge`."""
@@ -57,10 +66,12 @@ class Ops(Protocol):
 
 
 class TritonOps:
-    """`Ops` on a GPU."""
+    """`Ops` on a GPU. How products run is what was measured on this card, unless a `choice` is given."""
 
-    def __init__(self) -> None:
+    def __init__(self, choice: Choice | None = None) -> None:
         from flume_kernels.gpu import decode_merge, direct, rms_norm, rope, silu_mul
+        from flume_kernels.gpu.linear_tuning import LinearChoice
+        from flume_kernels.gpu.tuning import TuningCache, default_path
 
         self._decode_merge = decode_merge.decode_merge
         self._push = direct.push
@@ -68,16 +79,27 @@ class TritonOps:
         self._rms_norm = rms_norm.rms_norm
         self._rope = rope.rope
         self._silu_mul = silu_mul.silu_mul
+        choice = choice or LinearChoice(TuningCache(default_path()))
+        self._products = Products(self.rms_norm, self._silu_of_gate, choice)
 
-    def rms_norm(self, x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None) -> Tensor:
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-        self._rms_norm(x, weight, out, eps, residual)
+        self._rms_norm(x, weight, out, eps)
         return out
+
+    def linear(self, linear: Linear, x: Normed) -> Tensor:
+        return self._products.linear(linear, x)
+
+    def gate(self, linear: Linear, x: Normed) -> Tensor:
+        return self._products.gate(linear, x)
+
+    def linear_add(self, linear: Linear, x: Tensor, to: Tensor) -> None:
+        self._products.linear_add(linear, x, to)
 
     def rope(self, x: Tensor, positions: Tensor, angles: Angles, out: Tensor) -> None:
         self._rope(x, positions, angles.cos, angles.sin, out)
 
-    def silu_mul(self, gate_up: Tensor) -> Tensor:
+    def _silu_of_gate(self, gate_up: Tensor) -> Tensor:
         rows, double = gate_up.shape
         out = torch.empty(rows, double // 2, dtype=gate_up.dtype, device=gate_up.device)
         self._silu_mul(gate_up, out)
