@@ -2,6 +2,7 @@
 against the definition over exactly the tokens the node should hold."""
 
 import time
+from random import Random
 
 import pytest
 import torch
@@ -186,3 +187,29 @@ def test_a_lane_that_ends_leaves_no_device_waiting(weight_node):
         started_s = time.monotonic()
     assert not node._thread.is_alive() and time.monotonic() - started_s < 2.0
     assert node.direct_steps.of(WHOLE).graph.done()
+
+
+def test_random_routes_stalls_and_abandoned_steps_get_no_wrong_partial_and_no_capture(weight_node):
+    random = Random(3)
+    with GpuNode(direct=True) as node:
+        w = attach(node, weight_node)
+        with torch.inference_mode():
+            node.direct_steps.prepare()
+        captures, ranges = node.direct_steps.captures, [1] * 4
+        w.step(*[(slot, 0, 1 + slot) for slot in range(4)], ops=[w.open(slot) for slot in range(4)])
+        for _ in range(60):
+            slot, ops = random.randrange(4), []
+            if ranges[slot] == MOST_PARTS or w.slots[slot].held > 12:
+                ops, ranges[slot] = [w.release(slot), w.open(slot)], 1
+            elif random.random() < 0.3:
+                ops, ranges[slot] = [w.close(slot), w.open(slot)], ranges[slot] + 1
+            slots = random.sample(range(4), random.randint(1, 4))
+            running = w.begin(*[(slot, 1, random.randint(0, 1)) for slot in slots], ops=ops)
+            asked = random.choice([0, 1, 2] + [LAYOUT.num_layers] * 6)
+            for layer in range(asked):
+                running.ask(layer)
+                running.check(layer)
+                time.sleep(0.005 * (random.random() < 0.05))
+            if asked == LAYOUT.num_layers:
+                running.send_kv()
+        assert node.direct_steps.captures == captures
