@@ -30,9 +30,9 @@ class DirectWeightNode(FakeWeightNode):
         self._region.queries[: len(q)] = q.to(self.memory.device)
         self._flag(ASKED_AT).fill_(mark(number, layer))
 
-    def partial(self, number, layer, tokens):
+    def partial(self, number, layer, tokens, microbatch=0):
         if not self.is_direct:
-            return super().partial(number, layer, tokens)
+            return super().partial(number, layer, tokens, microbatch)
         until = time.monotonic() + self.timeout_s
         while self.answered < mark(number, layer):
             assert time.monotonic() < until, f"layer {layer} is not answered within {self.timeout_s} s"
