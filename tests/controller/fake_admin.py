@@ -169,7 +169,7 @@ class FakeAdmin(rpc.AdminServicer, router_pb2_grpc.RouterServicer):
     def Describe(self, request, context):
         self._check(context)
         lanes = [attention_pb2.LaneStats(weight_node="weight-1", epoch=7, granted_blocks=90, held_blocks=78,
-                                         sequences=2, ranges=2, steps=41)]  # fmt: skip
+                                         sequences=2, ranges=2, steps=41, direct=True)]  # fmt: skip
         if request.kind == "cluster":
             return pb.DescribeObjectReply(nodes=self.nodes[:3], events=self.events, status=self.statuses[0],
                                           settings=self.settings[1:], spec_revision=9)  # fmt: skip

@@ -26,13 +26,16 @@ from flume_kernels.gpu import (
     attention_plan,
     decode_attention,
     decode_tuning,
+    direct,
     kv_append,
     merge_partials,
     signals,
 )
 from flume_kernels.gpu.flags import POISON, WORDS_PER_FLAG
 
-MODULES: tuple[ModuleType, ...] = (attention_plan, decode_attention, kv_append, merge_partials, signals)
+MODULES: tuple[ModuleType, ...] = (
+    attention_plan, decode_attention, direct, kv_append, merge_partials, signals,
+)  # fmt: skip
 
 
 class PreloadFailed(Exception):

@@ -379,7 +379,7 @@ def _lane_report(session: LaneSession) -> LaneReport:
         sequences=len(holdings.slots),
         ranges=holdings.num_ranges,
         steps=holdings.steps,
-        direct=bool(session.region),
+        direct=session.direct,
     )
 
 

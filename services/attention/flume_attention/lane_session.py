@@ -51,6 +51,7 @@ class LaneSession:
         self.held_back = False  # no further step begins for now
         self.region = b""  # of a direct lane: its RegionHandle
         self.no_region = ""  # why there is none, if one was asked for
+        self.direct = False  # steps have been asked about there: the weight node has mapped it
         self._node = node
         self._node_epoch = node_epoch
         self._plans = lane.receiver(Kind.PLAN)

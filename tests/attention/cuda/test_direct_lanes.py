@@ -47,6 +47,7 @@ async def test_a_gpu_node_offers_who_asks_a_region_with_room_for_all_rows_of_a_s
         assert handle.host == Process.this().boot and handle.rows == w.shape.max_step_sequences
         assert len(w.memory) == DirectRegion(LAYOUT, handle.rows).size_bytes
         w.step((0, 0, 5), (1, 0, 2), ops=[w.open(0), w.open(1)])
+        assert [lane.direct for lane in (await node.report(after=w)).lanes] == [False]
         w.step((0, 1, 1), (1, 1, 1))
         w.step((1, 1, 1))
         assert [lane.direct for lane in (await node.report()).lanes] == [True]

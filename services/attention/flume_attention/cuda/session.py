@@ -71,6 +71,7 @@ class GpuLaneSession(LaneSession):
     def _begin_direct(self, step: Step) -> None:
         if self._direct is None or any(row.queries != 1 for row in step.asking):
             raise ProtocolError(f"step {step.number}: rows that cannot be asked about in this lane's region")
+        self.direct = True
         if step.asking:
             self._direct.begin(step)
             # No PARTIAL will say that we are there; a weight node that gave us up as silent waits for a word.

@@ -25,6 +25,7 @@ LANE_COLUMNS: Sequence[Column] = (
     column("RANGES", "ranges"),
     column("HELD-BLOCKS", "held_blocks"),
     column("GRANTED-BLOCKS", "granted_blocks"),
+    column("HOP", "hop"),
 )
 FORMAT = click.option(
     "-o", "--output", "fmt", type=click.Choice(["text", "json", "yaml"]), default="text", show_default=True,

@@ -118,6 +118,7 @@ def lane_row(lane: attention_pb2.LaneStats) -> Row:
         "held_blocks": lane.held_blocks,
         "granted_blocks": lane.granted_blocks,
         "steps": lane.steps,
+        "hop": "direct" if lane.direct else "frames",
     }
 
 
