@@ -37,6 +37,7 @@ from flume_kernels.gpu.merge_partials import merge_partials
 from flume_kernels.gpu.rms_norm import rms_norm
 from flume_kernels.gpu.rope import rope
 from flume_kernels.gpu.sampling import greedy, greedy_workspace_size, sample
+from flume_kernels.gpu.shortlist import SUMS, shortlist
 from flume_kernels.gpu.silu_mul import silu_mul
 from flume_kernels.gpu.skinny_linear import SkinnyConfig
 from flume_kernels.gpu.timing import graph_seconds
@@ -274,6 +275,14 @@ def small_rows(batch: int = 32) -> list[Row]:
     all_k, all_p = torch.zeros_like(top_k), ones * 0.9
     q, out_q, twice = x.view(batch, 32, 128), out.view(batch, 32, 128), 2 * logits.nbytes
     drawn = longs.clone()
+    found = torch.empty(batch, 65, dtype=torch.int32, device="cuda"), torch.empty(batch, 65, device="cuda")
+    heat = {each: torch.full((batch,), each, dtype=torch.float64, device="cuda") for each in (0.0, 1.0)}
+    wants = {each: torch.full((batch,), each, device="cuda") for each in (0, 1)}
+    sums = torch.empty(batch, SUMS, device="cuda")
+
+    def listed(temperature: float, candidates: int) -> None:
+        shortlist(logits, longs, heat[temperature], wants[candidates], *found, sums)
+
     runs: dict[str, tuple[Callable[[], None], int]] = {
         "rms_norm + residual": (lambda: rms_norm(x, weight, out, 1e-5, residual), 4 * x.nbytes),
         "rope, q": (lambda: rope(q, longs, angles, angles, out_q), 2 * x.nbytes),
@@ -286,6 +295,9 @@ def small_rows(batch: int = 32) -> list[Row]:
             lambda: sample(logits, ones, top_k, all_p, longs, longs, drawn),
             twice,
         ),
+        "shortlist, largest alone": (lambda: listed(0.0, 0), logits.nbytes),
+        "shortlist, a draw": (lambda: listed(1.0, 0), logits.nbytes),
+        "shortlist, a draw and 64 candidates": (lambda: listed(1.0, 1), logits.nbytes),
         "attention plan": (lambda: plan.update(lengths), 0),
     }
     return [

@@ -78,6 +78,16 @@ class ReferenceOps:
     def direct_merge(self, q, k, v, o_at, lse_at, scale):
         return torch.ops.flume_by_address.merge(q, k, v, o_at, lse_at, scale).to(q.dtype)
 
+    def shortlist(self, logits, asks, out):
+        count = out.tokens.shape[1] - 1
+        tokens, values, sums = reference.shortlist(logits, asks[0], asks[1].view(torch.float64), count)
+        out.tokens.fill_(-1)  # what nobody asked for is nobody's
+        wanted = (asks[2] != 0)[:, None] | (torch.arange(tokens.shape[1], device=asks.device) < 2)
+        tokens, values = torch.where(wanted, tokens, -1), torch.where(wanted, values, torch.nan)
+        out.tokens[:, : tokens.shape[1]].copy_(tokens)
+        out.values[:, : values.shape[1]].copy_(values)
+        out.sums.copy_(sums)
+
 
 def small_config(**changes):
     fields = {

@@ -27,6 +27,7 @@ from flume_kernels.gpu.merge_partials import merge_partials
 from flume_kernels.gpu.rms_norm import rms_norm
 from flume_kernels.gpu.rope import rope
 from flume_kernels.gpu.sampling import greedy, greedy_workspace_size, sample
+from flume_kernels.gpu.shortlist import SUMS, shortlist
 from flume_kernels.gpu.signals import await_, land, signal
 from flume_kernels.gpu.silu_mul import silu_mul
 from flume_kernels.gpu.skinny_linear import SkinnyConfig, SplitMemory, skinny_linear
@@ -164,6 +165,16 @@ def test_the_small_kernels_compile(compiled):
     sample(x, torch.ones(3), longs.int(), torch.ones(3), longs, longs, longs)
     greedy(x, longs, torch.zeros(greedy_workspace_size(3, 4096), dtype=torch.int64))
     assert len(kernels) == 10
+
+
+def test_shortlists_compile_and_spill_nothing_that_counts(compiled, tmp_path):
+    _, kernels = compiled
+    longs = torch.zeros(1, dtype=torch.int64)
+    tokens, values = torch.zeros(1, 65, dtype=torch.int32), torch.zeros(1, 65)
+    shortlist(torch.zeros(1, 128256), longs, longs.double(), longs, tokens, values, torch.zeros(1, SUMS))
+    chunks, row = (usage(kernel, tmp_path)[1] for kernel in kernels)
+    assert chunks == 0
+    assert row <= 16  # of one program a row
 
 
 def test_a_wait_reads_its_flag_anew_each_time_and_a_signal_releases_to_the_system(compiled):

@@ -37,13 +37,14 @@ async def test_a_page_says_what_the_engine_said_last(supervisor):
     await supervisor._hear(m.Capacity(capacity_tokens=900, running=3, waiting=2))
     await supervisor._hear(m.Recomputed(node_lost=10, preempted=20, weight_node_lost=30))
     await supervisor._hear(m.EpochRejected(messages=7))
+    await supervisor._hear(m.LogitRowsRead(rows=8))
     assert shown(supervisor) == {
         'node_state{state="preparing"}': 1, 'node_state{state="ready"}': 0, 'node_state{state="draining"}': 0,
         "requests_running": 3, "requests_waiting": 2, "kv_capacity_tokens": 900, "lanes": 0,
         'kv_recomputed_tokens_total{cause="node_lost"}': 10,
         'kv_recomputed_tokens_total{cause="preempted"}': 20,
         'kv_recomputed_tokens_total{cause="weight_node_lost"}': 30,
-        'epoch_rejected_total{component="weight"}': 7,
+        'epoch_rejected_total{component="weight"}': 7, "logit_rows_read_total": 8,
         "routes_pending": 4, "route_writes_refused_total": 5, "routes_taken_over_total": 6,
     }  # fmt: skip
 

@@ -9,6 +9,7 @@
     kv_append          new keys and values into their blocks
     skinny_linear      the dense path's products for few rows, with what stands beside them
     rms_norm, rope, silu_mul, sampling     its small parts
+    shortlist          what the host needs of each row of logits to choose its token
     signals            flags between the device, the host and peers: the device's end
     flags, watchdog    the host's end of them, and a deadline for what waits there
     shared_memory    device memory that two processes map

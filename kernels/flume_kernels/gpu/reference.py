@@ -165,3 +165,42 @@ def sample(
     drawn = logits.double() / temperature + noise
     drawn = drawn.masked_fill(~kept(logits, temperature, top_k, top_p), -torch.inf)
     return int(torch.argmax(drawn))
+
+
+def draw_noise(keys: Tensor, vocabulary: int) -> Tensor:
+    """float64 [rows, vocabulary]: standard Gumbel noise of each token under keys int64 [rows], the noise of
+    `flume_weight.sampling.noise`; of torch operations alone, none of which waits for a device."""
+    x = torch.arange(vocabulary, device=keys.device) * 0x9E3779B1
+    x = _mixed(x + keys[:, None])
+    x = _mixed(x ^ (keys[:, None] >> 32))
+    u = (x.float() * 2.0**-32).clamp(2.0**-33, 1 - 2.0**-24).double()  # rounded as the sampler does
+    return -torch.log(-torch.log1p(-u))
+
+
+def _mixed(x: Tensor) -> Tensor:
+    """MurmurHash3's 32-bit finaliser of the lower halves of int64."""
+    x = x & 0xFFFFFFFF
+    x = ((x ^ (x >> 16)) * 0x85EBCA6B) & 0xFFFFFFFF
+    x = ((x ^ (x >> 13)) * 0xC2B2AE35) & 0xFFFFFFFF
+    return x ^ (x >> 16)
+
+
+def shortlist(
+    logits: Tensor, keys: Tensor, temperatures: Tensor, count: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(tokens int64, values float64 [rows, 1 + n], sums float64 [rows, 3]) of `shortlist.shortlist`,
+    where n ≤ count are the tokens there are; what a temperature of 0 leaves out is nan, and its token −1."""
+    x = logits.double()
+    ordered, order = torch.sort(x, dim=-1, descending=True, stable=True)
+    ordered, order = ordered[:, :count], order[:, :count]
+    below = x - ordered[:, :1]
+    draws = (temperatures > 0)[:, None]
+    scaled = below / torch.where(draws, temperatures[:, None], 1.0)
+    scores, best = torch.topk(scaled + draw_noise(keys, x.shape[1]), 2)
+    drawn, margin = best[:, :1], scores[:, :1] - scores[:, 1:]
+    mass, scaled_mass = (each.exp().sum(-1, keepdim=True) for each in (below, scaled))
+    return (
+        torch.cat([torch.where(draws, drawn, -1), order], 1),
+        torch.cat([torch.where(draws, x.gather(1, drawn), torch.nan), ordered], 1),
+        torch.cat([mass, torch.where(draws, torch.cat([scaled_mass, margin], 1), torch.nan)], 1),
+    )

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from flume_weight.peer import Peer
 from flume_weight.range_attention import Exchange, Index
+from flume_weight.sampling import Sampler
 from flume_weight.sequence import Sequence as Seq
 from flume_weight.storage import Part, Slot
 
@@ -42,6 +43,7 @@ class Batch:
     logit_rows: Tensor  # int64 [R], the last token of every row that samples
     chunks: Sequence[slice]  # rows of more than one token
     exchanges: Sequence[Exchange]
+    samplers: Sequence[Sampler] = ()  # of the logit rows
 
 
 def build(shares: Sequence[tuple[Seq, int]], peers: Mapping[str, Peer]) -> Batch:
@@ -67,6 +69,7 @@ def build(shares: Sequence[tuple[Seq, int]], peers: Mapping[str, Peer]) -> Batch
         logit_rows=torch.tensor([row.at + row.tokens - 1 for row in rows if row.samples], dtype=torch.int64),
         chunks=[slice(row.at, row.at + row.tokens) for row in rows if row.tokens > 1],
         exchanges=_exchanges(rows, peers),
+        samplers=[row.sequence.sampler for row in rows if row.samples],
     )
 
 

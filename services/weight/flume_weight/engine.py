@@ -12,7 +12,6 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 
-import torch
 from flume_common.engine_link import EngineLink, LinkClosed
 from flume_common.lanes import Port, Side
 from flume_common.wire import LaneShape
@@ -31,8 +30,9 @@ from flume_weight.range_attention import Exchange
 from flume_weight.reports import Reports
 from flume_weight.requests import new_sequence
 from flume_weight.roster import Roster
-from flume_weight.sampling import FinishReason, sample_rows
+from flume_weight.sampling import FinishReason
 from flume_weight.scheduler import StepLimits, schedule
+from flume_weight.scores import Scores
 from flume_weight.sequence import Cause, Recovery, Sequence
 from flume_weight.storage import Part
 
@@ -124,6 +124,7 @@ class WeightEngine:
         self._reports.recomputed()
         if self._passes.microbatching is not None:
             self._reports.step_model(self._passes.microbatching.model)
+        self._reports.logit_rows()
         peers = self._fleet.peers.values()
         self._reports.epoch_rejected(self._epoch_rejected + sum(peer.epoch_rejected for peer in peers))
 
@@ -156,7 +157,7 @@ class WeightEngine:
         self._step += 1
         chosen = self._passes.of(batch)
         try:
-            logits = chosen.forward(self._step, batch)
+            scores = chosen.forward(self._step, batch)
         except PeerLost as error:
             self._lose(error)
             return True
@@ -168,20 +169,21 @@ class WeightEngine:
         lost = chosen.finish()
         again = commit(batch, self._fleet.peers, self._shape.layout.block_tokens)
         self._note_recovery(batch, again)
-        self._sample(batch, logits)
+        self._sample(batch, scores)
         for loss in lost:
             self._lose(loss)
         return True
 
     # -- tokens ----------------------------------------------------------------------------------
 
-    def _sample(self, batch: Batch, logits: torch.Tensor) -> None:
+    def _sample(self, batch: Batch, scores: Scores) -> None:
         sequences = [row.sequence for row in batch.rows if row.sequence.samples]
         if not sequences:
             return
         tokens: list[m.Token] = []
         ended: list[tuple[Sequence, m.Finished]] = []
-        chosen = sample_rows([sequence.sampler for sequence in sequences], logits)
+        chosen = scores.choose([sequence.sampler for sequence in sequences])
+        self._reports.count_logit_rows(scores.rows_read)
         for sequence, sampled in zip(sequences, chosen, strict=True):
             sequence.tokens.append(sampled.token_id)
             reason = _reason_to_end(sequence)

@@ -213,6 +213,13 @@ class StepModel(msgspec.Struct, tag=True):
     worst_error_ratio: float
 
 
+class LogitRowsRead(msgspec.Struct, tag=True):
+    """Rows whose logits the host had to read, in steps that sample on the device, since the engine started;
+    when that changes."""
+
+    rows: int
+
+
 class TopToken(msgspec.Struct, array_like=True):
     """A token id and its natural-log probability."""
 
@@ -307,6 +314,7 @@ Outbound = (
     | Recomputed
     | EpochRejected
     | StepModel
+    | LogitRowsRead
     | Produced
     | Finished
     | Failed

@@ -36,6 +36,11 @@ def families(supervisor: Supervisor, routes: RouteWriter) -> Iterator[Metric]:
     )
     if supervisor.step_model is not None:
         yield from _step_model(supervisor.step_model)
+    yield counter(
+        "flume_logit_rows_read_total",
+        "Tokens of captured steps for which the host had to read all logits: with penalties, a wide top-p …",
+        supervisor.logit_rows_read,
+    )
     yield epoch_rejected("weight", supervisor.epoch_rejected)
     yield from _routes(routes)
 

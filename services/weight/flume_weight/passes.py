@@ -13,7 +13,6 @@ from typing import Protocol
 
 from flume_common.lanes import Port
 from flume_common.layout import KvLayout
-from torch import Tensor
 
 from flume_weight.batch import Batch
 from flume_weight.cuda.microbatching import Microbatching
@@ -23,6 +22,7 @@ from flume_weight.model import Transformer
 from flume_weight.peer import Peer
 from flume_weight.range_attention import RangeAttention
 from flume_weight.scheduler import StepLimits
+from flume_weight.scores import Scores
 from flume_weight.threads import Threads
 
 
@@ -31,8 +31,8 @@ class Pass(Protocol):
 
     def takes(self, batch: Batch) -> bool: ...
 
-    def forward(self, number: int, batch: Batch) -> Tensor:
-        """Step `number`: float32 logits [R, vocab] of the batch's logit rows, on any device.
+    def forward(self, number: int, batch: Batch) -> Scores:
+        """Step `number`: the scores of the batch's logit rows, on any device.
 
         Raises PeerLost or PeerSilent.
         """
@@ -101,10 +101,12 @@ class CpuPass:
     def takes(self, batch: Batch) -> bool:
         return True
 
-    def forward(self, number: int, batch: Batch) -> Tensor:
+    def forward(self, number: int, batch: Batch) -> Scores:
         self._threads.set_for(len(batch.token_ids))
         self._attention.begin(number, batch.exchanges, batch.chunks)
-        return self._model.forward(batch.token_ids, batch.positions, self._attention, batch.logit_rows)
+        return Scores(
+            self._model.forward(batch.token_ids, batch.positions, self._attention, batch.logit_rows)
+        )
 
     def finish(self) -> list[PeerLost]:
         return self._attention.finish()

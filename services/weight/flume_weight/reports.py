@@ -24,6 +24,8 @@ class Reports:
         self._epoch_rejected = 0
         self._model: m.StepModel | None = None
         self._model_due_s = 0.0
+        self._logit_rows = 0
+        self._logit_rows_told = 0
 
     def route(self, sequence: Sequence) -> None:
         """Where the sequence's tokens are, from now on."""
@@ -68,6 +70,15 @@ class Reports:
         if model != self._model and now >= self._model_due_s:
             self._model, self._model_due_s = model, now + _MODEL_EVERY_S
             self._link.send(model)
+
+    def count_logit_rows(self, rows: int) -> None:
+        """All logits of so many rows had to be read, as the step's own shortlists did not tell the token."""
+        self._logit_rows += rows
+
+    def logit_rows(self) -> None:
+        if self._logit_rows != self._logit_rows_told:
+            self._logit_rows_told = self._logit_rows
+            self._link.send(m.LogitRowsRead(self._logit_rows))
 
     def sequences(self, number: int, live: Iterable[Sequence]) -> None:
         """The answer to AskSequences."""

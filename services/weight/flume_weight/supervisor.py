@@ -55,7 +55,7 @@ class Supervisor:
         self.capacity_tokens = 0
         self.running = self.waiting = 0  # sequences of this engine
         self.recomputed = m.Recomputed()  # of this engine
-        self.epoch_rejected = 0  # of this engine
+        self.epoch_rejected = self.logit_rows_read = 0  # of this engine
         self.step_model: m.StepModel | None = None  # of this engine, on a GPU
         self.started = asyncio.Event()  # the first engine is ready
         self._args = args
@@ -188,7 +188,8 @@ class Supervisor:
     async def _engine_gone(self) -> None:
         self._engine = self.ready = self._attachments = None
         self.capacity_tokens = self.running = self.waiting = 0
-        self.recomputed, self.epoch_rejected, self.step_model = m.Recomputed(), 0, None
+        self.recomputed, self.step_model = m.Recomputed(), None
+        self.epoch_rejected = self.logit_rows_read = 0
         self.streams.fail_all("UNAVAILABLE", f"the engine of weight node {self._args.node} ended")
         self._routes.end_all()  # or they would be written again after a lost lease
         await self._registration.update(state=State.PREPARING, sequences=0, kv_capacity_tokens=0)
@@ -251,6 +252,8 @@ class Supervisor:
             case m.EpochRejected(messages=messages):
                 self.epoch_rejected = messages
                 log.warning("stale_messages_ignored", messages=messages)
+            case m.LogitRowsRead(rows=rows):
+                self.logit_rows_read = rows
             case m.Recomputed():
                 self.recomputed = message
             case m.StepModel():

@@ -30,17 +30,24 @@ from flume_weight.errors import PeerLost, PeerSilent, StepRefused
 from flume_weight.model import LocalAttention, Transformer
 from flume_weight.peer import Peer
 from flume_weight.range_attention import Exchange
+from flume_weight.sampling import Sampler, SamplingParams, sample_rows
 from region_session import RegionSession, flag, make_region
 from step_fakes import random_weights, small_config, step_device
 
 TIMEOUT_S = 20.0
-CONFIG = small_config(num_layers=4)
+CONFIG = small_config(num_layers=4, vocab_size=300)
 LAYOUT = CONFIG.layout("float32", block_tokens=16)
 SHAPE = LaneShape(
     LAYOUT, max_step_tokens=16, max_step_sequences=4, kv_frame_bytes=4 * LAYOUT.layer_token_bytes
 )
 SIZE = StepSize(4)
 WAYS = pytest.mark.parametrize("way", ["frames", "direct"])
+PARAMS = [
+    SamplingParams(temperature=0.5, seed=4),
+    SamplingParams(temperature=0.6, top_k=20, logprobs=3, seed=5),
+    SamplingParams(temperature=0.9, frequency_penalty=0.5, seed=6),
+]  # one for each prompt
+PENALISED = 2
 PROMPTS = [[5, 9, 2, 33], [7, 12], [1, 2, 3, 4, 5, 6, 7, 8]]
 
 
@@ -117,6 +124,10 @@ def index(rows):
     return torch.tensor(rows, dtype=torch.int64)
 
 
+def sampler(params):
+    return Sampler(params, [], CONFIG.vocab_size, CONFIG.eos_token_ids)
+
+
 class WeightNode:
     """Sequences whose tokens lie on attention nodes; decoded by captured steps over lanes."""
 
@@ -138,6 +149,7 @@ class WeightNode:
         self.prefill_forward = EagerForward(Transformer(CONFIG, on_device(weights, where)), self.eager)
         self.oracle = LocalAttention(CONFIG.num_layers)
         self.number = 0
+        self.samplers = [sampler(params) for params in PARAMS]
         self.tokens = [list(prompt) for prompt in PROMPTS]
         self.held = {}  # (sequence, peer) -> tokens
         self.tails = {}  # sequence -> (peer, start of its open range)
@@ -207,7 +219,7 @@ class WeightNode:
             rows, ids, positions, torch.arange(end - start), [slice(0, end - start)], self.exchanges(rows)
         )
         self.number += 1
-        got = self.prefill_forward.forward(self.number, batch)
+        got = self.prefill_forward.forward(self.number, batch).logits
         assert self.prefill_forward.finish() == []
         self.commit(rows)
         self.oracle.next_pass([(sequence, end - start)])
@@ -227,16 +239,18 @@ class WeightNode:
     def batch(self, rows):
         ids = torch.tensor([self.tokens[sequence][position] for sequence, _, position in rows])
         positions = torch.tensor([position for *_, position in rows])
-        return Batch(rows, ids, positions, torch.arange(len(rows)), [], self.exchanges(rows))
+        samplers = [self.samplers[sequence] for sequence, *_ in rows]
+        return Batch(rows, ids, positions, torch.arange(len(rows)), [], self.exchanges(rows), samplers)
 
     def step(self, rows):
+        """The logits; `scores` are what they came with."""
         batch = self.batch(rows)
         self.number += 1
         self.last_batch = batch
-        logits = self.forward.forward(self.number, batch)
+        self.scores = self.forward.forward(self.number, batch)
         assert self.forward.finish() == []
         self.commit(rows)
-        return logits
+        return self.scores.logits.clone()
 
     def expect(self, rows):
         self.oracle.next_pass([(sequence, 1) for sequence, *_ in rows])
@@ -311,6 +325,27 @@ def test_a_batch_that_fills_one_microbatch_runs_as_one(monkeypatch):
         rows = weight.rows()[:2]
         torch.testing.assert_close(weight.step(rows), weight.expect(rows), atol=3e-5, rtol=3e-5)
         assert weight.steps.of(SIZE).replays == 1
+
+
+def test_tokens_are_chosen_from_what_the_step_found_out_and_only_penalised_ones_from_their_logits():
+    with cluster(2) as (weight, _):
+        theirs = [sampler(params) for params in PARAMS]
+        for turn in range(4):
+            rows = weight.rows()
+            logits = weight.step(rows)
+            weight.scores.buffer[: len(rows)][[sequence != PENALISED for sequence, *_ in rows]] = torch.nan
+            found = weight.scores.choose([weight.samplers[sequence] for sequence, *_ in rows])
+            want = sample_rows([theirs[sequence] for sequence, *_ in rows], logits)
+            assert weight.scores.rows_read == 1
+            assert [each.token_id for each in found] == [each.token_id for each in want]
+            assert [each.logprob for each in found] == pytest.approx(
+                [each.logprob for each in want], abs=1e-5
+            )
+            for (sequence, *_), sampled in zip(rows, found, strict=True):
+                weight.tokens[sequence].append(sampled.token_id)
+            if turn == 1:
+                weight.move_tail(0, weight.peers[1])  # and the rows come in another order
+        assert weight.steps.captures == 1
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
     buckets        which captured size a batch runs in
     microbatches   how many parts a step is cut into, from measured times
     step_buffers   the memory a captured step works on
+    shortlist_buffers  the part of it that tells tokens: what samplers ask of the logits, and the answers
     device_weights a model's parameters in device memory
     ops            the small operations between the projections, as Triton kernels
     hops           how a step asks and is answered: by messages, or in memory that both devices map

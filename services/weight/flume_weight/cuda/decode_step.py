@@ -11,7 +11,8 @@ the faster way: `products`.
 
 K and V of a layer are in place when the next signal is given, so they travel with the next layer's queries;
 one more signal follows the last layer's. With several microbatches each asks about its next layer as soon as
-its answer is worked in, so that the others' turn comes while it waits.
+its answer is worked in, so that the others' turn comes while it waits. At the end the logits are looked
+through for what the samplers asked, so that the host need not.
 
 Each row is one token of one sequence. Its part of attention that lies in no range is the token itself.
 """
@@ -66,6 +67,7 @@ class DecodeStep:
         self._flags = buffers.flags
         self._hop = hop_of(device, ops, angles, buffers)
         self._ended = 2 * buffers.size.microbatches  # the number of the last flag
+        self._asks = buffers.shortlists.asks  # of the step under way, on the device
 
     @torch.inference_mode()
     def __call__(self) -> None:
@@ -82,10 +84,10 @@ class DecodeStep:
     def _begin(self) -> tuple[Tensor, list[_Stream]]:
         """The residual stream of all rows, and the microbatches, which share it."""
         where = self._weights.embedding.device
-        ids = self._buffers.token_ids.to(where, non_blocking=True)
-        positions = self._buffers.positions.to(where, non_blocking=True)
+        inputs = self._buffers.inputs.to(where, non_blocking=True)
+        positions, self._asks = inputs[1], inputs[2:]
         self._hop.begin(where)
-        hidden = F.embedding(ids, self._weights.embedding)
+        hidden = F.embedding(inputs[0], self._weights.embedding)
         return hidden, [
             _Stream(number, microbatch, positions[microbatch.rows], hidden[microbatch.rows])
             for number, microbatch in enumerate(self._buffers.microbatches)
@@ -123,6 +125,7 @@ class DecodeStep:
     def _finish(self, hidden: Tensor) -> None:
         x = self._normed(hidden, self._weights.final_norm)
         self._buffers.logits.copy_(self._ops.linear(self._weights.head, x))
+        self._ops.shortlist(self._buffers.logits, self._asks, self._buffers.shortlists)
         self._device.signal(self._flags, self._ended)
 
     def _signal(self, stream: _Stream) -> None:

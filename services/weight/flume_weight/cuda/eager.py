@@ -15,6 +15,7 @@ from flume_weight.errors import PeerLost
 from flume_weight.model import Transformer
 from flume_weight.peer import Peer
 from flume_weight.range_attention import Exchange, Index, RangeAttention, merge_rows
+from flume_weight.scores import Scores
 
 
 class DeviceRangeAttention(RangeAttention):
@@ -50,8 +51,8 @@ class EagerForward:
     def takes(self, batch: Batch) -> bool:
         return True
 
-    def forward(self, number: int, batch: Batch) -> Tensor:
-        """Step `number`: float32 logits [R, vocab] of the batch's logit rows, on the device.
+    def forward(self, number: int, batch: Batch) -> Scores:
+        """Step `number`: the scores of the batch's logit rows, on the device.
 
         Raises PeerLost and StepRefused.
         """
@@ -60,7 +61,7 @@ class EagerForward:
         ids, positions, rows = (
             each.to(where) for each in (batch.token_ids, batch.positions, batch.logit_rows)
         )
-        return self._model.forward(ids, positions, self._attention, rows)
+        return Scores(self._model.forward(ids, positions, self._attention, rows))
 
     def finish(self) -> list[PeerLost]:
         """Send the last keys. A lane that fails here does not undo the step."""

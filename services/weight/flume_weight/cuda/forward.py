@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from torch import Tensor
-
 from flume_weight.batch import Batch
 from flume_weight.cuda.buckets import Buckets, StepSize
 from flume_weight.cuda.captured_steps import CapturedSteps
@@ -15,6 +13,7 @@ from flume_weight.cuda.microbatching import Microbatching
 from flume_weight.errors import PeerLost
 from flume_weight.peer import Peer
 from flume_weight.range_attention import RangeAttention, no_answer
+from flume_weight.scores import Scores
 
 
 class CapturedForward:
@@ -58,8 +57,8 @@ class CapturedForward:
             and widest_route(batch.exchanges, rows) <= self._steps.parts
         )
 
-    def forward(self, number: int, batch: Batch) -> Tensor:
-        """Step `number`: float32 logits [R, vocab] of the batch's logit rows, on the device.
+    def forward(self, number: int, batch: Batch) -> Scores:
+        """Step `number`: the scores of the batch's logit rows, on the device but for shortlists of them.
 
         Raises PeerLost, naming a node that did not answer in time, PeerSilent, StepRefused, StepTimedOut when
         all did and the step still did not end, and DeviceStuck.
@@ -71,6 +70,8 @@ class CapturedForward:
         size = StepSize(bucket) if direct else self._microbatching.size(bucket, rows)
         step = self._steps.of(size, direct)
         step.buffers.fill(batch.token_ids, batch.positions)
+        sampling, asks = batch.logit_rows.tolist(), [sampler.ask() for sampler in batch.samplers]
+        step.buffers.shortlists.ask(sampling, asks)
         self._exchange.epoch = self._attention.epoch
         self._exchange.may_leave = self._attention.may_leave
         self._exchange.begin(number, batch.exchanges, step.buffers)
@@ -84,7 +85,9 @@ class CapturedForward:
             raise
         if not direct:  # whose host sees nothing of how long answers take
             self._microbatching.note(size, self.times)
-        return step.buffers.logits[batch.logit_rows.to(step.buffers.logits.device)]
+        logits = step.buffers.logits
+        found = step.buffers.shortlists.read(sampling, asks, logits.shape[1])
+        return Scores(logits, batch.logit_rows, found)
 
     def _way_of(self, batch: Batch) -> LaneExchange:
         if self._direct is not None and can_be_direct(batch.exchanges):

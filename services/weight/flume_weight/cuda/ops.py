@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from flume_weight.cuda.products import Choice, Normed, Products
+from flume_weight.cuda.shortlist_buffers import ShortlistBuffers
 from flume_weight.model.config import ModelConfig
 from flume_weight.model.linear import Linear
 from flume_weight.model.rope import inverse_frequencies
@@ -64,12 +65,15 @@ class Ops(Protocol):
         """`merge` of partials by their addresses: `direct.direct_merge`."""
         ...
 
+    def shortlist(self, logits: Tensor, asks: Tensor, out: ShortlistBuffers) -> None:
+        """logits float32 [rows, vocab], asks as `out` has them but on the device -> the answers in `out`."""
+
 
 class TritonOps:
     """`Ops` on a GPU. How products run is what was measured on this card, unless a `choice` is given."""
 
     def __init__(self, choice: Choice | None = None) -> None:
-        from flume_kernels.gpu import decode_merge, direct, rms_norm, rope, silu_mul
+        from flume_kernels.gpu import decode_merge, direct, rms_norm, rope, shortlist, silu_mul
         from flume_kernels.gpu.linear_tuning import LinearChoice
         from flume_kernels.gpu.tuning import TuningCache, default_path
 
@@ -78,6 +82,7 @@ class TritonOps:
         self._direct_merge = direct.direct_merge
         self._rms_norm = rms_norm.rms_norm
         self._rope = rope.rope
+        self._shortlist = shortlist.shortlist
         self._silu_mul = silu_mul.silu_mul
         choice = choice or LinearChoice(TuningCache(default_path()))
         self._products = Products(self.rms_norm, self._silu_of_gate, choice)
@@ -119,3 +124,7 @@ class TritonOps:
         out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
         self._direct_merge(q, k, v, o_at, lse_at, out, scale)
         return out
+
+    def shortlist(self, logits: Tensor, asks: Tensor, out: ShortlistBuffers) -> None:
+        keys, temperatures, wants = asks[0], asks[1].view(torch.float64), asks[2]
+        self._shortlist(logits, keys, temperatures, wants, out.tokens, out.values, out.sums)

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from flume_weight.cuda.buckets import StepSize
 from flume_weight.cuda.direct_tables import DirectTables
+from flume_weight.cuda.shortlist_buffers import ASK_WORDS, ShortlistBuffers
 from flume_weight.model.config import ModelConfig
 
 
@@ -49,7 +50,8 @@ class MicrobatchBuffers:
 
 @dataclass(frozen=True, slots=True)
 class StepBuffers:
-    """A step of B rows. token_ids and positions int64 [B] in host memory; logits float32 [B, vocab] on the
+    """A step of B rows. inputs int64 [2 + ASK_WORDS, B] in host memory, of which token_ids, positions and the
+    shortlists' asks are parts, so that the device fetches them at once; logits float32 [B, vocab] on the
     device.
 
     The device waits at one gate per microbatch, for its partials. It signals, per microbatch, each layer's
@@ -57,9 +59,11 @@ class StepBuffers:
     """
 
     size: StepSize
+    inputs: Tensor
     token_ids: Tensor
     positions: Tensor
     logits: Tensor
+    shortlists: ShortlistBuffers
     microbatches: tuple[MicrobatchBuffers, ...]
     flags: Flags
     direct: DirectTables | None = None  # of a direct step, whose queries and partials lie elsewhere
@@ -71,11 +75,14 @@ class StepBuffers:
         step = size.microbatch_rows
         slices = [slice(at, at + step) for at in range(0, size.rows, step)]
         buffers = [MicrobatchBuffers.allocate(device, config, rows, parts, dtype) for rows in slices]
+        inputs = device.host_tensor(2 + ASK_WORDS, size.rows, dtype=torch.int64)
         return cls(
             size,
-            token_ids=device.host_tensor(size.rows, dtype=torch.int64),
-            positions=device.host_tensor(size.rows, dtype=torch.int64),
+            inputs,
+            token_ids=inputs[0],
+            positions=inputs[1],
             logits=device.tensor(size.rows, config.vocab_size, dtype=torch.float32),
+            shortlists=ShortlistBuffers.allocate(device, inputs[2:]),
             microbatches=tuple(buffers),
             flags=Flags(device, gates=size.microbatches, signals=size.microbatches + 1),
         )
@@ -101,11 +108,13 @@ class StepBuffers:
 
     def fill(self, token_ids: Tensor, positions: Tensor) -> None:
         """Set the next step's rows; those of the bucket beyond them become padding, with no past anywhere.
+        Nothing is asked of their logits but the largest.
 
         token_ids and positions int64 [at most B], on the host. The step before must have ended.
         """
         count = len(token_ids)
         self.token_ids[:count], self.positions[:count] = token_ids, positions
         self.token_ids[count:], self.positions[count:] = 0, 0
+        self.shortlists.asks.zero_()
         for microbatch in self.microbatches:
             microbatch.part_lse.fill_(-torch.inf)

@@ -15,6 +15,7 @@ the host: a row is tens of thousands of numbers, and torch's threads would be fo
 
 from __future__ import annotations
 
+import math
 import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -28,12 +29,10 @@ from flume_weight.sampling.candidates import candidates, largest
 from flume_weight.sampling.noise import all_tokens, gumbels, stream_key
 from flume_weight.sampling.params import SamplingParams
 from flume_weight.sampling.penalties import Penalties
+from flume_weight.sampling.shortlist import MIN_TEMPERATURE, Ask, Shortlist, drawn, truncates
 
 if TYPE_CHECKING:
     from torch import Tensor  # the supervisor imports this package and must not load torch
-
-
-MIN_TEMPERATURE = 1e-30  # below it float32 has no quotient; the draw is greedy long before
 
 
 class FinishReason(StrEnum):
@@ -76,14 +75,40 @@ class Sampler:
     @property
     def takes_the_largest(self) -> bool:
         """Whether the next token is the plain argmax of the raw logits, and nothing else is wanted."""
-        params = self.params
+        return self.params.temperature == 0 and self.params.logprobs is None and self._takes_them_raw
+
+    @property
+    def _takes_them_raw(self) -> bool:
+        """Whether the next token is chosen from the logits as they are."""
         return (
-            params.temperature == 0
-            and params.logprobs is None
-            and not params.logit_bias
+            not self.params.logit_bias
             and not self._penalties.active
-            and self.num_output_tokens >= params.min_tokens
+            and self.num_output_tokens >= self.params.min_tokens
         )
+
+    def ask(self) -> Ask | None:
+        """What must be known of the next logits; None when it is all of them."""
+        if not self._takes_them_raw:
+            return None
+        params = self.params
+        if params.temperature == 0:
+            return Ask(0.0, 0, bool(params.logprobs))
+        key = stream_key(self.seed, self.num_output_tokens)
+        return Ask(max(params.temperature, MIN_TEMPERATURE), key, bool(params.logprobs) or truncates(params))
+
+    def sample_from(self, known: Shortlist) -> Sampled | None:
+        """As `sample`, from what the last `ask` asked for; None when that does not tell the token."""
+        if self.params.temperature == 0:
+            token_id = int(known.token_ids[0])
+        else:
+            found = drawn(self.params, stream_key(self.seed, self.num_output_tokens), known)
+            if found is None:
+                return None
+            token_id = found
+        self.accept(token_id)
+        if self.params.logprobs is None:
+            return Sampled(token_id)
+        return Sampled(token_id, *_log_probabilities_of(known, token_id, self.params.logprobs))
 
     def sample(self, logits_row: Tensor | NDArray[np.float32]) -> Sampled:
         """Chooses and records the next token. logits_row [V] float32 on the host; it is left unchanged."""
@@ -142,3 +167,14 @@ def log_probabilities(
     wide -= np.log(np.exp(wide).sum())
     best = largest(logits, count)
     return float(wide[token_id]), [(int(token), float(wide[token])) for token in best]
+
+
+def _log_probabilities_of(
+    known: Shortlist, token_id: int, count: int
+) -> tuple[float, list[tuple[int, float]]]:
+    """The same from a shortlist, of a candidate or the token of the best score."""
+    one = float(known.logits[0]) + math.log(known.mass)  # the logit of probability 1
+    pairs = zip(known.token_ids.tolist(), known.logits.tolist(), strict=True)
+    found = {token: logit - one for token, logit in pairs}
+    chosen = found[token_id] if token_id in found else known.best_logit - one
+    return chosen, list(found.items())[:count]
