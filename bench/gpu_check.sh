@@ -1,24 +1,25 @@
 #!/usr/bin/env bash
 # On a machine with an NVIDIA GPU: tests and measurements of the GPU data path. From the repository's root:
-#   bash bench/gpu_check.sh RESULTS_FOLDER [tests|tune|bench|layer|paths|hop|poller|step|nodes|ready ...]     (all when none is named)
+#   bash bench/gpu_check.sh RESULTS_FOLDER [STEP ...]     (all when none is named)
 #
 #   tests   the kernels against their definitions          tune    how attention and products run best, kept in tuning.json
 #   bench   the kernels against others                     paths   captured steps on the GPU, over lanes, and their failures
 #   layer   where each microsecond of a step goes          hop     a round trip between two processes' devices, under MPS
 #   poller  the driver's jitter                            step    whole decode steps, one process against two under MPS
+#   growth  a step's p99 as contexts grow and attention nodes join, against what the models say, under MPS
 #   nodes   engines as processes with --device cuda say the model's own tokens, also when one is killed, under MPS
 #   ready   how soon an attention node with 40 GiB of KV is READY, by phase
 #
-# Needs python3 with torch, triton, numpy and pytest; nothing of this project need be installed. `layer`, `paths`, `poller`
-# and `step` need protobuf, msgspec and ucxx (ucxx-cu12 or -cu13), `hop`, `step` and `nodes` nvidia-cuda-mps-control, `nodes`
-# also grpcio, structlog, safetensors and gguf, `ready` all that this project depends on, and to measure whole nodes the
-# project and an etcd binary. `NODES_DEVICE=cpu` lets `nodes` and `ready` run on CPUs, without MPS, `READY_KV_BYTES=256MiB`
-# with less memory; with `NODES_MODEL=PATH` `nodes` tries that model after a small random one, and compares with
-# transformers where it is told `NODES_REFERENCE=transformers`.
+# Needs python3 with torch, triton, numpy and pytest; nothing of this project need be installed. `layer`, `paths`,
+# `poller`, `step` and `growth` need protobuf, msgspec and ucxx (ucxx-cu12 or -cu13), `hop`, `step`, `growth` and `nodes`
+# nvidia-cuda-mps-control as well, `nodes` also grpcio, structlog, safetensors and gguf, `ready` all that this project
+# depends on, and to measure whole nodes the project and an etcd binary. `NODES_DEVICE=cpu` lets `nodes` and `ready` run
+# on CPUs, without MPS, `READY_KV_BYTES=256MiB` with less memory; with `NODES_MODEL=PATH` `nodes` tries that model after a
+# small random one, and compares with transformers where it is told `NODES_REFERENCE=transformers`.
 set -uo pipefail
 out=${1:?a folder for the results}
 shift
-steps=${*:-tests tune bench layer paths hop poller step nodes ready}
+steps=${*:-tests tune bench layer paths hop poller step growth nodes ready}
 mkdir -p "$out"
 services=services/common:services/weight:services/attention:services/controller
 export PYTHONPATH=kernels:$services:protos:tests:tests/attention${PYTHONPATH:+:$PYTHONPATH}
@@ -51,6 +52,10 @@ measure_hop() {
 
 measure_steps() {
   timeout 500 python3 bench/gpu_step.py --microbatches 2 --out "$out/step.json" 2>&1 | tee "$out/step.log" || status=1
+}
+
+measure_growth() {
+  timeout 550 python3 bench/gpu_growth.py --out "$out/growth.json" 2>&1 | tee "$out/growth.log" || status=1
 }
 
 # float32 must agree to the token; a killed node must cost none; bfloat16 says how far it agrees.
@@ -98,6 +103,7 @@ for step in $steps; do
       timeout 300 python3 bench/gpu_ready.py --device "$device" --kv-bytes "${READY_KV_BYTES:-40GiB}" \
         --out "$out/ready.json" 2>&1 | tee "$out/ready.log" || status=1
       ;;
+    growth) under_mps measure_growth ;;
     nodes) if [ "$device" = cuda ]; then under_mps run_nodes; else run_nodes; fi ;;
     *) echo "no step $step" >&2; status=2 ;;
   esac

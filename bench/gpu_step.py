@@ -19,7 +19,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -81,6 +81,7 @@ class Problem:
     steps: int = 30
     warm_up: int = 5
     microbatches: int = 1  # the most
+    layers_per_memory: int = 1  # of an attention node: more where not all keys and values fit the card
 
     @property
     def layout(self) -> KvLayout:
@@ -199,11 +200,11 @@ class Bookkeeping(Node):
         self.blocks = BlockPool(self.kv_bytes // layout.block_bytes)
 
 
-def attention_node(problem: Problem, device: Any, ops: Any, pipe: Connection) -> None:
-    """Serves one lane until the pipe says something."""
+def attention_node(problem: Problem, device: Any, ops: Any, pipe: Connection, lane: int = 1) -> None:
+    """Serves one lane until the pipe says something. The lane's numbers are `lane` and the next."""
     with torch.inference_mode(), Port() as port, Watchdog() as watchdog:
         pipe.send(port.address)
-        session = _session(problem, device, ops, port, watchdog, pipe.recv())
+        session = _session(problem, device, ops, port, watchdog, pipe.recv(), lane)
         foreseen = _captures(session)
         pipe.send(session.region)
         while not session.holdings.slots:
@@ -227,24 +228,21 @@ def _captures(session: GpuLaneSession) -> int:
 
 
 def _session(
-    problem: Problem, device: Any, ops: Any, port: Port, watchdog: Watchdog, address: bytes
+    problem: Problem, device: Any, ops: Any, port: Port, watchdog: Watchdog, address: bytes, number: int
 ) -> GpuLaneSession:
     shape = problem.shape
     node = Bookkeeping(problem.blocks * problem.layout.block_bytes)
     request = Attach(
-        request=1, weight_node="weight-1", epoch=1, layout=problem.layout, worker_address=address, lane=1,
-        max_step_tokens=shape.max_step_tokens, max_step_sequences=shape.max_step_sequences,
+        request=1, weight_node="weight-1", epoch=1, layout=problem.layout, worker_address=address,
+        lane=number, max_step_tokens=shape.max_step_tokens, max_step_sequences=shape.max_step_sequences,
         kv_frame_bytes=shape.kv_frame_bytes,
     )  # fmt: skip
     holdings = node.add("weight-1", node.admit(request))
     lane: Lane[LaneShape] = port.connect(
-        "weight-1", address, shape, Side.ATTENTION, send_lane=1, receive_lane=2,
+        "weight-1", address, shape, Side.ATTENTION, send_lane=number, receive_lane=number + 1,
         allocate=lambda size: device.host_tensor(size, dtype=torch.uint8).numpy(), rings=RINGS,
     )  # fmt: skip
-    pool = DevicePool(device, ops, problem.layout, problem.blocks)
-    for layer in pool.layers:
-        layer.kv.normal_()
-    node.pool = pool
+    pool = node.pool = _pool(problem, device, ops)
     buffers = lane_buffers(FrameTensors(problem.layout), lane, shape.max_step_tokens)
     answers = Answers(
         device, ops, pool, buffers,
@@ -256,6 +254,17 @@ def _session(
     if offer.why_not:
         print(f"no direct steps: {offer.why_not}", file=sys.stderr, flush=True)
     return session
+
+
+def _pool(problem: Problem, device: Any, ops: Any) -> DevicePool:
+    """Random keys and values. Layers that share memory are far apart: none finds the other's in a cache."""
+    layout = problem.layout
+    own = layout.num_layers // problem.layers_per_memory
+    pool = DevicePool(device, ops, replace(layout, num_layers=own), problem.blocks)
+    for layer in pool.layers:
+        layer.kv.normal_()
+    pool.layout, pool.layers = layout, pool.layers * problem.layers_per_memory
+    return pool
 
 
 def _fill(session: GpuLaneSession, tokens: int) -> None:
@@ -357,11 +366,11 @@ def run_one(problem: Problem, pipe: Connection) -> None:
     pipe.send(one_process(problem, device, TritonOps(), TritonAttention(problem.layout, device.name)))
 
 
-def run_attention(problem: Problem, pipe: Connection) -> None:
+def run_attention(problem: Problem, pipe: Connection, lane: int = 1) -> None:
     from flume_attention.cuda.ops import TritonAttention
 
     device = gpu()
-    attention_node(problem, device, TritonAttention(problem.layout, device.name), pipe)
+    attention_node(problem, device, TritonAttention(problem.layout, device.name), pipe, lane)
 
 
 def run_weight(problem: Problem, peer: Connection, pipe: Connection) -> None:

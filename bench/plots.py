@@ -4,6 +4,7 @@
 
 kernels.json (bench/kernels.py)      share of the card's read bandwidth, kernel by kernel
 step.json    (bench/gpu_step.py)     a decode step in one process and in two, and where its time goes
+growth.json  (bench/gpu_growth.py)   a decode step as contexts grow and attention nodes join
 poller.json  (bench/gpu_poller.py)   flag-to-send times of the driver
 scale.json   (bench/scale_out.py --json)   the phases of a scale-out
 """
@@ -60,6 +61,21 @@ def step(found: Found, axes: Axes) -> None:
     axes.legend()
 
 
+def growth(found: Found, axes: Axes) -> None:
+    """Milliseconds a step over the context: measured, and what the models say of this card and of others."""
+    stages = [row["stage"] for row in found["rows"]]
+    contexts = [stage["context"] for stage in stages]
+    axes.plot(contexts, [stage["p50"] for stage in stages], "o-", color="tab:blue", label="p50")
+    axes.plot(contexts, [stage["p99"] for stage in stages], "o:", color="tab:blue", label="p99")
+    for key, color in (("this_card", "tab:orange"), ("own_cards", "tab:green")):
+        values = [row[key] for row in found["rows"]]
+        axes.plot(contexts, values, "--", color=color, label=f"model, {key.replace('_', ' ')}")
+    axes.set_xticks(contexts, [f"{stage['context']}\n{stage['nodes']} nodes" for stage in stages])
+    axes.set_ylim(bottom=0)
+    axes.set_ylabel(f"ms a step, {found['model']}, batch {found['batch']}")
+    axes.legend()
+
+
 def poller(found: Found, axes: Axes) -> None:
     """Microseconds, on a logarithmic scale: the tail is what matters."""
     names = [f"{name}, {key}" for name, numbers in found.items() for key in numbers]
@@ -94,7 +110,7 @@ def _bars(axes: Axes, names: Iterable[str], values: Iterable[float], label: str)
 
 
 PLOTS: Mapping[str, Callable[[Any, Axes], None]] = {
-    "kernels": kernels, "step": step, "poller": poller, "scale": scale,
+    "kernels": kernels, "step": step, "growth": growth, "poller": poller, "scale": scale,
 }  # fmt: skip
 
 

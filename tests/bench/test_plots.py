@@ -21,6 +21,15 @@ FOUND = {
         {"model": "8b", "batch": 8, "context": 8192, "ratio": 1.1,
          "one": {"step": 5.0, "attention": 1.0}, "split": {"step": 5.5, "attention": 2.0}},
     ],
+    "growth": {
+        "model": "8b", "batch": 32,
+        "rows": [
+            {"stage": {"nodes": 1, "context": 8350, "p50": 12.0, "p99": 12.9}, "this_card": 11.8,
+             "own_cards": 12.0},
+            {"stage": {"nodes": 2, "context": 16540, "p50": 20.0, "p99": 21.5}, "this_card": 19.9,
+             "own_cards": 12.3},
+        ],
+    },
     "poller": {"flag to send": {"p50": 0.5, "p99": 6.7, "max": 900.0}},
     "scale": {"0 standby": [{"READY": 200.0, "first token stored": 400.0}, {"READY": 300.0}]},
 }  # fmt: skip
@@ -66,6 +75,17 @@ def test_a_split_step_shows_how_long_it_waited_and_the_ratio(plots):
     axes = axes_of(plots, "step")
     assert [patch.get_width() for patch in axes.patches] == [5.0, 5.5, 2.0]
     assert [text.get_text() for text in axes.texts] == [" 1.10 x"]
+
+
+def test_growth_draws_what_was_measured_and_both_models_over_the_context(plots):
+    axes = axes_of(plots, "growth")
+    drawn = {line.get_label(): list(line.get_ydata()) for line in axes.lines}
+    assert drawn == {
+        "p50": [12.0, 20.0], "p99": [12.9, 21.5], "model, this card": [11.8, 19.9],
+        "model, own cards": [12.0, 12.3],
+    }  # fmt: skip
+    assert [list(line.get_xdata()) for line in axes.lines] == [[8350, 16540]] * 4
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["8350\n1 nodes", "16540\n2 nodes"]
 
 
 def test_phases_of_a_scale_out_are_medians_with_the_worst(plots):
