@@ -520,7 +520,7 @@ def test_messages_for_a_closed_lane_do_not_pile_up(peer, lane):
 
 def anything_unclaimed(port):
     """Does UCX keep a message of any lane that nobody has posted a receive for?"""
-    return port._worker.tag_probe(lib.UCXXTag(0), lib.UCXXTagMask(0)).matched
+    return port._shared.worker.tag_probe(lib.UCXXTag(0), lib.UCXXTagMask(0)).matched
 
 
 @pytest.mark.parametrize("fate", [signal.SIGKILL, signal.SIGSTOP])
@@ -533,10 +533,11 @@ def test_a_port_closes_at_once_whatever_a_peer_left_half_sent(tls, fate):
         peer.port.wait(lambda: False, 0.05)
         assert anything_unclaimed(peer.port)
         peer.process.send_signal(fate)
+        berth = peer.port._shared
 
         def close():
             peer.port.close()
-            vars(peer.port._strays).clear()  # the last that could hold the worker
+            vars(berth._strays).clear()  # the last that could hold the worker
 
         closing = threading.Thread(target=close, daemon=True)
         closing.start()

@@ -14,7 +14,7 @@ from flume_common.lanes.channel import Receiver, Sender
 from flume_common.lanes.errors import LaneDown
 from flume_common.lanes.frames import Frame
 from flume_common.lanes.lane import Lane
-from flume_common.lanes.port import Port
+from flume_common.lanes.port import Port, port_of
 from flume_common.lanes.tags import Side
 
-__all__ = ["Frame", "Lane", "LaneDown", "Port", "Receiver", "Sender", "Side"]
+__all__ = ["Frame", "Lane", "LaneDown", "Port", "Receiver", "Sender", "Side", "port_of"]

@@ -7,17 +7,16 @@ once, and stays down: reconnecting is a new lane with new numbers.
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING, Any, Generic
+from collections.abc import Callable
+from typing import Any, Generic
 
 from flume_common.lanes import ucx
 from flume_common.lanes.channel import Receiver, Sender
 from flume_common.lanes.errors import LaneDown
-from flume_common.lanes.frames import Allocate, Rings, S, block_bytes, cut
+from flume_common.lanes.frames import Allocate, Frame, Rings, S, block_bytes, cut
+from flume_common.lanes.processes import has_ended
 from flume_common.lanes.tags import Side, tag_of
 from flume_common.wire import Kind
-
-if TYPE_CHECKING:
-    from flume_common.lanes.port import Port
 
 
 class Lane(Generic[S]):
@@ -33,7 +32,7 @@ class Lane(Generic[S]):
 
     def __init__(
         self,
-        port: Port,
+        retire: Callable[[Lane[Any], Any, list[Frame]], None],
         endpoint: Any,
         process_fd: int | None,
         peer: str,
@@ -47,10 +46,10 @@ class Lane(Generic[S]):
         self.peer = peer
         self.shape = shape
         self.process_fd = process_fd
-        self._port = port
+        self.peer_gone = False  # known when the lane is closed
+        self._retire = retire
         self._endpoint = endpoint
         self._error: str | None = None
-        self._receive_lane = receive_lane
         frames = cut(allocate(block_bytes(shape, rings)), shape, rings)
         self._senders = {
             kind: Sender(self, endpoint, kind, tag_of(send_lane, kind), frames[kind]) for kind in side.sends
@@ -101,9 +100,10 @@ class Lane(Generic[S]):
         endpoint, self._endpoint = self._endpoint, None
         if endpoint is None:
             return
+        self.peer_gone = not endpoint.alive or has_ended(self.process_fd)
         sending = [frame for sender in self._senders.values() for frame in sender.detach()]
         receiving = [frame for receiver in self._receivers.values() for frame in receiver.detach()]
-        self._port.retire(self, endpoint, self._receive_lane, sending + receiving)
+        self._retire(self, endpoint, sending + receiving)
         if self.process_fd is not None:
             os.close(self.process_fd)
             self.process_fd = None

@@ -1,4 +1,4 @@
-"""A port: the UCX worker of one engine process, and the one place where the engine waits.
+"""A port: all lanes of one engine process, and the one place where the engine waits.
 
 Transfers move only inside `progress()` and `wait()`. A message of up to UCX_RNDV_THRESH bytes is on its
 way when `send` returns; a larger one needs both ends to progress a few times, so while either computes
@@ -11,24 +11,33 @@ import math
 import os
 import select
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from functools import partial
 from typing import Any, Self
 
 from flume_common.lanes import ucx
+from flume_common.lanes.berth import Berth
 from flume_common.lanes.frames import USUAL, Allocate, Frame, Rings, S, allocate_pages
 from flume_common.lanes.lane import Lane
 from flume_common.lanes.processes import Process
-from flume_common.lanes.strays import Strays
 from flume_common.lanes.tags import Side
 
 _BUSY_ROUNDS = 100  # a few hundred µs
 _WAKE_PAUSE_S = 200e-6
 _LONGEST_SLEEP_S = 3600.0
+# Berths of lanes that were closed while their peers lived, who hear of it when they next send something.
+_LEAVING_BERTHS = 8
+_NAME_BYTES = 8
+_PORT_BYTES = Process.SIZE_BYTES + _NAME_BYTES
 
 
 class Port:
-    """One UCX worker. A context manager; leaving it closes every lane.
+    """A context manager; leaving it closes every lane.
+
+    A lane runs over the berth that `berth` made for it. Lanes that were given none share the one of
+    `address`, and with it the fate of any of their peers (see `lanes.berth`).
 
     `tls` is UCX's list of transports, by default UCX_TLS or "tcp,sm,self". `spin_s` is how long
     `wait` looks for work before it sleeps. Measured on two cores (bench/lane_hop.py, 2.4 KB round trip
@@ -40,11 +49,13 @@ class Port:
 
     def __init__(self, *, tls: str | None = None, spin_s: float = 50e-6) -> None:
         self._spin_s = spin_s
-        self._worker: Any = ucx.make_worker(tls)
-        self._events: int = self._worker.epoll_file_descriptor
-        self._strays = Strays(self._worker)
-        self._lanes: list[Lane[Any]] = []
-        self._cancelled: list[Frame] = []  # frames of closed lanes that UCX may still touch
+        self._name = os.urandom(_NAME_BYTES)
+        self._context: Any = ucx.make_context(tls)
+        self._spare: Berth | None = Berth(self._context)  # made before anybody waits for it
+        self._shared: Berth | None = None
+        self._own: dict[int, Berth] = {}  # by the number of the lane that each is for
+        self._leaving: deque[Berth] = deque()
+        self._berths: tuple[Berth, ...] = ()  # that peers know, a new tuple whenever lanes come or go
 
     def __enter__(self) -> Self:
         return self
@@ -54,12 +65,47 @@ class Port:
 
     @property
     def address(self) -> bytes:
-        """What a peer needs to connect to this port."""
-        return Process.this().encode() + bytes(self._worker.address)
+        """What a peer needs to connect to this port by the berth that is shared."""
+        return self._address_of(self._share())
+
+    def berth(self, receive_lane: int) -> bytes:
+        """What the peer of the lane with this number needs to connect: the address of a berth for it alone.
+
+        `connect` with the same number takes the berth, `leave` gives it up.
+        """
+        berth = self._own[receive_lane] = self._make()
+        self._rearrange()
+        return self._address_of(berth)
+
+    def leave(self, receive_lane: int) -> None:
+        """There will be no lane with this number."""
+        if (berth := self._own.pop(receive_lane, None)) is not None:
+            berth.close()
+            self._rearrange()
+
+    def _address_of(self, berth: Berth) -> bytes:
+        return Process.this().encode() + self._name + berth.address
+
+    def _share(self) -> Berth:
+        if self._shared is None:
+            self._shared = self._make()
+            self._rearrange()
+        return self._shared
+
+    def _make(self) -> Berth:
+        berth, self._spare = self._spare or Berth(self._context), None
+        return berth
+
+    def _rearrange(self) -> None:
+        shared = () if self._shared is None else (self._shared,)
+        self._berths = (*self._own.values(), *shared)
 
     def progress(self) -> None:
         """Move transfers along; never blocks."""
-        self._worker.progress()
+        for berth in self._berths:
+            berth.worker.progress()
+        for berth in self._leaving:
+            berth.worker.progress()
 
     def wait(self, ready: Callable[[], bool], timeout_s: float, fds: Sequence[int] = ()) -> bool:
         """Progress until `ready()` is true or one of `fds` is readable (True), or time is up (False).
@@ -67,7 +113,7 @@ class Port:
         Looks for `spin_s`, then sleeps until UCX, a peer's end or one of `fds` wakes it. `ready` is
         asked again after each of these; what it raises (LaneDown, say) passes through.
         """
-        progress = self._worker.progress
+        progress = self.progress
         progress()
         if ready():
             return True
@@ -82,17 +128,16 @@ class Port:
         return self._sleep(ready, deadline, fds)
 
     def _sleep(self, ready: Callable[[], bool], deadline: float, fds: Sequence[int]) -> bool:
-        poller = select.poll()
-        watched = self._watched()
-        for fd in (self._events, *watched, *fds):
-            poller.register(fd, select.POLLIN)
+        berths, watched, poller = self._look_at(fds)
         busy_rounds = wakes = 0
         while True:
-            self._worker.progress()
+            self.progress()
             if ready():
                 return True
+            if berths is not self._berths:
+                berths, watched, poller = self._look_at(fds)
             left_s = deadline - time.monotonic()
-            busy_rounds = 0 if self._worker.arm() else busy_rounds + 1
+            busy_rounds = 0 if all(berth.worker.arm() for berth in berths) else busy_rounds + 1
             if wakes > _BUSY_ROUNDS and not busy_rounds:
                 # Over TCP a full socket of a stopped peer can wake us without end and to no purpose.
                 time.sleep(_WAKE_PAUSE_S)
@@ -105,14 +150,19 @@ class Port:
                 if fd in watched:
                     watched.pop(fd).fail("its process ended")
                     poller.unregister(fd)
-                elif fd != self._events:
+                elif fd in fds:
                     return True
             if left_s <= 0:
                 return False
 
-    def _watched(self) -> dict[int, Lane[Any]]:
-        lanes = [lane for lane in self._lanes if lane.process_fd is not None and lane.alive]
-        return {lane.process_fd: lane for lane in lanes if lane.process_fd is not None}
+    def _look_at(self, fds: Sequence[int]) -> tuple[tuple[Berth, ...], dict[int, Lane[Any]], select.poll]:
+        """The berths to arm, the lanes whose process is watched, and what wakes us."""
+        lanes = [lane for berth in self._berths for lane in berth.lanes if lane.alive]
+        watched = {lane.process_fd: lane for lane in lanes if lane.process_fd is not None}
+        poller = select.poll()
+        for fd in (*(berth.events for berth in self._berths), *watched, *fds):
+            poller.register(fd, select.POLLIN)
+        return self._berths, watched, poller
 
     def connect(
         self,
@@ -126,7 +176,7 @@ class Port:
         allocate: Allocate = allocate_pages,
         rings: Rings = USUAL,
     ) -> Lane[S]:
-        """A lane to the port with this address, every receive posted. Does not wait for the peer.
+        """A lane to the berth with this address, every receive posted. Does not wait for the peer.
 
         `peer` is a name for messages. What one end calls `send_lane` the other calls `receive_lane`;
         a port must never use a `receive_lane` twice, as messages for a closed one are thrown away.
@@ -134,51 +184,65 @@ class Port:
         this end has of some kinds, where another number than the usual is wanted. The lane to a peer that
         is known to be gone is down from the start.
 
-        Raises ValueError for an address, a lane number, a block or a ring that cannot be one.
+        Raises ValueError for an address, a lane number, a block or a ring that cannot be one; the berth of
+        this lane, if it had one, is then given up.
         """
-        self._tidy()
-        process, worker = address[: Process.SIZE_BYTES], address[Process.SIZE_BYTES :]
-        if not worker:
-            raise ValueError(f"an address has more than {len(address)} bytes")
+        berth = self._own.get(receive_lane) or self._share()
+        for other in (berth, *self._leaving):
+            other.tidy()
+        process, worker = address[: Process.SIZE_BYTES], address[_PORT_BYTES:]
         with ExitStack() as undo:
+            undo.callback(self.leave, receive_lane)
+            if not worker:
+                raise ValueError(f"an address has more than {len(address)} bytes")
             try:
                 process_fd = Process.decode(process).open()
                 undo.callback(_close, process_fd)
-                endpoint = ucx.connect(self._worker, worker)
+                endpoint = ucx.connect(berth.worker, worker)
             except ProcessLookupError as error:
                 process_fd, endpoint = None, ucx.Nowhere(str(error))
+            retire = partial(self._retire, berth, receive_lane)
             lane = Lane(
-                self, endpoint, process_fd, peer, shape, side, send_lane, receive_lane, allocate, rings
+                retire, endpoint, process_fd, peer, shape, side, send_lane, receive_lane, allocate, rings
             )
             undo.pop_all()
-        self._lanes.append(lane)
+        berth.lanes.append(lane)
+        self._rearrange()
         return lane
 
-    def retire(self, lane: Lane[Any], endpoint: Any, receive_lane: int, in_flight: list[Frame]) -> None:
-        """Close a lane's endpoint and keep its memory until nothing can touch it. For `Lane.close`."""
-        if lane in self._lanes:
-            self._lanes.remove(lane)
-        endpoint.close_blocking()
-        self._cancelled += in_flight
-        self._strays.expect(receive_lane)
-        self._tidy()
+    def _retire(
+        self, berth: Berth, receive_lane: int, lane: Lane[Any], endpoint: Any, in_flight: list[Frame]
+    ) -> None:
+        """A lane ends: close its endpoint, and its berth if that was its own."""
+        berth.retire(lane, endpoint, receive_lane, in_flight)
+        if self._own.pop(receive_lane, None) is not None:
+            self._let_go(berth, lane)
+        self._rearrange()
 
-    def _tidy(self) -> None:
-        self._worker.progress()
-        self._strays.collect()
-        self._cancelled = [frame for frame in self._cancelled if not frame.request.completed]
+    def _let_go(self, berth: Berth, lane: Lane[Any]) -> None:
+        """A peer that lives may not have heard; the queue of one that is gone may have no end."""
+        if lane.peer_gone:
+            berth.close()
+            return
+        self._leaving.append(berth)
+        if len(self._leaving) > _LEAVING_BERTHS:
+            self._leaving.popleft().close()
 
     def close(self) -> None:
-        """Close every lane and the worker. Idempotent."""
-        if self._worker is None:
-            return
-        for lane in list(self._lanes):
-            lane.close()
-        self._strays.close()
-        for frame in self._cancelled:
-            frame.request = None
-        self._worker = None  # a transfer holds the worker, the worker may hold a frame's memory
-        self._cancelled.clear()
+        """Close every lane and every worker. Idempotent."""
+        while self._own:
+            self._own.popitem()[1].close()
+        for berth in (self._shared, self._spare, *self._leaving):
+            if berth is not None:
+                berth.close()
+        self._shared = self._spare = None
+        self._leaving.clear()
+        self._rearrange()
+
+
+def port_of(address: bytes) -> bytes:
+    """Names the port that has the berth with this address, as long as the port is there."""
+    return address[:_PORT_BYTES]
 
 
 def _close(fd: int | None) -> None:

@@ -39,13 +39,27 @@ from ucxx._lib.arr import Array  # noqa: E402
 
 OK: Final = 0  # ucs_status_t of a transfer that went well
 
-__all__ = ["DEFAULT_TLS", "OK", "Array", "Nowhere", "connect", "lib", "make_worker", "reason_of"]
+__all__ = [
+    "DEFAULT_TLS",
+    "OK",
+    "Array",
+    "Nowhere",
+    "connect",
+    "lib",
+    "make_context",
+    "make_worker",
+    "reason_of",
+]
 
 
-def make_worker(tls: str | None) -> Any:
-    """A UCXX worker for tagged messages that can be slept on. `tls` None: UCX_TLS or the default."""
+def make_context(tls: str | None) -> Any:
+    """What workers are made of. `tls` None: UCX_TLS or the default."""
     transports = tls or os.environ.get("UCX_TLS") or DEFAULT_TLS
-    context = lib.UCXContext({"TLS": transports}, feature_flags=(lib.Feature.TAG, lib.Feature.WAKEUP))
+    return lib.UCXContext({"TLS": transports}, feature_flags=(lib.Feature.TAG, lib.Feature.WAKEUP))
+
+
+def make_worker(context: Any) -> Any:
+    """A UCXX worker for tagged messages that can be slept on."""
     worker = lib.UCXWorker(context)
     worker.init_blocking_progress_mode()
     return worker
