@@ -79,16 +79,19 @@ class Nodes:
     ended: dict[str, str] = field(default_factory=dict)
     news: asyncio.Event = field(default_factory=asyncio.Event)
 
-    async def attach(self, name: str, engine: Engine[Any], lane: int) -> None:
+    async def attach(self, name: str, engine: Engine[Any]) -> None:
         ready = self.ready
+        self.weight.send(w.OpenLane())
+        while not isinstance(ours := await self.weight.receive(), w.LaneOpen):
+            pass
         layout = KvLayout(
             ready.num_layers, ready.num_query_heads, ready.num_kv_heads, ready.head_dim, ready.dtype,
             ready.block_tokens,
         )  # fmt: skip
         engine.send(
             a.Attach(
-                request=1, weight_node="weight-1", epoch=1, layout=layout, lane=lane,
-                worker_address=ready.worker_address, max_step_tokens=ready.max_step_tokens,
+                request=1, weight_node="weight-1", epoch=1, layout=layout, lane=ours.lane,
+                worker_address=ours.worker_address, max_step_tokens=ready.max_step_tokens,
                 max_step_sequences=ready.max_step_sequences, kv_frame_bytes=ready.kv_frame_bytes,
                 direct=ready.direct,
             )
@@ -101,7 +104,7 @@ class Nodes:
             print(f"{name} offers no region: {reply.no_region}", flush=True)
         self.weight.send(
             w.Attach(
-                name, reply.worker_address, reply.lane, lane, reply.capacity_blocks,
+                name, reply.worker_address, reply.lane, ours.lane, reply.capacity_blocks,
                 direct_region=reply.direct_region,
             )
         )  # fmt: skip
@@ -162,7 +165,7 @@ async def started(args: argparse.Namespace, model: Path) -> AsyncIterator[Nodes]
             if isinstance(first, a.CannotRun):
                 raise SystemExit(f"attention-{number} cannot run: {first.reason}")
             up_s = time.perf_counter() - began
-            await nodes.attach(f"attention-{number}", engine, number)
+            await nodes.attach(f"attention-{number}", engine)
             print(
                 f"attention-{number} started after {up_s:.1f} s, attached after"
                 f" {time.perf_counter() - began:.1f} s",

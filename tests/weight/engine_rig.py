@@ -52,7 +52,7 @@ class Rig:
     nodes: dict[str, AttentionNode] = field(default_factory=dict)
     said: list = field(default_factory=list)
     news: asyncio.Event = field(default_factory=asyncio.Event)
-    lanes: itertools.count = field(default_factory=lambda: itertools.count(1))
+    opened: int = 0  # lanes asked for
     routes: dict[str, list[m.RangeInfo]] = field(default_factory=dict)
 
     async def listen(self) -> None:
@@ -80,16 +80,28 @@ class Rig:
                 reports = [await node.report() for node in self.nodes.values()]
                 raise AssertionError(f"not said within {timeout_s} s; {self.said[-8:]} {reports}") from None
 
+    async def open_lane(self) -> m.LaneOpen:
+        """A lane that nobody has yet."""
+        before = self.opened
+        self.weight.send(m.OpenLane())
+        self.opened += 1
+        await self.until(lambda _: len(self.lanes_open) > before)
+        return self.lanes_open[before]
+
+    @property
+    def lanes_open(self) -> list[m.LaneOpen]:
+        return [message for message in self.said if isinstance(message, m.LaneOpen)]
+
     async def attach(self, node: AttentionNode) -> None:
-        lane = next(self.lanes)
+        ours = await self.open_lane()
         self.nodes[node.name] = node
         reply = await node.call(
             attention.Attach,
             weight_node=self.name,
             epoch=1,
             layout=layout_of(self.ready),
-            worker_address=self.ready.worker_address,
-            lane=lane,
+            worker_address=ours.worker_address,
+            lane=ours.lane,
             max_step_tokens=self.ready.max_step_tokens,
             max_step_sequences=self.ready.max_step_sequences,
             kv_frame_bytes=self.ready.kv_frame_bytes,
@@ -98,7 +110,7 @@ class Rig:
         assert isinstance(reply, attention.Attached), reply
         self.weight.send(
             m.Attach(
-                node.name, reply.worker_address, reply.lane, lane, reply.capacity_blocks,
+                node.name, reply.worker_address, reply.lane, ours.lane, reply.capacity_blocks,
                 direct_region=reply.direct_region,
             )
         )  # fmt: skip

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import time
 from contextlib import asynccontextmanager
 
@@ -15,7 +16,7 @@ from flume_weight import attachments
 from flume_weight import messages as m
 from flume_weight.attachments import Attachments, detach
 
-READY = m.Ready(b"ours", "llama", 100, 64, 2, 4, 2, 16, "float32", 16, 8, 4, 4096, 0.0)
+READY = m.Ready("llama", 100, 64, 2, 4, 2, 16, "float32", 16, 8, 4, 4096, 0.0)
 
 
 class Node(rpc.AttentionServicer):
@@ -24,9 +25,13 @@ class Node(rpc.AttentionServicer):
     def __init__(self, *kept: pb.AdoptReply) -> None:
         self.kept = list(kept)
         self.asked = []
-        self.attached = 0
+        self.attaches = []
         self.detached = []
         self.lanes = []
+
+    @property
+    def attached(self):
+        return len(self.attaches)
 
     async def Stats(self, request, context):
         return pb.StatsReply(
@@ -34,7 +39,7 @@ class Node(rpc.AttentionServicer):
         )
 
     async def Attach(self, request, context):
-        self.attached += 1
+        self.attaches.append(request)
         self.lanes = [(request.weight_node, request.epoch)]
         return pb.AttachReply(node="a", epoch=9, worker_address=b"theirs", lane=3, capacity_blocks=10)
 
@@ -81,8 +86,20 @@ def member(name, address):
 @pytest_asyncio.fixture
 async def ours(monkeypatch):
     monkeypatch.setattr(attachments, "_KEPT_TIMEOUT_S", 0.6)
-    said = []
-    made = Attachments("w2", READY, said.append, lambda: 8)
+    return attachments_of(lambda: 8)
+
+
+def attachments_of(epoch):
+    """`said` is what the engine is told, but for the lanes it opens at once when it is asked."""
+    said, numbers, loop = [], itertools.count(1), asyncio.get_running_loop()
+
+    def engine(message):
+        if isinstance(message, m.OpenLane):
+            loop.call_soon(lambda: made.opened(m.LaneOpen(next(numbers), b"ours")))
+        else:
+            said.append(message)
+
+    made = Attachments("w2", READY, engine, epoch)
     made.said = said
     return made
 
@@ -92,6 +109,30 @@ async def test_a_lane_is_told_the_nodes_epoch(ours):
         await ours.reconcile([one])
     (attach,) = ours.said
     assert (attach.node, attach.epoch) == ("a", 9)
+
+
+async def test_every_attempt_is_a_lane_of_its_own_and_one_in_vain_is_closed(ours):
+    """Whoever did not get our answer may send something all the same."""
+    node = Node(pb.AdoptReply())
+    async with listed("a", node) as one:
+        await ours.reconcile([member("dead", "127.0.0.1:1"), one])
+        lanes = {message.receive_lane for message in ours.said if isinstance(message, m.Attach)}
+        closed = {message.lane for message in ours.said if isinstance(message, m.CloseLane)}
+        assert len(lanes) == len(closed) == 1 and lanes | closed == {1, 2}
+        assert [(request.lane, request.worker_address) for request in node.attaches] == [(*lanes, b"ours")]
+
+
+async def test_an_engine_in_a_long_step_is_not_waited_for_without_end(monkeypatch):
+    monkeypatch.setattr(attachments, "_ATTACH_TIMEOUT_S", 0.05)
+    said = []
+    ours = Attachments("w2", READY, said.append, lambda: 8)
+    node = Node(pb.AdoptReply())
+    async with listed("a", node) as one, asyncio.timeout(3):
+        await ours.reconcile([one])
+        assert node.attached == 0
+        ours.opened(m.LaneOpen(1, b"ours"))
+        await ours.reconcile([one])
+        assert node.attached == 1 and ours.up == ["a"]
 
 
 async def test_every_node_is_asked_until_it_has_noticed_that_the_other_weight_node_is_gone(ours):
@@ -166,8 +207,9 @@ async def test_a_lane_that_was_there_for_a_while_is_set_up_again_at_once(ours, m
 
 
 async def test_with_a_new_epoch_of_ours_a_node_that_ended_our_lane_is_attached_again():
-    node, said, epochs = Node(), [], [8]
-    ours = Attachments("w2", READY, said.append, lambda: epochs[-1])
+    node, epochs = Node(), [8]
+    ours = attachments_of(lambda: epochs[-1])
+    said = ours.said
     async with listed("a", node) as one:
         await ours.reconcile([one])
         node.lanes = []

@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from test_engine import prompt, rig
 
 READY = m.Ready(
-    worker_address=b"", architecture="", vocab_size=1, context_tokens=1, num_layers=1, num_query_heads=1,
+    architecture="", vocab_size=1, context_tokens=1, num_layers=1, num_query_heads=1,
     num_kv_heads=1, head_dim=1, dtype="float32", block_tokens=16, max_step_tokens=192, max_step_sequences=64,
     kv_frame_bytes=1, load_s=0.0,
 )  # fmt: skip

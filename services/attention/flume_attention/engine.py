@@ -20,7 +20,7 @@ from contextlib import suppress
 import torch
 from flume_common.direct_region import HOPS
 from flume_common.engine_link import EngineLink, LinkClosed
-from flume_common.lanes import Lane, LaneDown, Port, Side
+from flume_common.lanes import Lane, LaneDown, Port, Side, port_of
 from flume_common.lanes.processes import on_this_host
 from flume_common.layout import DTYPE_BYTES
 from flume_common.wire import LaneShape, sequence_key
@@ -198,9 +198,12 @@ class Engine:
             self._link.send(Preparing(for_request=request.request))
         self._let_steps_end()
         against = self._against_region(request)
+        lane = self._next_lane()
+        address = self._port.berth(lane)
         try:
-            session = self._join(request, direct=request.direct and not against)
+            session = self._join(request, lane, direct=request.direct and not against)
         except AttachRefused as error:
+            self._port.leave(lane)
             self._link.send(Refused(request=request.request, field=error.field, detail=error.detail))
             return
         self._sessions[request.weight_node] = session
@@ -208,8 +211,8 @@ class Engine:
         self._link.send(
             Attached(
                 request=request.request,
-                worker_address=self._port.address,
-                lane=self._last_lane,
+                worker_address=address,
+                lane=lane,
                 capacity_blocks=self._node.capacity_blocks,
                 direct_region=session.region,
                 no_region=session.no_region or against,
@@ -224,24 +227,25 @@ class Engine:
             return f"--hop {self._hop}"
         return "" if on_this_host(request.worker_address) else "the weight node is on another host"
 
-    def _join(self, request: Attach, *, direct: bool) -> LaneSession:
+    def _join(self, request: Attach, number: int, *, direct: bool) -> LaneSession:
         """Raises AttachRefused. From the moment it is clear that the lane can be, the old one is gone."""
         name = request.weight_node
         shape = self._node.admit(request)
         if name in self._sessions:
             self._replace(self._sessions[name], request)
         # An engine that set up its lane again wants nothing of what it had before.
-        self._node.orphans.free(name, request.worker_address)
+        engine = port_of(request.worker_address)
+        self._node.orphans.free(name, engine)
         holdings = self._node.add(name, shape)
         try:
-            lane = self._connect(request, shape)
+            lane = self._connect(request, shape, number)
         except AttachRefused:
             self._node.remove(name)
             raise
         try:
             return self._backend.session(
                 self._node, name, request.epoch, lane, holdings,
-                direct=direct, engine=request.worker_address, node_epoch=request.node_epoch,
+                direct=direct, engine=engine, node_epoch=request.node_epoch,
                 on_refused=lambda step, error: self._tell_refused(name, step, error),
             )  # fmt: skip
         except torch.OutOfMemoryError as error:
@@ -249,11 +253,11 @@ class Engine:
             self._node.remove(name)
             raise AttachRefused("max_step_sequences", f"no memory for a lane's steps: {error}") from error
 
-    def _connect(self, request: Attach, shape: LaneShape) -> Lane[LaneShape]:
+    def _connect(self, request: Attach, shape: LaneShape, number: int) -> Lane[LaneShape]:
         try:
             return self._port.connect(
                 request.weight_node, request.worker_address, shape, Side.ATTENTION,
-                send_lane=request.lane, receive_lane=self._next_lane(),
+                send_lane=request.lane, receive_lane=number,
                 allocate=self._backend.allocate, rings=self._backend.rings,
             )  # fmt: skip
         except ValueError as error:
@@ -318,7 +322,7 @@ class Engine:
 
     def _replace(self, session: LaneSession, request: Attach) -> None:
         reason = "replaced by a new attach"
-        if session.engine == request.worker_address:
+        if session.engine == port_of(request.worker_address):
             self._drop(session, reason)
         else:
             self._orphan(session, reason)

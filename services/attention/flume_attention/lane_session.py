@@ -43,7 +43,7 @@ class LaneSession:
     ) -> None:
         self.weight_node = weight_node
         self.epoch = epoch  # of the weight node; ours is on what we send
-        self.engine = engine  # UCX worker address of the weight node's engine
+        self.engine = engine  # the weight node's, as `port_of` names it
         self.lane = lane
         self.holdings = holdings
         self.credit_due = True  # the weight node should hear of its credit at once

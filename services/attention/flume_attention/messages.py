@@ -96,7 +96,7 @@ class Pull(msgspec.Struct, tag=True, frozen=True, kw_only=True):
 
 
 class EndPull(msgspec.Struct, tag=True, frozen=True, kw_only=True):
-    """Nobody waits for the pull of this request any more. Not answered."""
+    """Nobody waits for the pull, or for what was prepared, of this request any more. Not answered."""
 
     request: int
 

@@ -18,7 +18,7 @@ class Orphan:
 
     slot: Slot
     weight_node: str  # that had it
-    engine: bytes  # UCX worker address of the engine that had it: a process, where a name is not
+    engine: bytes  # that had it, as `port_of` names it: a process, where a name is not
     until_s: float
     claimed_by: str = ""
 

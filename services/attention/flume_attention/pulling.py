@@ -22,8 +22,16 @@ async def pull(
 ) -> pb.PullReply:
     """Raises EngineGone, AttachRefused and LenderGone. Leaves nothing half done."""
     until_s = time.monotonic() + timeout_s
-    prepared = await supervisor.ask(lambda number: m.PreparePull(request=number), m.Prepared)
-    lent = await _lend(request.lender_address, node, epoch, prepared)
+    prepared = await supervisor.ask(
+        lambda number: m.PreparePull(request=number),
+        m.Prepared,
+        give_up=lambda number: m.EndPull(request=number),
+    )
+    try:
+        lent = await _lend(request.lender_address, node, epoch, prepared)
+    except BaseException:
+        supervisor.tell(m.EndPull(request=prepared.request))
+        raise
     pulled = await supervisor.ask(
         lambda number: m.Pull(
             request=number,

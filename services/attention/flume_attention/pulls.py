@@ -47,6 +47,7 @@ class Pulls:
         self._tokens_per_step = tokens_per_step
         self._lends: list[LendSession] = []
         self._pulls: list[_Pull] = []
+        self._prepared: dict[int, int] = {}  # lanes of pulls to come, by the request that prepared them
 
     @property
     def active(self) -> bool:
@@ -76,6 +77,7 @@ class Pulls:
             layout.require_same(request.layout)
             shape = PullShape(layout, _chunk_bytes(request.chunk_bytes))
             number = self._next_lane()
+            address = self._port.berth(number)
             lane = self._connect(
                 request.puller, request.worker_address, shape, Side.LENDER, request.lane, number
             )
@@ -90,7 +92,7 @@ class Pulls:
             self._node, request.puller, request.epoch, lane, budget, node_epoch=request.node_epoch
         )
         self._lends.append(session)
-        self._link.send(m.Lent(request=request.request, worker_address=self._port.address, lane=number))
+        self._link.send(m.Lent(request=request.request, worker_address=address, lane=number))
 
     def _advance_lend(self, session: LendSession, steps: int) -> bool:
         try:
@@ -118,11 +120,12 @@ class Pulls:
         except AttachRefused as error:
             self._refuse(request.request, error)
             return
+        lane = self._prepared[request.request] = self._next_lane()
         self._link.send(
             m.Prepared(
                 request=request.request,
-                worker_address=self._port.address,
-                lane=self._next_lane(),
+                worker_address=self._port.berth(lane),
+                lane=lane,
                 layout=layout,
                 chunk_bytes=CHUNK_BYTES,
             )
@@ -130,6 +133,7 @@ class Pulls:
 
     def pull(self, request: m.Pull) -> None:
         """Open the pulling end of a lane and begin to read."""
+        self._prepared = {number: lane for number, lane in self._prepared.items() if lane != request.lane}
         try:
             self._node.require_epoch(request.weight_node, request.epoch)
             layout = self._require_layout()
@@ -139,6 +143,7 @@ class Pulls:
                 request.lender_lane, request.lane,
             )  # fmt: skip
         except AttachRefused as error:
+            self._port.leave(request.lane)
             self._refuse(request.request, error)
             return
         session = PullSession(
@@ -150,7 +155,12 @@ class Pulls:
         self._pulls.append(_Pull(request.request, session))
 
     def end(self, request: int) -> None:
-        """Nobody waits for this pull any more. What it had finished is kept for a while all the same."""
+        """Nobody waits for this pull any more, or it will not come to one that was prepared.
+
+        What it had finished is kept for a while all the same.
+        """
+        if (lane := self._prepared.pop(request, None)) is not None:
+            self._port.leave(lane)
         for pull in self._pulls:
             if pull.request == request:
                 try:

@@ -214,13 +214,14 @@ class Supervisor:
         finally:
             del self._answers[number]
             if give_up is not None and (answer.cancelled() or not answer.done()):
-                self._tell(give_up(number))
+                self.tell(give_up(number))
         if isinstance(message, m.Refused):
             raise AttachRefused(message.field, message.detail)
         assert isinstance(message, kind), message
         return message
 
-    def _tell(self, message: object) -> None:
+    def tell(self, message: object) -> None:
+        """Send the engine what is not answered, if there is one."""
         with suppress(LinkClosed):  # then there is nobody to tell
             if self._engine is not None:
                 self._engine.send(message)

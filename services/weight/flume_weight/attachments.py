@@ -10,7 +10,6 @@ process takes its lane down much sooner.
 from __future__ import annotations
 
 import asyncio
-import itertools
 import time
 from collections.abc import Callable, Iterable
 from contextlib import suppress
@@ -28,6 +27,7 @@ from flume_weight import messages as m
 
 log = structlog.get_logger()
 
+_LANES_AHEAD = 2  # a node that comes need not wait for the engine to end its step
 _UNLISTED_GRACE_S = 5.0
 _ATTACH_TIMEOUT_S = 5.0
 _ADOPT_TIMEOUT_S = 1.0
@@ -66,13 +66,19 @@ class Attachments:
         self._ready = ready
         self._send = send
         self._epoch = epoch
-        self._lane_numbers = itertools.count(1)
+        self._lanes: asyncio.Queue[m.LaneOpen] = asyncio.Queue()
         self._nodes: dict[str, Attachment] = {}
+        for _ in range(_LANES_AHEAD):
+            send(m.OpenLane())
 
     @property
     def up(self) -> list[str]:
         # A copy, as metrics ask from another thread.
         return sorted(node for node, attachment in list(self._nodes.items()) if attachment.up)
+
+    def opened(self, lane: m.LaneOpen) -> None:
+        """The engine is ready for another lane."""
+        self._lanes.put_nowait(lane)
 
     def lost(self, node: str) -> None:
         """The engine closed this lane; the next pass sets up another if the node is still listed."""
@@ -177,9 +183,15 @@ class Attachments:
     async def _attach(self, member: Member) -> None:
         attachment, epoch = self._nodes[member.id], self._epoch()
         try:
-            lane = next(self._lane_numbers)
-            reply = await self._call(member, lane)
+            async with asyncio.timeout(_ATTACH_TIMEOUT_S):
+                ours = await self._lanes.get()
+        except TimeoutError:
+            return  # the engine is in a long step; the next pass tries again
+        self._send(m.OpenLane())
+        try:
+            reply = await self._call(member, ours)
         except grpc.aio.AioRpcError as error:
+            self._send(m.CloseLane(ours.lane))
             delay_s = _delay(attachment)
             log.warning("attach_failed", attention_node=member.id, code=error.code().name,
                         reason=error.details(), retry_s=delay_s)  # fmt: skip
@@ -191,22 +203,22 @@ class Attachments:
                 node=member.id,
                 worker_address=reply.worker_address,
                 send_lane=reply.lane,
-                receive_lane=lane,
+                receive_lane=ours.lane,
                 capacity_blocks=reply.capacity_blocks,
                 epoch=reply.epoch,
                 direct_region=reply.direct_region,
             )
         )
 
-    async def _call(self, member: Member, lane: int) -> pb.AttachReply:
+    async def _call(self, member: Member, ours: m.LaneOpen) -> pb.AttachReply:
         ready = self._ready
         request = pb.AttachRequest(
             weight_node=self._node,
             epoch=self._epoch(),
             protocol_version=PROTOCOL_VERSION,
             layout=layout_of(ready).to_proto(),
-            worker_address=ready.worker_address,
-            lane=lane,
+            worker_address=ours.worker_address,
+            lane=ours.lane,
             max_step_tokens=ready.max_step_tokens,
             max_step_sequences=ready.max_step_sequences,
             kv_frame_bytes=ready.kv_frame_bytes,

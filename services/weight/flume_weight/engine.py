@@ -7,6 +7,7 @@ supervisor does waits for a step.
 
 from __future__ import annotations
 
+import itertools
 import math
 import time
 from collections.abc import Callable, Mapping
@@ -66,11 +67,14 @@ class WeightEngine:
         self._roster = Roster(self._fleet, shape.layout.block_tokens)
         self._evacuation = Evacuation(self._fleet)
         self._reports = Reports(link)
+        self._lanes = itertools.count(1)  # numbers are never used twice
         self._step = 0
         self._epoch_rejected = 0  # on lanes that are gone
         self._handlers: dict[type, Callable[..., None]] = {
             m.Submit: self._submit,
             m.Cancel: self._cancel,
+            m.OpenLane: self._open_lane,
+            m.CloseLane: self._close_lane,
             m.Attach: self._attach,
             m.Detach: self._detach,
             m.NodeDraining: self._node_draining,
@@ -275,6 +279,13 @@ class WeightEngine:
         _recover(sequence, cause)
 
     # -- attention nodes -------------------------------------------------------------------------
+
+    def _open_lane(self, _: m.OpenLane) -> None:
+        lane = next(self._lanes)
+        self._link.send(m.LaneOpen(lane, self._port.berth(lane)))
+
+    def _close_lane(self, message: m.CloseLane) -> None:
+        self._port.leave(message.lane)
 
     def _attach(self, message: m.Attach) -> None:
         if message.node in self._fleet.peers:

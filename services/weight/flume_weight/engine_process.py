@@ -69,7 +69,7 @@ def serve(link: EngineLink[m.Inbound], args: argparse.Namespace) -> None:
     with Port() as port, backend.passes(model, port, layout, limits, args.step_timeout_s) as passes:
         config = model.config
         del model  # on a device there is a copy
-        ready = _ready(config, shape, port, time.monotonic() - started)
+        ready = _ready(config, shape, time.monotonic() - started)
         ready.direct = passes.map_region is not None
         link.send(ready)
         WeightEngine(
@@ -93,10 +93,9 @@ def open_backend(args: argparse.Namespace) -> Backend:
     return backend.open_gpu(direct=args.hop == "auto", microbatches=args.microbatches)
 
 
-def _ready(config: ModelConfig, shape: LaneShape, port: Port, load_s: float) -> m.Ready:
+def _ready(config: ModelConfig, shape: LaneShape, load_s: float) -> m.Ready:
     layout = shape.layout
     return m.Ready(
-        worker_address=port.address,
         architecture=config.architecture,
         vocab_size=config.vocab_size,
         context_tokens=config.context_tokens,

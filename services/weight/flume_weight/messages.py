@@ -35,13 +35,23 @@ class Cancel(msgspec.Struct, tag=True):
     sequence: str
 
 
+class OpenLane(msgspec.Struct, tag=True):
+    """Make ready for another lane. Answered by LaneOpen."""
+
+
+class CloseLane(msgspec.Struct, tag=True):
+    """Nothing came of this lane."""
+
+    lane: int
+
+
 class Attach(msgspec.Struct, tag=True):
     """Open a lane to an attention node whose engine has already opened its end."""
 
     node: str
     worker_address: bytes
     send_lane: int
-    receive_lane: int
+    receive_lane: int  # from LaneOpen
     capacity_blocks: int
     epoch: int = 0  # the node's; older messages are ignored
     direct_region: bytes = b""  # RegionHandle of device memory to be mapped, if there is one
@@ -102,7 +112,19 @@ class Configure(msgspec.Struct, tag=True):
     microbatches: Microbatches = "auto"
 
 
-Inbound = Submit | Cancel | Attach | Detach | NodeDraining | RangesMoved | Epoch | AskSequences | Configure
+Inbound = (
+    Submit
+    | Cancel
+    | OpenLane
+    | CloseLane
+    | Attach
+    | Detach
+    | NodeDraining
+    | RangesMoved
+    | Epoch
+    | AskSequences
+    | Configure
+)
 
 
 class Loading(msgspec.Struct, tag=True):
@@ -113,9 +135,8 @@ class Loading(msgspec.Struct, tag=True):
 
 
 class Ready(msgspec.Struct, tag=True):
-    """The model is loaded and the UCX worker is up."""
+    """The model is loaded and UCX is up."""
 
-    worker_address: bytes
     architecture: str
     vocab_size: int
     context_tokens: int
@@ -136,6 +157,13 @@ class Refused(msgspec.Struct, tag=True):
     """The engine cannot start: a configuration or model error worth showing to a person."""
 
     message: str
+
+
+class LaneOpen(msgspec.Struct, tag=True):
+    """What an attention node needs for its end of a lane."""
+
+    lane: int
+    worker_address: bytes
 
 
 class LaneUp(msgspec.Struct, tag=True):
@@ -305,6 +333,7 @@ Outbound = (
     Loading
     | Ready
     | Refused
+    | LaneOpen
     | LaneUp
     | LaneLost
     | MoveRanges

@@ -243,6 +243,9 @@ class Supervisor:
             case m.Capacity(capacity_tokens=capacity, running=running, waiting=waiting):
                 self.capacity_tokens, self.running, self.waiting = capacity, running, waiting
                 await self._registration.update(kv_capacity_tokens=capacity, sequences=running + waiting)
+            case m.LaneOpen():
+                if self._attachments is not None:
+                    self._attachments.opened(message)
             case m.LaneUp(node=node, hop=hop, reason=reason):
                 log.info("lane_up", attention_node=node, hop=hop)
                 if reason:
