@@ -64,7 +64,7 @@ def test_a_decoded_plan_outlives_the_frame_it_came_in():
     assert got.rows.tolist() == [[0, 1, 1, 5, 7]]
 
 
-@given(st.builds(Credit, COUNT, COUNT, COUNT, st.booleans(), COUNT, COUNT, st.sampled_from(Refusal)))
+@given(st.builds(Credit, COUNT, COUNT, COUNT, st.booleans(), COUNT, COUNT, st.sampled_from(Refusal), COUNT))
 def test_a_credit_survives_its_frame(credit):
     body = np.zeros(8, np.int64)
     assert credit.encode(body) == 64 == SHAPE.body_bytes(Kind.CREDIT)

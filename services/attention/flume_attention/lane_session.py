@@ -60,6 +60,7 @@ class LaneSession:
         self._partials = lane.sender(Kind.PARTIAL)
         self._credits = lane.sender(Kind.CREDIT)
         self._next_plan: Plan | None = None
+        self._plans_taken = 0
         self._last_step = 0  # number of the newest step that was begun or refused
         self._committed_step = 0
         self._refused = (0, Refusal.NONE)
@@ -115,6 +116,7 @@ class LaneSession:
     def _run_plan(self, plan: Plan) -> None:
         if plan.step < self._last_step:
             raise ProtocolError(f"PLAN {plan.step} came after step {self._last_step}")
+        self._plans_taken += 1
         self.holdings.abandon()
         self._past, self._attended_s = {}, 0.0
         self.changed = True
@@ -289,6 +291,7 @@ class LaneSession:
             committed_step=self._committed_step,
             refused_step=self._refused[0],
             refusal=self._refused[1],
+            plans_taken=self._plans_taken,
         )
 
 

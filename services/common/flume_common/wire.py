@@ -8,7 +8,8 @@ eight int64 words, then a body. Per step:
     A -> W  PARTIAL  one per QUERY, in the same order: o like it, then lse float32 [query_tokens, query_heads]
     W -> A  KV       the appended keys and values of layers [first, last),
                      [last - first, 2, append_tokens, kv_heads, head_dim]; several per step
-    A -> W  CREDIT   what W may still append, and how A is doing; whenever that changes
+    A -> W  CREDIT   what W may still append, and how A is doing; whenever that changes, first of all when
+                     the lane begins, and soon after every PLAN
 
 A *slot* is a small integer W chooses for one sequence on one lane. It holds that sequence's ranges on
 this node, in order of start. A row names the sequence position of its first token: it asks about all
@@ -227,15 +228,16 @@ class Credit:
     committed_step: int  # the last step of this lane whose KV is all in
     refused_step: int = 0
     refusal: Refusal = Refusal.NONE
+    plans_taken: int = 0  # of this lane
 
     def encode(self, body: Words) -> int:
         body[:CREDIT_WORDS] = (
             self.granted_blocks, self.capacity_blocks, self.free_blocks, self.draining,
-            self.committed_step, self.refused_step, self.refusal, 0,
+            self.committed_step, self.refused_step, self.refusal, self.plans_taken,
         )  # fmt: skip
         return 8 * CREDIT_WORDS
 
     @classmethod
     def decode(cls, body: Words) -> Credit:
-        granted, capacity, free, draining, committed, refused, why, _ = (int(w) for w in body[:CREDIT_WORDS])
-        return cls(granted, capacity, free, bool(draining), committed, refused, Refusal(why))
+        granted, capacity, free, draining, committed, refused, why, taken = body[:CREDIT_WORDS].tolist()
+        return cls(granted, capacity, free, bool(draining), committed, refused, Refusal(why), taken)

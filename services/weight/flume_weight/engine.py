@@ -8,7 +8,6 @@ supervisor does waits for a step.
 from __future__ import annotations
 
 import itertools
-import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -22,7 +21,7 @@ from flume_weight import messages as m
 from flume_weight.batch import Batch, build, commit
 from flume_weight.errors import PeerLost, PeerSilent, RequestRefused
 from flume_weight.evacuation import Evacuation
-from flume_weight.fleet import Fleet, needs
+from flume_weight.fleet import Fleet
 from flume_weight.model import ModelConfig
 from flume_weight.passes import Passes
 from flume_weight.peer import PATIENCE_S, Peer
@@ -35,6 +34,7 @@ from flume_weight.sampling import FinishReason
 from flume_weight.scheduler import StepLimits, schedule
 from flume_weight.scores import Scores
 from flume_weight.sequence import Cause, Recovery, Sequence
+from flume_weight.silence import Silence
 from flume_weight.storage import Part
 
 _IDLE_WAIT_S = 5.0
@@ -63,8 +63,9 @@ class WeightEngine:
         self._limits = limits
         self._fleet = Fleet(shape.layout, balance, node)
         self._attention = passes.attention
-        self._attention.may_leave = self._may_leave
         self._roster = Roster(self._fleet, shape.layout.block_tokens)
+        self._silence = Silence(self._fleet, self._roster)
+        self._attention.may_leave = self._silence.may_leave
         self._evacuation = Evacuation(self._fleet)
         self._reports = Reports(link)
         self._lanes = itertools.count(1)  # numbers are never used twice
@@ -99,8 +100,9 @@ class WeightEngine:
 
     def _turn(self) -> bool:
         """Everything between two steps, then a step if there is one. Whether it made progress."""
+        self._port.progress()  # a step without queries may not have heard what has long been said
         _, lost = self._fleet.hear()
-        for error in (*lost, *self._fleet.overdue(self._attention.timeout_s)):
+        for error in (*lost, *self._silence.overdue(self._attention.timeout_s)):
             self._lose(error)
         for sequence in self._roster.admit(self._limits):
             self._reports.route(sequence)
@@ -118,7 +120,7 @@ class WeightEngine:
             self._lose(error)
             return True
         except PeerSilent as error:
-            self._set_aside(error)
+            self._link.send(self._silence.set_aside(error))
             return True
         return stepped or self._make_room()
 
@@ -134,8 +136,7 @@ class WeightEngine:
 
     def _idle(self) -> None:
         """Sleep until someone speaks: the supervisor, or an attention node; or has been silent too long."""
-        overdue_s = min(self._fleet.silent.values(), default=math.inf) + self._attention.timeout_s
-        wait_s = min(max(overdue_s - time.monotonic(), 0.0), _IDLE_WAIT_S)
+        wait_s = min(self._silence.next_look_s(self._attention.timeout_s), _IDLE_WAIT_S)
         self._port.wait(self._heard_or_lost, wait_s, fds=(self._link.fileno(),))
 
     def _heard_or_lost(self) -> bool:
@@ -166,7 +167,7 @@ class WeightEngine:
             self._lose(error)
             return True
         except PeerSilent as error:
-            self._set_aside(error)
+            self._link.send(self._silence.set_aside(error))
             return True
         for exchange in batch.exchanges:
             exchange.peer.patience_s = PATIENCE_S
@@ -327,17 +328,6 @@ class WeightEngine:
         """This is a token boundary: the routes of what is whole on its new node are swapped."""
         for sequence in self._evacuation.moved(message, self._roster.by_name()):
             self._reports.route(sequence)
-
-    def _may_leave(self, node: str) -> bool:
-        """Whether somebody could go on if this node were not waited for."""
-        silent = {node, *self._fleet.silent}
-        return bool(self._roster.waiting) or not all(needs(item, silent) for item in self._roster.running)
-
-    def _set_aside(self, error: PeerSilent) -> None:
-        """Sequences that need this node wait for it; the abandoned step is made again without them."""
-        self._fleet.peers[error.node].fall_silent(error.since_s)
-        waiting = sum(needs(sequence, (error.node,)) for sequence in self._roster.running)
-        self._link.send(m.NodeSilent(error.node, waiting))
 
     def _lose(self, error: PeerLost, *, replaced: bool = False) -> None:
         """A lane is gone: tokens that were stored there are computed again, nothing else is.

@@ -7,7 +7,6 @@ appends there.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 
 from flume_common.layout import KvLayout
@@ -20,7 +19,6 @@ from flume_weight.moves import Batch, ClosedRange
 from flume_weight.moves import choose as choose_moves
 from flume_weight.peer import Peer
 from flume_weight.placement import Balance, NodeView, TailView, place, relieve
-from flume_weight.range_attention import no_answer
 from flume_weight.scheduler import Candidate, needed_blocks
 from flume_weight.sequence import Sequence as Seq
 from flume_weight.storage import Hole, Part, Slot
@@ -34,6 +32,7 @@ class Fleet:
     def __init__(self, layout: KvLayout, balance: Balance, node: str) -> None:
         self.peers: dict[str, Peer] = {}
         self.epoch = 0
+        self._layout = layout
         self._block_tokens = layout.block_tokens
         self.balance = balance
         self._node = node  # the weight node, which owns the routes
@@ -57,11 +56,6 @@ class Fleet:
         """Nodes that left a step waiting and have said nothing since, and since when (monotonic)."""
         since_s = {name: peer.silent_since_s for name, peer in self.peers.items()}
         return {name: at_s for name, at_s in since_s.items() if at_s is not None}
-
-    def overdue(self, timeout_s: float) -> list[PeerLost]:
-        """Those that have been silent for so long."""
-        until_s = time.monotonic() - timeout_s
-        return [no_answer(node, timeout_s) for node, at_s in self.silent.items() if at_s <= until_s]
 
     def candidates(self, running: Iterable[Seq]) -> list[Candidate]:
         """The running sequences whose next tokens have an attached node to go to, and none to wait for."""
@@ -189,7 +183,7 @@ class Fleet:
             for view in self.views(running)
             if not view.draining
         }
-        return choose_moves(self._to_move(running), room, self._block_tokens)
+        return choose_moves(self._to_move(running), room, self._layout)
 
     def _to_move(self, running: Iterable[Seq]) -> Iterator[ClosedRange]:
         for sequence in running:
@@ -210,7 +204,7 @@ class Fleet:
         peer = self.peers.get(target)
         if peer is None:
             return False
-        peer.ledger.take(-(-item.tokens // self._block_tokens))
+        peer.ledger.take(self._layout.blocks_of(item.tokens))
         slot = sequence.slots.get(item.node) if sequence is not None else None
         part = slot.closed_at(item.start, item.tokens) if slot is not None else None
         if sequence is None or slot is None or part is None:

@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
+from flume_common.layout import KvLayout
+
 MAX_RANGES = 16  # of one batch
 RETRY_S = 0.5  # after a batch of which nothing arrived
 
@@ -33,7 +35,7 @@ class Batch:
     ranges: tuple[ClosedRange, ...]
 
 
-def choose(ranges: Iterable[ClosedRange], room_blocks: Mapping[str, int], block_tokens: int) -> Batch | None:
+def choose(ranges: Iterable[ClosedRange], room_blocks: Mapping[str, int], layout: KvLayout) -> Batch | None:
     """The next batch; None when there is nothing to move or no node has room for any of it.
 
     `room_blocks` is what the nodes that may take ranges have free. A range goes where its sequence's tail
@@ -43,7 +45,7 @@ def choose(ranges: Iterable[ClosedRange], room_blocks: Mapping[str, int], block_
     left = dict(room_blocks)
     chosen: list[ClosedRange] = []
     for item in ranges:
-        blocks = -(-item.tokens // block_tokens)
+        blocks = layout.blocks_of(item.tokens)
         wanted = _target(item, left, blocks)
         if wanted is None or (chosen and (item.node, wanted) != (source, target)):
             continue

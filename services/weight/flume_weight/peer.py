@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence as Seq
 
 import numpy as np
@@ -23,6 +24,7 @@ from flume_common.wire import (
 from flume_weight.credit import CreditLedger
 from flume_weight.errors import PeerLost, StepRefused
 from flume_weight.mapped_region import MappedRegion
+from flume_weight.unanswered import Unanswered
 
 PATIENCE_S = 1.0
 """How long others wait for a node. Longer each time that it was in vain, as it may only be slow."""
@@ -44,6 +46,7 @@ class Peer:
         self.silent_since_s: float | None = None  # it left a step waiting and has said nothing since
         self.patience_s = PATIENCE_S
         self.want_blocks = 0  # unused credit we would like to have
+        self._unanswered = Unanswered(time.monotonic())
         self.kv_sent_step = 0  # the last step whose KV went out whole
         self._ops: list[tuple[int, int, int, int]] = []
         self._free_slots: list[int] = []
@@ -56,6 +59,12 @@ class Peer:
     @property
     def draining(self) -> bool:
         return self.leaving or self.ledger.draining
+
+    @property
+    def owes_since_s(self) -> float | None:
+        """Since when it has not answered a step or a PLAN; None if it owes us nothing (monotonic)."""
+        since_s = (self.silent_since_s, self._unanswered.since_s)
+        return min((at_s for at_s in since_s if at_s is not None), default=None)
 
     def take_slot(self) -> int:
         """A slot number that is free, counting ops not yet sent: ops keep their order."""
@@ -99,6 +108,7 @@ class Peer:
                 credit = Credit.decode(frame.words)
                 self._credits.give_back(frame)
                 self.ledger.hear(credit)
+                self._unanswered.answered(credit.plans_taken)
                 heard = True
                 if credit.refusal is not Refusal.NONE:
                     raise StepRefused(self.node, credit.refusal)
@@ -178,6 +188,7 @@ class Peer:
             self._plans.send(frame, plan.encode(frame.header, frame.words))
         except LaneDown as error:
             raise PeerLost(self.node, str(error)) from error
+        self._unanswered.asked(time.monotonic())
         return whole
 
 
