@@ -14,7 +14,6 @@ from flume_common.lanes import ucx
 from flume_common.lanes.channel import Receiver, Sender
 from flume_common.lanes.errors import LaneDown
 from flume_common.lanes.frames import Allocate, Frame, Rings, S, block_bytes, cut
-from flume_common.lanes.processes import has_ended
 from flume_common.lanes.tags import Side, tag_of
 from flume_common.wire import Kind
 
@@ -46,7 +45,6 @@ class Lane(Generic[S]):
         self.peer = peer
         self.shape = shape
         self.process_fd = process_fd
-        self.peer_gone = False  # known when the lane is closed
         self._retire = retire
         self._endpoint = endpoint
         self._error: str | None = None
@@ -93,14 +91,13 @@ class Lane(Generic[S]):
     def close(self) -> None:
         """Cancel what is in flight and let the endpoint go. Idempotent.
 
-        Frames the user still holds stay valid memory. The peer sees its lane go down: over TCP at
-        once, over shared memory when it next sends something.
+        Frames the user still holds stay valid memory. Over TCP the peer of a lane with a berth of its own
+        sees its lane go down at once; over shared memory, and at a shared berth, it has to be told.
         """
         self.fail("closed by this end")
         endpoint, self._endpoint = self._endpoint, None
         if endpoint is None:
             return
-        self.peer_gone = not endpoint.alive or has_ended(self.process_fd)
         sending = [frame for sender in self._senders.values() for frame in sender.detach()]
         receiving = [frame for receiver in self._receivers.values() for frame in receiver.detach()]
         self._retire(self, endpoint, sending + receiving)

@@ -11,7 +11,6 @@ import math
 import os
 import select
 import time
-from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from functools import partial
@@ -27,8 +26,6 @@ from flume_common.lanes.tags import Side
 _BUSY_ROUNDS = 100  # a few hundred µs
 _WAKE_PAUSE_S = 200e-6
 _LONGEST_SLEEP_S = 3600.0
-# Berths of lanes that were closed while their peers lived, who hear of it when they next send something.
-_LEAVING_BERTHS = 8
 _NAME_BYTES = 8
 _PORT_BYTES = Process.SIZE_BYTES + _NAME_BYTES
 
@@ -54,7 +51,6 @@ class Port:
         self._spare: Berth | None = Berth(self._context)  # made before anybody waits for it
         self._shared: Berth | None = None
         self._own: dict[int, Berth] = {}  # by the number of the lane that each is for
-        self._leaving: deque[Berth] = deque()
         self._berths: tuple[Berth, ...] = ()  # that peers know, a new tuple whenever lanes come or go
 
     def __enter__(self) -> Self:
@@ -103,8 +99,6 @@ class Port:
     def progress(self) -> None:
         """Move transfers along; never blocks."""
         for berth in self._berths:
-            berth.worker.progress()
-        for berth in self._leaving:
             berth.worker.progress()
 
     def wait(self, ready: Callable[[], bool], timeout_s: float, fds: Sequence[int] = ()) -> bool:
@@ -188,8 +182,7 @@ class Port:
         this lane, if it had one, is then given up.
         """
         berth = self._own.get(receive_lane) or self._share()
-        for other in (berth, *self._leaving):
-            other.tidy()
+        berth.tidy()
         process, worker = address[: Process.SIZE_BYTES], address[_PORT_BYTES:]
         with ExitStack() as undo:
             undo.callback(self.leave, receive_lane)
@@ -215,28 +208,17 @@ class Port:
     ) -> None:
         """A lane ends: close its endpoint, and its berth if that was its own."""
         berth.retire(lane, endpoint, receive_lane, in_flight)
-        if self._own.pop(receive_lane, None) is not None:
-            self._let_go(berth, lane)
+        self.leave(receive_lane)
         self._rearrange()
-
-    def _let_go(self, berth: Berth, lane: Lane[Any]) -> None:
-        """A peer that lives may not have heard; the queue of one that is gone may have no end."""
-        if lane.peer_gone:
-            berth.close()
-            return
-        self._leaving.append(berth)
-        if len(self._leaving) > _LEAVING_BERTHS:
-            self._leaving.popleft().close()
 
     def close(self) -> None:
         """Close every lane and every worker. Idempotent."""
         while self._own:
             self._own.popitem()[1].close()
-        for berth in (self._shared, self._spare, *self._leaving):
+        for berth in (self._shared, self._spare):
             if berth is not None:
                 berth.close()
         self._shared = self._spare = None
-        self._leaving.clear()
         self._rearrange()
 
 

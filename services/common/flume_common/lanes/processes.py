@@ -8,7 +8,6 @@ namespace, a pidfd tells at once. Elsewhere there is none, and UCX's own detecti
 from __future__ import annotations
 
 import os
-import select
 import struct
 import uuid
 from dataclasses import dataclass
@@ -72,15 +71,6 @@ def on_this_host(address: bytes) -> bool:
         return Process.decode(address[: Process.SIZE_BYTES]).boot == _boot()
     except ValueError:
         return False
-
-
-def has_ended(process_fd: int | None) -> bool:
-    """Whether the process behind a pidfd is known to have ended."""
-    if process_fd is None:
-        return False
-    poller = select.poll()
-    poller.register(process_fd, select.POLLIN)
-    return bool(poller.poll(0))
 
 
 def _boot() -> str:
