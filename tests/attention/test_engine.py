@@ -335,6 +335,14 @@ async def test_memory_for_not_even_one_block_is_refused_with_the_numbers(node, p
     assert refused.field == "layout" and f"which takes {layout.block_bytes}" in refused.detail
 
 
+async def test_every_plan_is_answered_soon_also_one_that_changes_nothing_or_is_refused(node, port):
+    w = await node.attach(FakeWeightNode(port))
+    w.await_credit(lambda credit: credit.plans_taken == 1)  # that of being attached
+    for taken, rows in enumerate(((), (), [(0, 1, 0, 5)], ()), 2):
+        w.plan(rows)
+        w.await_credit(lambda credit, taken=taken: credit.plans_taken == taken)
+
+
 async def test_credit_runs_out_and_grows_again_when_memory_comes_back(node, port):
     w = await node.attach(FakeWeightNode(port), want=CAPACITY)
     w.step((0, 0, 60), ops=[w.open(0)])

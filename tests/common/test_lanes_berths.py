@@ -132,26 +132,27 @@ def test_over_tcp_a_peer_hears_at_once_that_its_lane_was_closed():
         assert one.wait(lambda: not weight.alive, 5.0)
 
 
-def test_a_sleeper_is_woken_by_a_lane_that_was_made_while_it_slept(ports):
-    one, other = ports
-    weight, attention = [], []
+def test_a_sleeper_is_woken_by_a_lane_that_was_made_while_it_slept(monkeypatch):
+    monkeypatch.setenv("UCX_KEEPALIVE_INTERVAL", "60s")  # which would wake a sleeper now and then
+
+    def send(port, weight):
+        plans = weight.sender(Kind.PLAN)
+        plans.send(plans.frame(), 8)
+        port.progress()
 
     def made_and_heard():
-        if not weight:
-            lanes = joined(other, one)
-            weight.append(lanes[0])
-            attention.append(lanes[1])
-            threading.Timer(0.3, send).start()
-        return attention[0].receiver(Kind.PLAN).poll() is not None
+        if not second and first[1].receiver(Kind.PLAN).poll() is not None:
+            second.extend(joined(late, sleeper))
+            threading.Timer(0.7, send, (late, second[0])).start()
+        return bool(second) and second[1].receiver(Kind.PLAN).poll() is not None
 
-    def send():
-        plans = weight[0].sender(Kind.PLAN)
-        plans.send(plans.frame(), 8)
-        other.wait(lambda: False, 1.0)
-
-    began_s = time.monotonic()
-    assert one.wait(made_and_heard, 20.0)
-    assert time.monotonic() - began_s < 10
+    with Port() as sleeper, Port() as early, Port() as late:
+        first, second = joined(early, sleeper), []
+        assert carries(early, sleeper, *first)
+        threading.Timer(0.2, send, (early, first[0])).start()
+        began_s = time.monotonic()
+        assert sleeper.wait(made_and_heard, 10.0)
+        assert 0.8 < time.monotonic() - began_s < 5
 
 
 def test_all_berths_of_a_port_name_it_and_no_other(ports):
