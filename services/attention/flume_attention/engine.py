@@ -85,9 +85,8 @@ class Engine:
         self._last_lane = 0  # numbers are never used twice
         self._pulls = Pulls(node, port, link, self._next_lane, pull_tokens_per_step)
         self._changed = False  # since the last unasked report
-        self._credit_moved = False  # since the last round of CREDIT
+        self._credit_moved_at: float | None = None  # the first change since the last round of CREDIT
         self._reported_at = 0.0
-        self._credited_at = 0.0
 
     def run(self) -> None:
         """Until the supervisor closes the link."""
@@ -138,7 +137,8 @@ class Engine:
 
     def _note_change(self) -> None:
         """Memory or credit moved: give out what can be given, and tell others of the rest in time."""
-        self._changed = self._credit_moved = True
+        self._changed = True
+        self._credit_moved_at = self._credit_moved_at or time.monotonic()
         self._spread_credit()
 
     def _spread_credit(self) -> None:
@@ -160,13 +160,13 @@ class Engine:
                 self._report(0)
             else:
                 waits_s.append(self._reported_at + REPORT_INTERVAL_S - now)
-        if self._credit_moved:
-            if now - self._credited_at >= QUIET_CREDIT_S:
-                self._credit_moved, self._credited_at = False, now
+        if self._credit_moved_at is not None:
+            if now - self._credit_moved_at >= QUIET_CREDIT_S:
+                self._credit_moved_at = None
                 for session in self._sessions.values():
                     session.credit_due = session.credit_due or session.credit_stale
                 return 0.0
-            waits_s.append(self._credited_at + QUIET_CREDIT_S - now)
+            waits_s.append(self._credit_moved_at + QUIET_CREDIT_S - now)
         return min(waits_s)
 
     def _handle(self, message: ToEngine) -> None:
