@@ -105,6 +105,9 @@ class SimulatedDevice:
             lambda: direct_reference.await_flags(flags_at, step, layer, flags.words[0, :1], flags.status)
         )
 
+    def stamp(self, word):
+        self.call(lambda: word.fill_(time.perf_counter_ns()))
+
     def call(self, operation):
         """Queue a Python function; it answers False to be asked again."""
         if self._recording is not None:

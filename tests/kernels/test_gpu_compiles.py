@@ -28,7 +28,7 @@ from flume_kernels.gpu.rms_norm import rms_norm
 from flume_kernels.gpu.rope import rope
 from flume_kernels.gpu.sampling import greedy, greedy_workspace_size, sample
 from flume_kernels.gpu.shortlist import SUMS, shortlist
-from flume_kernels.gpu.signals import await_, land, signal
+from flume_kernels.gpu.signals import await_, land, signal, stamp
 from flume_kernels.gpu.silu_mul import silu_mul
 from flume_kernels.gpu.skinny_linear import SkinnyConfig, SplitMemory, skinny_linear
 from triton.backends.compiler import GPUTarget
@@ -183,11 +183,13 @@ def test_a_wait_reads_its_flag_anew_each_time_and_a_signal_releases_to_the_syste
     signal(word, word, word)
     await_(word, word, word)
     land(word, word)
-    given, awaited, landed = (kernel.asm["ptx"] for kernel in kernels)
+    stamp(word)
+    given, awaited, landed, stamped = (kernel.asm["ptx"] for kernel in kernels)
     assert "sys.release.exch.b64" in given
     loop = awaited[awaited.index("$L__BB0_1:") :]
     assert loop.index("ld.volatile.global") < loop.index("bra")
     assert "ld.volatile.global" in landed and "ld.global" not in landed
+    assert "%globaltimer" in stamped
 
 
 def test_what_meets_by_address_is_moved_in_16_bytes_a_thread_and_ordered_by_its_flags(compiled):

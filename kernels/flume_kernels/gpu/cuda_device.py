@@ -98,6 +98,9 @@ class CudaDevice:
     def await_flags(self, flags: Flags, flags_at: Tensor, step: Tensor, layer: int) -> None:
         direct.await_flags(flags_at, step, layer, flags.words[0, :1], flags.status)
 
+    def stamp(self, word: Tensor) -> None:
+        signals.stamp(word)
+
     def warm_up(self, run: Callable[[], None]) -> None:
         # What was allocated and filled until now was so on the current stream.
         self._stream.wait_stream(torch.cuda.current_stream(self.name))

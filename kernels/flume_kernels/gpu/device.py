@@ -66,6 +66,9 @@ class Device(Protocol):
     def await_flags(self, flags: Flags, flags_at: Tensor, step: Tensor, layer: int) -> None:
         """Queue `direct.await_flags` with the status of `flags`; poison in their first gate ends the wait."""
 
+    def stamp(self, word: Tensor) -> None:
+        """Queue noting the time in nanoseconds, of a clock of its own, in int64 [1]: `signals.stamp`."""
+
     def warm_up(self, run: Callable[[], None]) -> None:
         """Run once, for real, and wait for its end: kernels are compiled, libraries have their workspace."""
 

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from flume_kernels.gpu.flags import FLAG_STRIDE_BYTES, POISON
 
-__all__ = ["FLAG_STRIDE_BYTES", "POISON", "await_", "land", "poison", "rearm", "signal"]
+__all__ = ["FLAG_STRIDE_BYTES", "POISON", "await_", "land", "poison", "rearm", "signal", "stamp"]
 
 
 @triton.jit
@@ -57,6 +57,14 @@ def _land_kernel(from_ptr, to_ptr, count, BLOCK: tl.constexpr):
     tl.store(to_ptr + at, tl.load(from_ptr + at, mask=at < count, volatile=True), mask=at < count)
 
 
+@triton.jit
+def _stamp_kernel(out_ptr):
+    now = tl.inline_asm_elementwise(
+        "mov.u64 $0, %globaltimer;", "=l", [], dtype=tl.int64, is_pure=False, pack=1
+    )
+    tl.store(out_ptr, now)
+
+
 def signal(flag: Tensor, counter: Tensor, status: Tensor) -> None:
     """Give the next signal on `flag`; POISON instead when `status` is set. All int64 [1]. One kernel on
     this stream."""
@@ -69,6 +77,13 @@ def await_(flag: Tensor, counter: Tensor, status: Tensor) -> None:
     int64 [1]."""
     _check(flag, counter, status)
     _await_kernel[(1,)](flag, counter, status, POISONED=POISON, num_warps=1)
+
+
+def stamp(out: Tensor) -> None:
+    """The device's clock in nanoseconds, which ticks once a microsecond or more often, when this stream comes
+    to it. out int64 [1]."""
+    _check(out)
+    _stamp_kernel[(1,)](out, num_warps=1)
 
 
 def land(source: Tensor, target: Tensor) -> None:

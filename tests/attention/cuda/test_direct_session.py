@@ -119,6 +119,20 @@ def test_chunks_come_by_messages_in_between(weight_node):
         assert node.direct_steps.of(WHOLE).replays == 2
 
 
+def test_the_autoscaler_learns_what_direct_steps_read_and_how_long_that_took(weight_node):
+    with GpuNode(direct=True) as node:
+        w = attach(node, weight_node)
+        w.step((0, 0, 10), ops=[w.open(0)])
+        began = time.perf_counter()
+        for _ in range(5):
+            w.step((0, 1, 1))
+        elapsed_s = time.perf_counter() - began
+        w.step((0, 0, 1))  # the node has seen the end of the step before
+        reads = node.node.reads
+        assert (reads.steps, reads.bytes) == (5, sum(range(10, 15)) * LAYOUT.token_bytes)
+        assert 0 < reads.seconds < elapsed_s * LAYOUT.num_layers  # one is timed, and stands for all
+
+
 def test_queries_on_a_slot_that_holds_nothing_get_zero_and_minus_infinity(weight_node):
     with GpuNode(direct=True) as node:
         w = attach(node, weight_node)

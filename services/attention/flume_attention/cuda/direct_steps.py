@@ -3,6 +3,8 @@
     per step     tables, lengths and the step's number to the device, the split of the attention over the chip
     per layer    wait until the weight node's device has asked, attend, say that it is answered
 
+The attention of one layer in the middle is timed, so that the host knows what a step took.
+
 Queries are read, and o and lse written, in the lane's region (`flume_common.direct_region`). A weight node
 does not know how its ranges lie here, so there is a step for whatever they look like: see `direct_rows`.
 
@@ -75,7 +77,14 @@ class DirectSteps:
         self._max_length = max_length
         self._host_number = device.host_tensor(1, dtype=torch.int64)
         self._number = device.tensor(1, dtype=torch.int64)  # of the step
+        self._times_ns = device.host_tensor(2, dtype=torch.int64)  # of one layer's attention: begin and end
         self._steps: dict[Size, DirectStep] = {}
+
+    @property
+    def attended_s(self) -> float:
+        """How long the last step attended, waits left out: one layer's time for all of them."""
+        began_ns, ended_ns = self._times_ns.tolist()
+        return float(ended_ns - began_ns) / 1e9 * len(self._pool.layers)
 
     def prepare(self) -> None:
         """Capture what is foreseen. Nothing may run."""
@@ -123,9 +132,14 @@ class DirectSteps:
         region = self._region
         self._number.copy_(self._host_number, non_blocking=True)
         rows.begin()
+        timed = len(self._pool.layers) // 2
         for number, layer in enumerate(self._pool.layers):
             self._device.await_flags(self.flags, region.asked_at, self._number, number)
+            if number == timed:
+                self._device.stamp(self._times_ns[:1])
             rows.attend(layer)
+            if number == timed:
+                self._device.stamp(self._times_ns[1:])
             self._device.raise_flags(self.flags, region.answered_at, self._number, number)
 
 

@@ -82,12 +82,14 @@ class GpuLaneSession(LaneSession):
 
     def _end_direct(self) -> bool:
         """Whether a direct step has just been answered, all of it."""
-        over = self._direct is not None and self._direct.over()
-        if over:
-            step = self.holdings.step
-            assert step is not None
-            step.asked = step.answered = len(step.parts) * self.holdings.shape.layout.num_layers
-        return over
+        if self._direct is None or not self._direct.over():
+            return False
+        step = self.holdings.step
+        assert step is not None
+        step.asked = step.answered = len(step.parts) * self.holdings.shape.layout.num_layers
+        self._attended_s = self._direct.steps.attended_s
+        self._note_reads(step)
+        return True
 
     def _take_query(self) -> bool:
         frame = self._queries.peek()
