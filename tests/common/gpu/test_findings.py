@@ -57,6 +57,13 @@ def test_a_second_card_helps_nothing_as_a_local_cluster_uses_one():
     assert obstacles(replace(GPU, driver=two)) == []
 
 
+def test_what_ucx_could_do_with_device_memory_is_said_where_there_is_a_card():
+    assert "gpudirect" not in checks(CPU)
+    assert checks(GPU)["gpudirect"].found.startswith("UCX here moves no device memory")
+    able = replace(GPU, ucx=Ucx("1.21.0", ["tcp/lo", "gdr_copy/cuda", "cuda_ipc/cuda"], TRIPS))
+    assert checks(able)["gpudirect"].found.startswith("UCX moves device memory by cuda_ipc, gdr_copy;")
+
+
 def test_an_old_card_is_refused_by_name():
     old = Driver("570", "12.8", (replace(H200, name="Tesla V100", compute_capability="7.0"),))
     (why,) = obstacles(replace(GPU, driver=old))

@@ -14,6 +14,7 @@ LEAST_COMPUTE_CAPABILITY = (8, 0)  # Ampere
 LEAST_SHARED_BYTES = 256 << 20
 TIME_SLICE_HOP_US = 4400  # two processes on one card without MPS, measured
 SHARED_TRANSPORTS = ("posix", "sysv", "cma", "xpmem", "knem")
+GPU_TRANSPORTS = ("cuda_copy", "cuda_ipc", "gdr_copy")
 PINNING_TRANSPORTS = ("rc", "ud", "dc")
 
 
@@ -106,6 +107,7 @@ def findings(facts: Facts, *, for_gpus: bool = False) -> list[Finding]:
         _mps(facts),
         *_isolation(facts),
         _ucx(facts.ucx),
+        *_gpudirect(facts),
         _locked(facts),
         _shared(facts.limits),
         *_hops(facts),
@@ -159,6 +161,15 @@ def _ucx(ucx: Ucx | str) -> Finding:
         return Finding("ucx", Status.FAILED, ucx, "install ucxx-cu12 or ucxx-cu13")
     names = dict.fromkeys(resource.split("/")[0] for resource in ucx.resources)
     return Finding("ucx", Status.OK, f"{ucx.version}: {', '.join(names)}")
+
+
+def _gpudirect(facts: Facts) -> list[Finding]:
+    """Between hosts a lane's frames are pinned host memory, whatever UCX could do with a card's."""
+    if isinstance(facts.ucx, str) or not _cards(facts):
+        return []
+    names = [name for name in GPU_TRANSPORTS if any(r.split("/")[0] == name for r in facts.ucx.resources)]
+    what = f"UCX moves device memory by {', '.join(names)}" if names else "UCX here moves no device memory"
+    return [Finding("gpudirect", Status.NONE, f"{what}; nodes send from pinned host memory")]
 
 
 def _locked(facts: Facts) -> Finding:
