@@ -81,6 +81,7 @@ class Layers:
     def phases(self) -> dict[str, tuple[Phase, Callable[[Layer], Linear | None]]]:
         """By name: what to queue, and the matrix that it reads."""
         ops, part, nothing = self._ops, self._part, lambda layer: None
+        turned_k = torch.empty_like(self._k)
         eps, scale = self._config.rms_norm_eps, self._config.head_dim**-0.5
 
         def normed(of: Callable[[Layer], Linear]) -> tuple[Phase, Callable[[Layer], Linear]]:
@@ -94,24 +95,21 @@ class Layers:
         def gate(number: int, layer: Layer) -> None:
             ops.gate(layer.gate_up, Normed(self._hidden, layer.post_norm, eps))
 
-        def turn(out: torch.Tensor, x: torch.Tensor) -> Phase:
-            return lambda number, layer: ops.rope(x, self._positions, self._angles, out)
+        def turn(number: int, layer: Layer) -> None:
+            ops.rope(self._q, self._positions, self._angles, self._turned, part.queries)
 
-        def keep(number: int, layer: Layer) -> None:
-            part.keys[number, 0].copy_(self._k, non_blocking=True)
-            part.keys[number, 1].copy_(self._v, non_blocking=True)
+        def turn_keys(number: int, layer: Layer) -> None:
+            ops.rope_keys(self._k, self._v, self._positions, self._angles, turned_k, part.keys[number])
 
         def merge(number: int, layer: Layer) -> None:
             ops.merge(self._turned, self._k, self._v, part.part_o, part.part_lse, scale)
 
         return {
             "norm and Q": normed(lambda layer: layer.query),
-            "RoPE of Q into the send buffer": (turn(part.queries, self._q), nothing),
+            "RoPE of Q, into the send buffer": (turn, nothing),
             "signal": (lambda number, layer: self._device.signal(self._buffers.flags, 1), nothing),
-            "RoPE of Q for the merge": (turn(self._turned, self._q), nothing),
             "norm, K and V": normed(lambda layer: layer.kv),
-            "RoPE of K": (turn(torch.empty_like(self._k), self._k), nothing),
-            "K and V into the send buffer": (keep, nothing),
+            "RoPE of K, K and V into the send buffer": (turn_keys, nothing),
             "merge": (merge, nothing),
             "O and residual": added(lambda layer: layer.output, self._mixed),
             "norm, gate and up, SiLU": (gate, lambda layer: layer.gate_up),
@@ -174,7 +172,7 @@ def _bytes(linear: Linear) -> int:
 
 def report(found: list[Found], layers: int, bandwidth: float) -> list[str]:
     """Lines for people. The least time of a phase is that of reading its weights."""
-    lines = [f"{'phase':34} {'µs/layer':>9} {'least':>7} {'of step':>8}"]
+    lines = [f"{'phase':40} {'µs/layer':>9} {'least':>7} {'of step':>8}"]
     whole = found[-1]
     listed = 0.0
     for each in found[:-1]:
@@ -183,9 +181,9 @@ def report(found: list[Found], layers: int, bandwidth: float) -> list[str]:
         per = 1e6 * each.seconds * times / layers
         least = 1e6 * each.weight_bytes / bandwidth * times / layers
         share = each.seconds * times / whole.seconds
-        lines.append(f"{each.phase:34} {per:9.2f} {least or '':7.4} {share:8.1%}")
+        lines.append(f"{each.phase:40} {per:9.2f} {least or '':7.4} {share:8.1%}")
     between = whole.seconds - listed
-    lines.append(f"{'between phases':34} {1e6 * between / layers:9.2f} {'':7} {between / whole.seconds:8.1%}")
+    lines.append(f"{'between phases':40} {1e6 * between / layers:9.2f} {'':7} {between / whole.seconds:8.1%}")
     least_s = whole.weight_bytes / bandwidth
     lines.append(
         f"whole: {1e3 * whole.seconds:.3f} ms; reading {whole.weight_bytes / 1e9:.2f} GB at"

@@ -97,8 +97,10 @@ class SimulatedDevice:
     def await_(self, flags, number):
         self.call(partial(_await, flags, number))
 
-    def raise_flags(self, flags, flags_at, step, layer):
+    def raise_flags(self, flags, flags_at, step, layer, number=None):
         self.call(lambda: direct_reference.raise_flags(flags_at, step, layer, flags.status))
+        if number is not None:
+            self.signal(flags, number)
 
     def await_flags(self, flags, flags_at, step, layer):
         self.call(

@@ -66,14 +66,19 @@ class ReferenceOps:
     def linear_add(self, linear, x, to):
         to.add_(linear(x))
 
-    def rope(self, x, positions, angles, out):
+    def rope(self, x, positions, angles, out, also=None, addresses=None):
         out.copy_(reference.rope(x, positions, angles.cos, angles.sin))
+        if also is not None:
+            also.copy_(out)
+        if addresses is not None:
+            torch.ops.flume_by_address.push(out, addresses)
+
+    def rope_keys(self, k, v, positions, angles, out, kv):
+        self.rope(k, positions, angles, out, kv[0])
+        kv[1].copy_(v)
 
     def merge(self, q, k, v, o, lse, scale):
         return reference.decode_merge(q, k, v, o, lse, scale).to(q.dtype)
-
-    def push(self, q, queries_at):
-        torch.ops.flume_by_address.push(q, queries_at)
 
     def direct_merge(self, q, k, v, o_at, lse_at, scale):
         return torch.ops.flume_by_address.merge(q, k, v, o_at, lse_at, scale).to(q.dtype)

@@ -20,7 +20,7 @@ import triton
 from flume_kernels.gpu.attention_plan import AttentionPlan, PlanShape
 from flume_kernels.gpu.decode_attention import DecodeConfig, decode_attention, default_config
 from flume_kernels.gpu.decode_merge import decode_merge
-from flume_kernels.gpu.direct import await_flags, direct_merge, push, raise_flags
+from flume_kernels.gpu.direct import await_flags, direct_merge, raise_flags
 from flume_kernels.gpu.kv_append import kv_append
 from flume_kernels.gpu.kv_pool import FP8, KvPool
 from flume_kernels.gpu.merge_partials import merge_partials
@@ -196,8 +196,9 @@ def test_what_meets_by_address_is_moved_in_16_bytes_a_thread_and_ordered_by_its_
     _, kernels = compiled
     heads = torch.zeros(3, 32, 128, dtype=BF16)
     word, table = torch.zeros(1, dtype=torch.int64), torch.zeros(4, 3, dtype=torch.int64)
-    push(heads, table)
-    raise_flags(table.flatten(), word, 5, word)
+    angles = torch.zeros(9, 64)
+    rope(heads, word.expand(3), angles, angles, heads.clone(), addresses=table)
+    raise_flags(table.flatten(), word, 5, word, (word, word))
     await_flags(table.flatten(), word, 5, word, word)
     direct_merge(heads, heads, heads, table, table, heads.clone(), 0.1)
     pushed, raised, awaited, merged = (kernel.asm["ptx"] for kernel in kernels)

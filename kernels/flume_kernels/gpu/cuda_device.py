@@ -92,8 +92,11 @@ class CudaDevice:
     def await_(self, flags: Flags, number: int) -> None:
         signals.await_(*_words(flags, number))
 
-    def raise_flags(self, flags: Flags, flags_at: Tensor, step: Tensor, layer: int) -> None:
-        direct.raise_flags(flags_at, step, layer, flags.status)
+    def raise_flags(
+        self, flags: Flags, flags_at: Tensor, step: Tensor, layer: int, number: int | None = None
+    ) -> None:
+        signal = None if number is None else _words(flags, number)[:2]
+        direct.raise_flags(flags_at, step, layer, flags.status, signal)
 
     def await_flags(self, flags: Flags, flags_at: Tensor, step: Tensor, layer: int) -> None:
         direct.await_flags(flags_at, step, layer, flags.words[0, :1], flags.status)

@@ -60,8 +60,11 @@ class Device(Protocol):
     def await_(self, flags: Flags, number: int) -> None:
         """Queue a wait for the next opening of one of the flags: `signals.await_`."""
 
-    def raise_flags(self, flags: Flags, flags_at: Tensor, step: Tensor, layer: int) -> None:
-        """Queue `direct.raise_flags` with the status of `flags`."""
+    def raise_flags(
+        self, flags: Flags, flags_at: Tensor, step: Tensor, layer: int, number: int | None = None
+    ) -> None:
+        """Queue `direct.raise_flags` with the status of `flags`; with a number, and the signal on that one
+        of them."""
 
     def await_flags(self, flags: Flags, flags_at: Tensor, step: Tensor, layer: int) -> None:
         """Queue `direct.await_flags` with the status of `flags`; poison in their first gate ends the wait."""

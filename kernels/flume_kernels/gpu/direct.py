@@ -1,4 +1,4 @@
-"""Where two devices meet in memory that both have mapped: queries pushed there, flags, partials merged there.
+"""Where two devices meet in memory that both have mapped: flags, and partials that are merged there.
 
 Where things go is in tables of addresses, int64 in device memory, so one captured graph serves every route:
 a replay reads its tables anew. Address 0 is nobody's, and nothing is read or written for it.
@@ -29,38 +29,36 @@ from torch import Tensor
 from flume_kernels.gpu.decode_merge import own_part
 from flume_kernels.gpu.flags import POISON
 from flume_kernels.gpu.merge_partials import fold
+from flume_kernels.gpu.signals import give_signal
 
 LAYER_BITS = 12
 ROUNDS_PER_LOOK = 64  # a look at host memory takes longer than a round, and delays what it comes before
 _ALIGNMENT_BYTES = 16
 
 
-@triton.jit
-def _push_kernel(
-    q_ptr,
-    at_ptr,
-    q_row_stride,
-    rows,
-    SIZE: tl.constexpr,
-    BLOCK: tl.constexpr,
-    ALIGNED: tl.constexpr,
-):
-    row = tl.program_id(0).to(tl.int64)
-    address = tl.load(at_ptr + tl.program_id(1) * rows + row)
-    if address != 0:
-        target = tl.multiple_of(address.to(tl.pointer_type(q_ptr.dtype.element_ty)), ALIGNED)
-        for start in range(0, SIZE, BLOCK):
-            at = start + tl.arange(0, BLOCK)
-            tl.store(target + at, tl.load(q_ptr + row * q_row_stride + at, mask=at < SIZE), mask=at < SIZE)
-
-
 @triton.jit(do_not_specialize=["layer"])
-def _raise_kernel(at_ptr, step_ptr, layer, status_ptr, count, LAYERS: tl.constexpr, BLOCK: tl.constexpr):
+def _raise_kernel(
+    at_ptr,
+    step_ptr,
+    layer,
+    status_ptr,
+    signal_ptr,
+    counter_ptr,
+    count,
+    LAYERS: tl.constexpr,
+    POISONED: tl.constexpr,
+    SIGNALS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     at = tl.arange(0, BLOCK)
     address = tl.load(at_ptr + at, mask=at < count, other=0)
     mark = tl.zeros([BLOCK], tl.int64) + (tl.load(step_ptr) << LAYERS) + layer + 1
-    theirs = (address != 0) & (tl.load(status_ptr) == 0)
-    tl.atomic_xchg(address.to(tl.pointer_type(tl.int64)), mark, mask=theirs, sem="release", scope="sys")
+    good = tl.load(status_ptr) == 0
+    tl.atomic_xchg(
+        address.to(tl.pointer_type(tl.int64)), mark, mask=(address != 0) & good, sem="release", scope="sys"
+    )
+    if SIGNALS:
+        give_signal(signal_ptr, counter_ptr, good, POISONED)
 
 
 @triton.jit(do_not_specialize=["layer"])
@@ -142,35 +140,24 @@ def _merge_kernel(
     tl.store(out_ptr + row * HEAD_DIM + dims, (acc / weight).to(out_ptr.dtype.element_ty), mask=in_head)
 
 
-def push(q: Tensor, queries_at: Tensor) -> None:
-    """Each row to every address that the table has for it. Queues one kernel on the current stream.
-
-    Args:
-        q: [rows, H, D], a row contiguous, any row stride.
-        queries_at: int64 [P, rows] contiguous, of memory for one row each; multiples of what both 16 and a
-            row's bytes are multiples of.
-    """
-    rows, heads, head_dim = q.shape
-    _check_table(queries_at, rows)
-    if q.stride()[1:] != (head_dim, 1):
-        raise ValueError(f"a row must be contiguous, strides are {q.stride()}")
-    if queries_at.numel():
-        size = heads * head_dim
-        _push_kernel[(rows, len(queries_at))](
-            q, queries_at, q.stride(0), rows, SIZE=size, BLOCK=min(triton.next_power_of_2(size), 4096),
-            ALIGNED=_aligned(size * q.element_size()), num_warps=4,
-        )  # fmt: skip
-
-
-def raise_flags(flags_at: Tensor, step: Tensor, layer: int, status: Tensor) -> None:
+def raise_flags(
+    flags_at: Tensor,
+    step: Tensor,
+    layer: int,
+    status: Tensor,
+    signal: tuple[Tensor, Tensor] | None = None,
+) -> None:
     """Raise every flag of the table to this layer's mark, after everything earlier on the stream is visible
     to all; none when `status` is set. flags_at int64 [N]; step, status int64 [1]. One kernel on this stream.
+
+    `signal`: a flag and its counter, for which it does what `signals.signal` does as well.
     """
-    _check_words(flags_at, step, status)
+    flag, counter = signal or (status, status)
+    _check_words(flags_at, step, status, flag, counter)
     block, num_warps = _block(flags_at)
     _raise_kernel[(1,)](
-        flags_at, step, layer, status, flags_at.numel(),
-        LAYERS=LAYER_BITS, BLOCK=block, num_warps=num_warps,
+        flags_at, step, layer, status, flag, counter, flags_at.numel(),
+        LAYERS=LAYER_BITS, POISONED=POISON, SIGNALS=signal is not None, BLOCK=block, num_warps=num_warps,
     )  # fmt: skip
 
 

@@ -1,5 +1,5 @@
-"""Rotary position embedding, written straight to where the result is needed: a send buffer for Q, a frame
-for K.
+"""Rotary position embedding, written straight to all the places where the result is needed: Q here and in a
+send buffer or in memory of others, K here and, with V, in a send buffer.
 
     out[:h] = a · cos − b · sin      out[h:] = b · cos + a · sin      with a, b the halves of a head, h =
     head_dim / 2
@@ -10,10 +10,24 @@ caller's. Computed in float32. `reference.rope` is the definition.
 
 from __future__ import annotations
 
+import math
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+_ALIGNMENT_BYTES = 16
+
+
+@triton.jit
+def _turned(x_at, position, cos_ptr, sin_ptr, cols, in_half, inside, HALF: tl.constexpr):
+    """Both halves of some heads of one token, turned to its position: float32 [heads, BLOCK_HALF] each."""
+    cos = tl.load(cos_ptr + position * HALF + cols, mask=in_half, other=0.0)[None, :]
+    sin = tl.load(sin_ptr + position * HALF + cols, mask=in_half, other=0.0)[None, :]
+    a = tl.load(x_at, mask=inside, other=0.0).to(tl.float32)
+    b = tl.load(x_at + HALF, mask=inside, other=0.0).to(tl.float32)
+    return a * cos - b * sin, b * cos + a * sin
 
 
 @triton.jit
@@ -23,8 +37,57 @@ def _rope_kernel(
     cos_ptr,  # [positions, HALF] fp32
     sin_ptr,
     out_ptr,  # [tokens, heads, 2 · HALF]
+    also_ptr,  # like it
+    at_ptr,  # [PARTS, tokens] int64, addresses of [heads, 2 · HALF]
     x_token_stride,
     out_token_stride,
+    also_token_stride,
+    tokens,
+    heads,
+    HALF: tl.constexpr,
+    BLOCK_HALF: tl.constexpr,
+    BLOCK_HEADS: tl.constexpr,
+    ALSO: tl.constexpr,
+    PARTS: tl.constexpr,
+    ALIGNED: tl.constexpr,
+):
+    token = tl.program_id(0).to(tl.int64)
+    head = tl.program_id(1) * BLOCK_HEADS + tl.arange(0, BLOCK_HEADS)
+    cols = tl.arange(0, BLOCK_HALF)
+    in_half = cols < HALF
+    inside = (head < heads)[:, None] & in_half[None, :]
+    at = (head * 2 * HALF)[:, None] + cols[None, :]
+    position = tl.load(positions_ptr + token).to(tl.int64)
+    x_at = x_ptr + token * x_token_stride + at
+    first, second = _turned(x_at, position, cos_ptr, sin_ptr, cols, in_half, inside, HALF)
+    first, second = first.to(out_ptr.dtype.element_ty), second.to(out_ptr.dtype.element_ty)
+    out_at = out_ptr + token * out_token_stride + at
+    tl.store(out_at, first, mask=inside)
+    tl.store(out_at + HALF, second, mask=inside)
+    if ALSO:
+        also_at = also_ptr + token * also_token_stride + at
+        tl.store(also_at, first, mask=inside)
+        tl.store(also_at + HALF, second, mask=inside)
+    for part in tl.static_range(PARTS):
+        address = tl.load(at_ptr + part * tokens + token)
+        theirs = inside & (address != 0)
+        there = tl.multiple_of(address.to(tl.pointer_type(out_ptr.dtype.element_ty)), ALIGNED) + at
+        tl.store(there, first, mask=theirs)
+        tl.store(there + HALF, second, mask=theirs)
+
+
+@triton.jit
+def _rope_keys_kernel(
+    k_ptr,  # [tokens, heads, 2 · HALF]
+    v_ptr,
+    positions_ptr,  # [tokens] int32 or int64
+    cos_ptr,  # [positions, HALF] fp32
+    sin_ptr,
+    out_ptr,  # [tokens, heads, 2 · HALF], as the next two
+    keys_ptr,
+    values_ptr,
+    k_token_stride,
+    v_token_stride,
     heads,
     HALF: tl.constexpr,
     BLOCK_HALF: tl.constexpr,
@@ -35,19 +98,30 @@ def _rope_kernel(
     cols = tl.arange(0, BLOCK_HALF)
     in_half = cols < HALF
     inside = (head < heads)[:, None] & in_half[None, :]
-    position = tl.load(positions_ptr + token).to(tl.int64)
-    cos = tl.load(cos_ptr + position * HALF + cols, mask=in_half, other=0.0)[None, :]
-    sin = tl.load(sin_ptr + position * HALF + cols, mask=in_half, other=0.0)[None, :]
     at = (head * 2 * HALF)[:, None] + cols[None, :]
-    x_at = x_ptr + token * x_token_stride + at
-    a = tl.load(x_at, mask=inside, other=0.0).to(tl.float32)
-    b = tl.load(x_at + HALF, mask=inside, other=0.0).to(tl.float32)
-    out_at = out_ptr + token * out_token_stride + at
-    tl.store(out_at, (a * cos - b * sin).to(out_ptr.dtype.element_ty), mask=inside)
-    tl.store(out_at + HALF, (b * cos + a * sin).to(out_ptr.dtype.element_ty), mask=inside)
+    position = tl.load(positions_ptr + token).to(tl.int64)
+    k_at = k_ptr + token * k_token_stride + at
+    first, second = _turned(k_at, position, cos_ptr, sin_ptr, cols, in_half, inside, HALF)
+    first, second = first.to(out_ptr.dtype.element_ty), second.to(out_ptr.dtype.element_ty)
+    to = token * heads * 2 * HALF + at
+    tl.store(out_ptr + to, first, mask=inside)
+    tl.store(out_ptr + to + HALF, second, mask=inside)
+    tl.store(keys_ptr + to, first, mask=inside)
+    tl.store(keys_ptr + to + HALF, second, mask=inside)
+    v_at = v_ptr + token * v_token_stride + at
+    tl.store(values_ptr + to, tl.load(v_at, mask=inside), mask=inside)
+    tl.store(values_ptr + to + HALF, tl.load(v_at + HALF, mask=inside), mask=inside)
 
 
-def rope(x: Tensor, positions: Tensor, cos: Tensor, sin: Tensor, out: Tensor) -> None:
+def rope(
+    x: Tensor,
+    positions: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    out: Tensor,
+    also: Tensor | None = None,
+    addresses: Tensor | None = None,
+) -> None:
     """Rotate every head of every token by its position. Queues one kernel on the current stream.
 
     Args:
@@ -56,24 +130,87 @@ def rope(x: Tensor, positions: Tensor, cos: Tensor, sin: Tensor, out: Tensor) ->
         positions: int32 or int64 [tokens], below cos.shape[0].
         cos, sin: float32 [positions, head_dim / 2], contiguous.
         out: like x, its own token stride; device memory or pinned host memory. May be x itself.
+        also: a second place, like out.
+        addresses: int64 [P, tokens] contiguous: more places, each of memory for one token in out's dtype, at
+            a multiple of what both 16 and a token's bytes are multiples of. 0 is none.
 
     Raises ValueError when shapes, dtypes or strides do not fit.
     """
     tokens, heads, head_dim = x.shape
+    _check(positions, cos, sin, x, out, *([] if also is None else [also]))
+    if also is not None and also.dtype is not out.dtype:
+        raise ValueError(f"out is {out.dtype}, also {also.dtype}")
+    if addresses is not None:
+        _check_addresses(addresses, tokens)
+    if tokens:
+        second, table = out if also is None else also, positions if addresses is None else addresses
+        _rope_kernel[_grid(tokens, heads)](
+            x, positions, cos, sin, out, second, table,
+            x.stride(0), out.stride(0), second.stride(0), tokens, heads, **_blocks(heads, head_dim),
+            ALSO=also is not None, PARTS=0 if addresses is None else len(addresses),
+            ALIGNED=math.gcd(heads * head_dim * out.element_size(), _ALIGNMENT_BYTES), num_warps=2,
+        )  # fmt: skip
+
+
+def rope_keys(
+    k: Tensor, v: Tensor, positions: Tensor, cos: Tensor, sin: Tensor, out: Tensor, kv: Tensor
+) -> None:
+    """Rotate K as `rope` does, here and into a send buffer, and copy V there. Queues one kernel.
+
+    Args:
+        k, v: [tokens, heads, head_dim], heads contiguous, any token stride.
+        positions, cos, sin: as in `rope`.
+        out: [tokens, heads, head_dim] contiguous, for K.
+        kv: [2, tokens, heads, head_dim] contiguous, of their dtype; device memory or pinned host memory.
+
+    Raises ValueError when shapes, dtypes or strides do not fit.
+    """
+    tokens, heads, head_dim = k.shape
+    _check(positions, cos, sin, k, v, out)
+    if kv.shape != (2, *k.shape) or not (kv.is_contiguous() and out.is_contiguous()):
+        raise ValueError(f"kv must be contiguous [2, {tokens}, {heads}, {head_dim}], and out contiguous")
+    if len({k.dtype, v.dtype, out.dtype, kv.dtype}) > 1:
+        raise ValueError(f"k {k.dtype}, v {v.dtype}, out {out.dtype} and kv {kv.dtype} must have one dtype")
+    if tokens:
+        _rope_keys_kernel[_grid(tokens, heads)](
+            k, v, positions, cos, sin, out, kv[0], kv[1], k.stride(0), v.stride(0), heads,
+            **_blocks(heads, head_dim), num_warps=2,
+        )  # fmt: skip
+
+
+def _grid(tokens: int, heads: int) -> tuple[int, int]:
+    return tokens, triton.cdiv(heads, _block_heads(heads))
+
+
+def _blocks(heads: int, head_dim: int) -> dict[str, int]:
     half = head_dim // 2
-    if out.shape != x.shape or positions.shape != (tokens,):
-        raise ValueError(f"x {tuple(x.shape)}, out {tuple(out.shape)}, positions {tuple(positions.shape)}")
+    return {
+        "HALF": half,
+        "BLOCK_HALF": triton.next_power_of_2(half),
+        "BLOCK_HEADS": _block_heads(heads),
+    }
+
+
+def _block_heads(heads: int) -> int:
+    return min(int(triton.next_power_of_2(heads)), 8)
+
+
+def _check(positions: Tensor, cos: Tensor, sin: Tensor, x: Tensor, *others: Tensor) -> None:
+    tokens, _, head_dim = x.shape
+    half = head_dim // 2
+    if {each.shape for each in others} != {x.shape} or positions.shape != (tokens,):
+        shapes = [tuple(each.shape) for each in (x, *others)]
+        raise ValueError(f"shapes {shapes} differ, or do not fit positions {tuple(positions.shape)}")
     if cos.shape != sin.shape or cos.shape[1] != half or {cos.dtype, sin.dtype} != {torch.float32}:
         raise ValueError(
             f"cos and sin must be float32 [positions, {half}], got {tuple(cos.shape)} {cos.dtype}"
         )
-    if {x.stride()[1:], out.stride()[1:]} != {(head_dim, 1)} or not (
+    if {each.stride()[1:] for each in (x, *others)} != {(head_dim, 1)} or not (
         cos.is_contiguous() and sin.is_contiguous()
     ):
-        raise ValueError("heads of x and out, and the tables, must be contiguous")
-    if tokens:
-        block_heads = min(triton.next_power_of_2(heads), 8)
-        _rope_kernel[(tokens, triton.cdiv(heads, block_heads))](
-            x, positions, cos, sin, out, x.stride(0), out.stride(0), heads,
-            HALF=half, BLOCK_HALF=triton.next_power_of_2(half), BLOCK_HEADS=block_heads, num_warps=2,
-        )  # fmt: skip
+        raise ValueError("a token's heads, and the tables, must be contiguous")
+
+
+def _check_addresses(table: Tensor, tokens: int) -> None:
+    if table.dtype is not torch.int64 or table.shape[1:] != (tokens,) or not table.is_contiguous():
+        raise ValueError(f"addresses are int64 [P, {tokens}], got {table.dtype} {tuple(table.shape)}")

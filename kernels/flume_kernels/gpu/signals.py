@@ -31,12 +31,17 @@ __all__ = ["FLAG_STRIDE_BYTES", "POISON", "await_", "land", "poison", "rearm", "
 
 
 @triton.jit
-def _signal_kernel(flag_ptr, counter_ptr, status_ptr, POISONED: tl.constexpr):
+def give_signal(flag_ptr, counter_ptr, good, POISONED: tl.constexpr):
+    """The next signal of a counter, or poison, by a kernel's only program."""
     count = tl.load(counter_ptr) + 1
     tl.store(counter_ptr, count)
-    status = tl.load(status_ptr)
-    value = tl.where(status == 0, count, tl.full([], POISONED, tl.int64))
+    value = tl.where(good, count, tl.full([], POISONED, tl.int64))
     tl.atomic_xchg(flag_ptr, value, sem="release", scope="sys")
+
+
+@triton.jit
+def _signal_kernel(flag_ptr, counter_ptr, status_ptr, POISONED: tl.constexpr):
+    give_signal(flag_ptr, counter_ptr, tl.load(status_ptr) == 0, POISONED)
 
 
 @triton.jit

@@ -35,26 +35,26 @@ def test_marks_are_those_of_a_direct_lane():
     assert direct.LAYER_BITS == direct_reference.LAYER_BITS == direct_region.LAYER_BITS
 
 
-@DTYPES
-@pytest.mark.parametrize("heads, dim", [(4, 64), (9, 80), (40, 128)], ids=["small", "odd", "beyond a block"])
-def test_rows_go_to_every_address_they_have_and_nowhere_else(heads, dim, dtype, device):
-    beside = torch.full((3, 2 * heads, dim), torch.nan, dtype=dtype, device=device)
-    beside[:, :heads] = randn(3, heads, dim, dtype=dtype)
-    q = beside[:, :heads]
-    there = torch.full((5, heads, dim), torch.nan, dtype=dtype, device=device)
-    at = rows_of(there)
-    direct.push(q, words([at[1], 0, at[4]], [at[2], 0, 0], device=device))
-    synchronize()
-    assert torch.equal(there[[1, 4, 2]], q[[0, 2, 0]])
-    assert there[[0, 3]].isnan().all()
-
-
 def test_flags_are_raised_to_the_mark_of_their_layer_but_those_of_no_address(device):
     flags = words(3, 4, 5, device=device)
     at = words(flags[0].data_ptr(), 0, flags[2].data_ptr(), device=device)
     direct.raise_flags(at, words(9, device=device), 2, words(0, device=device))
     synchronize()
     assert flags.tolist() == [direct_region.mark(9, 2), 4, direct_region.mark(9, 2)]
+
+
+@pytest.mark.parametrize("status, signalled", [(0, 8), (1, POISON)], ids=["good", "failed"])
+def test_the_host_hears_in_the_same_launch_that_flags_were_raised_or_that_the_step_has_failed(
+    status, signalled, device
+):
+    flag, host, counter = words(3, device=device), words(0, device="cpu"), words(7, device=device)
+    if device == "cuda":
+        host = host.pin_memory()
+    at = words(flag.data_ptr(), device=device)
+    direct.raise_flags(at, words(9, device=device), 2, words(status, device=device), (host, counter))
+    synchronize()
+    assert flag.tolist() == [3 if status else direct_region.mark(9, 2)]
+    assert (host.tolist(), counter.tolist()) == ([signalled], [8])
 
 
 def test_a_step_that_has_failed_raises_nothing(device):
@@ -169,9 +169,9 @@ def test_arguments_that_do_not_fit_are_refused(device):
     x, word = torch.zeros(2, 4, 64, device=device), words(0, device=device)
     table = torch.zeros(1, 2, dtype=torch.int64, device=device)
     with pytest.raises(ValueError, match="table"):
-        direct.push(x, table[:, :1])
+        direct.direct_merge(x, x, x, table[:, :1], table, x, 1.0)
     with pytest.raises(ValueError, match="contiguous"):
-        direct.push(x.transpose(1, 2), table)
+        direct.direct_merge(x, x, x, table, table, x.mT.contiguous().mT, 1.0)
     with pytest.raises(ValueError, match="int64"):
         direct.raise_flags(table[0], word.int(), 0, word)
     with pytest.raises(ValueError, match="flags_at"):

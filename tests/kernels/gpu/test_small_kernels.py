@@ -12,7 +12,7 @@ from flume_kernels.gpu.kv_append import kv_append
 from flume_kernels.gpu.kv_pool import FP8, KvPool
 from flume_kernels.gpu.merge_partials import merge_partials
 from flume_kernels.gpu.rms_norm import rms_norm
-from flume_kernels.gpu.rope import rope
+from flume_kernels.gpu.rope import rope, rope_keys
 from flume_kernels.gpu.silu_mul import silu_mul
 
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
@@ -180,6 +180,40 @@ def test_rope_matches_the_definition_and_writes_into_the_send_buffer(heads, dim,
     assert margin.isnan().all()
 
 
+@DTYPES
+@pytest.mark.parametrize("heads, dim", [(4, 64), (9, 80)], ids=["small", "odd, beyond a block"])
+def test_rope_writes_to_a_second_place_and_to_every_address_and_nowhere_else(heads, dim, dtype, device):
+    q = randn(3, heads, dim, dtype=dtype, device=device)
+    angles = randn(40, dim // 2, device=device, seed=1) * 10
+    positions = torch.tensor([0, 39, 7], device=device)
+    out, (also, margin) = torch.empty_like(q), framed(torch.full_like(q, torch.nan))
+    there = torch.full((5, heads, dim), torch.nan, dtype=dtype, device=device)
+    at = [row.data_ptr() for row in there]
+    addresses = torch.tensor([[at[1], 0, at[4]], [at[2], 0, 0]], device=device)
+    rope(q, positions, angles.cos(), angles.sin(), out, also, addresses)
+    assert_close(out, reference.rope(q, positions, angles.cos(), angles.sin()), dtype)
+    assert torch.equal(also, out) and margin.isnan().all()
+    assert torch.equal(there[[1, 4, 2]], out[[0, 2, 0]])
+    assert there[[0, 3]].isnan().all()
+
+
+@DTYPES
+@pytest.mark.parametrize(
+    "heads, dim", [(1, 64), (3, 80), (9, 128)], ids=["one head", "odd", "beyond a block"]
+)
+def test_keys_are_turned_here_and_in_the_send_buffer_and_values_copied_beside_them(heads, dim, dtype, device):
+    fused, _ = framed(randn(3, 2 * heads, dim, dtype=dtype, device=device), margin=7)
+    k, v = fused.chunk(2, dim=1)
+    angles = randn(40, dim // 2, device=device, seed=1) * 10
+    positions = torch.tensor([0, 39, 7], device=device)
+    out = torch.full((3, heads, dim), torch.nan, dtype=dtype, device=device)
+    sent = torch.full((4, 3, heads, dim), torch.nan, dtype=dtype, device=device)
+    rope_keys(k, v, positions, angles.cos(), angles.sin(), out, sent[1:3])
+    assert_close(out, reference.rope(k, positions, angles.cos(), angles.sin()), dtype)
+    assert torch.equal(sent[1], out) and torch.equal(sent[2], v)
+    assert sent[[0, 3]].isnan().all()
+
+
 def test_rope_at_angle_zero_moves_memory_only(device):
     x = randn(2, 3, 64, device=device)
     out = torch.full_like(x, torch.nan)
@@ -247,5 +281,12 @@ def test_arguments_that_do_not_fit_are_refused(device):
         silu_mul(x, x)
     with pytest.raises(ValueError, match="float32"):
         rope(x[:, None], torch.zeros(2, dtype=torch.int32), x[:, :32].half(), x[:, :32].half(), x[:, None])
+    q, zero, turns = x[:, None], torch.zeros(2, dtype=torch.int32, device=device), randn(2, 32, device=device)
+    with pytest.raises(ValueError, match="also"):
+        rope(q, zero, turns, turns, q.clone(), q.double())
+    with pytest.raises(ValueError, match="addresses"):
+        rope(q, zero, turns, turns, q.clone(), addresses=zero[None])
+    with pytest.raises(ValueError, match="kv must be"):
+        rope_keys(q, q, zero, turns, turns, q.clone(), q)
     with pytest.raises(ValueError, match="do not fit"):
         merge_partials(x[None, :, None], x[None, :, :2].contiguous(), x[:, None], x[:, :1])

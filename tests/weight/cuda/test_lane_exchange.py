@@ -357,7 +357,7 @@ def test_a_node_that_says_nothing_fails_the_step_by_name_and_the_step_can_be_rep
     with cluster(2, microbatches=microbatches) as (weight, threads):
         rows = weight.rows()
         want = weight.expect(rows)
-        weight.eager.timeout_s = 0.3
+        weight.eager.timeout_s = 0.8
         query = LaneExchange.query
 
         def silences(exchange, microbatch, asked):
@@ -366,7 +366,7 @@ def test_a_node_that_says_nothing_fails_the_step_by_name_and_the_step_can_be_rep
             query(exchange, microbatch, asked)
 
         monkeypatch.setattr(LaneExchange, "query", silences)
-        with pytest.raises(PeerLost, match=r"attention-2.*no answer within 0\.3 s") as lost:
+        with pytest.raises(PeerLost, match=r"attention-2.*no answer within 0\.8 s") as lost:
             weight.step(rows)
         # Its rows are those of the second microbatch; the first may be waiting for the next layer's turn.
         assert layer in lost.value.__cause__.layers and len(lost.value.__cause__.layers) <= microbatches

@@ -98,20 +98,18 @@ class DecodeStep:
         x = self._normed(stream.hidden, layer.input_norm)
         q = self._heads(layer.query, x, layer.query_norm)
         turned = self._hop.ask(stream.number, number, q, stream.positions)
-        k, v = self._keys(stream, layer, x)
-        buffers.keys[number, 0].copy_(k, non_blocking=True)
-        buffers.keys[number, 1].copy_(v, non_blocking=True)
+        k, v = self._keys(stream, layer, x, buffers.keys[number])
         if number + 1 == self._config.num_layers:
             self._signal(stream)
         stream.asked = turned, k, v
 
-    def _keys(self, stream: _Stream, layer: Layer, x: Normed) -> tuple[Tensor, Tensor]:
+    def _keys(self, stream: _Stream, layer: Layer, x: Normed, out: Tensor) -> tuple[Tensor, Tensor]:
         kv_heads, dim = self._config.num_kv_heads, self._config.head_dim
         k, v = self._ops.linear(layer.kv, x).view(-1, 2 * kv_heads, dim).chunk(2, dim=1)
         if layer.key_norm is not None:
             k = self._norm_heads(k, layer.key_norm)
         turned = torch.empty(k.shape, dtype=k.dtype, device=k.device)
-        self._ops.rope(k, stream.positions, self._angles, turned)
+        self._ops.rope_keys(k, v, stream.positions, self._angles, turned, out)
         return turned, v
 
     def _answer(self, stream: _Stream, number: int) -> None:

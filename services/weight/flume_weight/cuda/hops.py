@@ -52,11 +52,10 @@ class FramesHop:
         pass
 
     def ask(self, microbatch: int, layer: int, q: Tensor, positions: Tensor) -> Tensor:
-        self._ops.rope(q, positions, self._angles, self._buffers.microbatches[microbatch].queries)
-        self._device.signal(self._buffers.flags, self._buffers.signal_of(microbatch))
-        # Turned a second time for the merge: reading it back from host memory would cost more.
+        # Here, too, for the merge: reading it back from host memory would cost more.
         turned = torch.empty_like(q)
-        self._ops.rope(q, positions, self._angles, turned)
+        self._ops.rope(q, positions, self._angles, turned, self._buffers.microbatches[microbatch].queries)
+        self._device.signal(self._buffers.flags, self._buffers.signal_of(microbatch))
         return turned
 
     def answer(self, microbatch: int, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -82,11 +81,10 @@ class DirectHop:
         self._tables = self._in_host_memory.to(where)
 
     def ask(self, microbatch: int, layer: int, q: Tensor, positions: Tensor) -> Tensor:
-        turned = torch.empty_like(q)
-        self._ops.rope(q, positions, self._angles, turned)
-        self._ops.push(turned, self._tables.queries_at)
-        self._device.raise_flags(self._buffers.flags, self._tables.asked_at, self._tables.step, layer)
-        self._device.signal(self._buffers.flags, self._buffers.signal_of(microbatch))
+        turned, tables = torch.empty_like(q), self._tables
+        self._ops.rope(q, positions, self._angles, turned, addresses=tables.queries_at)
+        signal = self._buffers.signal_of(microbatch)
+        self._device.raise_flags(self._buffers.flags, tables.asked_at, tables.step, layer, signal)
         return turned
 
     def answer(self, microbatch: int, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:

@@ -49,15 +49,25 @@ class Ops(Protocol):
     def linear_add(self, linear: Linear, x: Tensor, to: Tensor) -> None:
         """to [rows, outputs] += linear(x), in place; the sum is rounded to its dtype once."""
 
-    def rope(self, x: Tensor, positions: Tensor, angles: Angles, out: Tensor) -> None:
-        """x [rows, heads, head_dim], turned, into `out`, which may be host memory."""
+    def rope(
+        self,
+        x: Tensor,
+        positions: Tensor,
+        angles: Angles,
+        out: Tensor,
+        also: Tensor | None = None,
+        addresses: Tensor | None = None,
+    ) -> None:
+        """x [rows, heads, head_dim], turned, into `out`, and to all the other places: `rope.rope`."""
+
+    def rope_keys(
+        self, k: Tensor, v: Tensor, positions: Tensor, angles: Angles, out: Tensor, kv: Tensor
+    ) -> None:
+        """K, turned, into `out`, and with V into kv [2, rows, heads, head_dim], which may be host memory."""
 
     def merge(self, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, scale: float) -> Tensor:
         """Each row's attention to itself and to partials, which may lie in host memory: `decode_merge`."""
         ...
-
-    def push(self, q: Tensor, queries_at: Tensor) -> None:
-        """Rows of q to the addresses of a table: `direct.push`."""
 
     def direct_merge(
         self, q: Tensor, k: Tensor, v: Tensor, o_at: Tensor, lse_at: Tensor, scale: float
@@ -78,10 +88,9 @@ class TritonOps:
         from flume_kernels.gpu.tuning import TuningCache, default_path
 
         self._decode_merge = decode_merge.decode_merge
-        self._push = direct.push
         self._direct_merge = direct.direct_merge
         self._rms_norm = rms_norm.rms_norm
-        self._rope = rope.rope
+        self._rope, self._rope_keys = rope.rope, rope.rope_keys
         self._shortlist = shortlist.shortlist
         self._silu_mul = silu_mul.silu_mul
         choice = choice or LinearChoice(TuningCache(default_path()))
@@ -101,8 +110,21 @@ class TritonOps:
     def linear_add(self, linear: Linear, x: Tensor, to: Tensor) -> None:
         self._products.linear_add(linear, x, to)
 
-    def rope(self, x: Tensor, positions: Tensor, angles: Angles, out: Tensor) -> None:
-        self._rope(x, positions, angles.cos, angles.sin, out)
+    def rope(
+        self,
+        x: Tensor,
+        positions: Tensor,
+        angles: Angles,
+        out: Tensor,
+        also: Tensor | None = None,
+        addresses: Tensor | None = None,
+    ) -> None:
+        self._rope(x, positions, angles.cos, angles.sin, out, also, addresses)
+
+    def rope_keys(
+        self, k: Tensor, v: Tensor, positions: Tensor, angles: Angles, out: Tensor, kv: Tensor
+    ) -> None:
+        self._rope_keys(k, v, positions, angles.cos, angles.sin, out, kv)
 
     def _silu_of_gate(self, gate_up: Tensor) -> Tensor:
         rows, double = gate_up.shape
@@ -114,9 +136,6 @@ class TritonOps:
         out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
         self._decode_merge(q, k, v, o, lse, out, scale, on_host=o.device.type == "cpu")
         return out
-
-    def push(self, q: Tensor, queries_at: Tensor) -> None:
-        self._push(q, queries_at)
 
     def direct_merge(
         self, q: Tensor, k: Tensor, v: Tensor, o_at: Tensor, lse_at: Tensor, scale: float
