@@ -22,6 +22,7 @@ class FakeEngine:
         self.process = self
         self.returncode = -9
         self.sent = []
+        self.silence_s = None
         self.outbox = asyncio.Queue()
         self.outbox.put_nowait(m.Started(main_at_s=time.monotonic(), phases_ms={"port": 1.0}))
 
@@ -115,7 +116,7 @@ async def test_the_next_engine_starts_empty_and_knows_of_the_drain(engines, supe
     await until(lambda: len(engines) == 2 and supervisor.state is State.DRAINING)
     assert supervisor.report == m.Report()
     assert [message.draining for message in engines[1].sent] == [True]
-    assert [engine.silence_s for engine in engines] == [7.0, 7.0], "each is watched"
+    await until(lambda: [engine.silence_s for engine in engines] == [7.0, 7.0])  # each is watched
 
 
 async def test_a_drain_without_a_deadline_and_an_undrain_take_the_deadline_back(engines, supervisor):

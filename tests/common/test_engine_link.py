@@ -136,6 +136,14 @@ async def test_an_engine_that_gives_no_sign_of_life_is_killed_and_one_that_does_
     assert link.process.returncode == -signal.SIGKILL
 
 
+@pytest.mark.parametrize("met", [BrokenPipeError, ConnectionResetError])
+async def test_an_engine_that_dies_while_it_is_written_to_has_closed_the_link(engine, met):
+    async with engine() as link:
+        link._reader.set_exception(met())
+        with pytest.raises(LinkClosed):
+            await link.receive()
+
+
 async def test_time_in_which_the_supervisor_did_not_run_is_not_held_against_the_engine(engine, monkeypatch):
     monkeypatch.setattr(engine_link, "_LOOK_EVERY_S", 0.2)
     async with watched(engine) as link:

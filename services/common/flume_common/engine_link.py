@@ -152,7 +152,8 @@ class Engine(Generic[M]):
             if size > _MAX_MESSAGE_BYTES:
                 raise LinkClosed(f"engine {self.pid} sent a frame of {size} bytes")
             message: M = self._decoder.decode(await self._reader.readexactly(size))
-        except (asyncio.IncompleteReadError, ConnectionResetError) as error:
+        # Also one that died while we wrote: what the write met is raised here.
+        except (asyncio.IncompleteReadError, ConnectionError) as error:
             raise LinkClosed(f"engine {self.pid} closed the link") from error
         return message
 
