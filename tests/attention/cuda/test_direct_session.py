@@ -7,6 +7,7 @@ from random import Random
 import pytest
 import torch
 from direct_weight_node import DirectWeightNode
+from flume_attention.cuda import session
 from flume_attention.cuda.direct_steps import MOST_PARTS, Size
 from flume_common.lanes import Port
 from flume_common.wire import LaneShape
@@ -156,6 +157,20 @@ def test_a_step_abandoned_after_any_layer_leaves_the_device_ready_for_the_next(w
         w.step((0, 1, 1))
         w.step((0, 1, 1))
         assert node.direct_steps.captures == 1
+
+
+def test_a_step_that_lasts_long_says_now_and_then_that_the_node_is_there(weight_node, monkeypatch):
+    monkeypatch.setattr(session, "ALIVE_EVERY_S", 0.05)
+    with GpuNode(direct=True) as node:
+        w = attach(node, weight_node)
+        w.step((0, 0, 9), ops=[w.open(0)])
+        running = w.begin((0, 1, 1))
+        running.ask(0)
+        running.check(0)  # and then nothing, as if one of us had been stopped
+        w.credits_waiting(0.2)
+        assert w.credits_waiting(0.3) >= 3
+        running.ask(1)
+        running.check(1)
 
 
 def test_an_abandoned_step_is_not_answered_any_more(weight_node):

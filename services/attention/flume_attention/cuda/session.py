@@ -22,6 +22,9 @@ from flume_attention.frame_tensors import FrameTensors
 from flume_attention.holdings import Step
 from flume_attention.lane_session import LaneSession
 
+ALIVE_EVERY_S = 0.5
+"""A direct step that lasts longer than this says so: no PARTIAL does, and a weight node asks nothing more of
+a node that it has given up as silent."""
 RINGS = {Kind.QUERY: 1, Kind.PARTIAL: MOST_MICROBATCHES}
 
 
@@ -35,6 +38,7 @@ class GpuLaneSession(LaneSession):
         self._answers = answers
         self._direct = direct
         self._asked_directly = False  # about the step under way
+        self._alive_at_s = 0.0  # when it begun, or we last said that we are there
         self._frames = self.lane.sender(Kind.PARTIAL).frames  # by part
         self._asked: deque[tuple[Frame, float]] = deque()  # where answers belong, and when it was asked
         self._answered_s = 0.0
@@ -74,15 +78,17 @@ class GpuLaneSession(LaneSession):
         self.direct = True
         if step.asking:
             self._direct.begin(step)
-            # No PARTIAL will say that we are there; a weight node that gave us up as silent waits for a word.
-            self.credit_due = True
+            self._alive_at_s = time.monotonic()
 
     def _answer(self) -> bool:
         return self._end_direct() or self._send_answer() or self._take_query()
 
     def _end_direct(self) -> bool:
         """Whether a direct step has just been answered, all of it."""
-        if self._direct is None or not self._direct.over():
+        if self._direct is None:
+            return False
+        if not self._direct.over():
+            self._say_alive(self._direct)
             return False
         step = self.holdings.step
         assert step is not None
@@ -90,6 +96,11 @@ class GpuLaneSession(LaneSession):
         self._attended_s = self._direct.steps.attended_s
         self._note_reads(step)
         return True
+
+    def _say_alive(self, direct: DirectAnswers) -> None:
+        now_s = time.monotonic()
+        if now_s - self._alive_at_s >= ALIVE_EVERY_S and direct.under_way:
+            self._alive_at_s, self.credit_due = now_s, True
 
     def _take_query(self) -> bool:
         frame = self._queries.peek()
