@@ -18,6 +18,7 @@ import pytest
 from flume_common.lanes import LaneDown, Port, Side, port_of
 from flume_common.layout import KvLayout
 from flume_common.wire import Kind, LaneShape
+from hosts import why_not
 
 HERE = Path(__file__).parent
 LAYOUT = KvLayout(num_layers=2, num_query_heads=4, num_kv_heads=4, head_dim=64, dtype="float32")
@@ -122,6 +123,12 @@ def test_berths_that_came_to_nothing_or_to_an_end_leave_nothing_open(ports):
             lane.close()
         open_fds.append(len(os.listdir("/proc/self/fd")))  # noqa: PTH208
     assert open_fds[-1] <= open_fds[11], open_fds
+
+
+@pytest.mark.skipif(bool(why_not()), reason=why_not())
+def test_lanes_are_made_after_a_network_card_that_was_there_at_the_start_is_gone():
+    done = subprocess.run([sys.executable, str(HERE / "lane_card_gone.py")], capture_output=True, timeout=60)
+    assert done.stdout.decode().splitlines()[-1:] == ["carried"], done.stderr.decode()
 
 
 def test_over_tcp_a_peer_hears_at_once_that_its_lane_was_closed():

@@ -47,6 +47,7 @@ class Port:
     def __init__(self, *, tls: str | None = None, spin_s: float = 50e-6) -> None:
         self._spin_s = spin_s
         self._name = os.urandom(_NAME_BYTES)
+        self._tls = tls
         self._context: Any = ucx.make_context(tls)
         self._spare: Berth | None = Berth(self._context)  # made before anybody waits for it
         self._shared: Berth | None = None
@@ -89,8 +90,15 @@ class Port:
         return self._shared
 
     def _make(self) -> Berth:
-        berth, self._spare = self._spare or Berth(self._context), None
-        return berth
+        berth, self._spare = self._spare, None
+        if berth is not None:
+            return berth
+        try:
+            return Berth(self._context)
+        except ucx.NoDevice:
+            # A context knows the network cards there were when it was made, and one of them is gone since.
+            self._context = ucx.make_context(self._tls)
+            return Berth(self._context)
 
     def _rearrange(self) -> None:
         shared = () if self._shared is None else (self._shared,)

@@ -37,12 +37,14 @@ for _name, _value in SETTINGS.items():
 import ucxx._lib.libucxx as lib  # noqa: E402
 from ucxx._lib.arr import Array  # noqa: E402
 
+NoDevice = lib.UCXNoDeviceError
 OK: Final = 0  # ucs_status_t of a transfer that went well
 
 __all__ = [
     "DEFAULT_TLS",
     "OK",
     "Array",
+    "NoDevice",
     "Nowhere",
     "connect",
     "lib",
