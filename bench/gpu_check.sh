@@ -10,12 +10,12 @@
 #   nodes   engines as processes with --device cuda say the model's own tokens, also when one is killed, under MPS
 #   ready   how soon an attention node with 40 GiB of KV is READY, by phase
 #
-# Needs python3 with torch, triton, numpy and pytest; nothing of this project need be installed. `layer`, `paths`,
-# `poller`, `step` and `growth` need protobuf, msgspec and ucxx (ucxx-cu12 or -cu13), `hop`, `step`, `growth` and `nodes`
-# nvidia-cuda-mps-control as well, `nodes` also grpcio, structlog, safetensors and gguf, `ready` all that this project
-# depends on, and to measure whole nodes the project and an etcd binary. `NODES_DEVICE=cpu` lets `nodes` and `ready` run
-# on CPUs, without MPS, `READY_KV_BYTES=256MiB` with less memory; with `NODES_MODEL=PATH` `nodes` tries that model after a
-# small random one, and compares with transformers where it is told `NODES_REFERENCE=transformers`.
+# Needs python3 with torch, triton, numpy and pytest; nothing of this project need be installed. All but `tune` and
+# `bench` need protobuf, msgspec, safetensors, gguf and ucxx (ucxx-cu12 or -cu13), `hop`, `step`, `growth` and `nodes`
+# nvidia-cuda-mps-control as well, `nodes` also grpcio and structlog, `ready` all that this project depends on, and to
+# measure whole nodes the project and an etcd binary. `NODES_DEVICE=cpu` lets `nodes` and `ready` run on CPUs, without
+# MPS, `READY_KV_BYTES=256MiB` with less memory; with `NODES_MODEL=PATH` `nodes` tries that model after a small random
+# one, and compares with transformers where it is told `NODES_REFERENCE=transformers`.
 set -uo pipefail
 out=${1:?a folder for the results}
 shift

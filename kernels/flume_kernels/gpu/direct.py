@@ -27,11 +27,10 @@ import triton.language as tl
 from torch import Tensor
 
 from flume_kernels.gpu.decode_merge import own_part
-from flume_kernels.gpu.flags import POISON
+from flume_kernels.gpu.flags import LAYER_BITS, POISON
 from flume_kernels.gpu.merge_partials import fold
 from flume_kernels.gpu.signals import give_signal
 
-LAYER_BITS = 12
 ROUNDS_PER_LOOK = 64  # a look at host memory takes longer than a round, and delays what it comes before
 _ALIGNMENT_BYTES = 16
 

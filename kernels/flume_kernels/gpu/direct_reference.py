@@ -10,9 +10,7 @@ import torch
 from torch import Tensor
 
 from flume_kernels.gpu import reference
-from flume_kernels.gpu.flags import POISON
-
-LAYER_BITS = 12
+from flume_kernels.gpu.flags import LAYER_BITS, POISON
 
 
 def at_address(address: int, size: tuple[int, ...], dtype: torch.dtype) -> Tensor:

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 POISON = 1 << 62
 OPEN_WIDE = POISON - 1  # lets every wait pass without being poison: for a run that only warms up
+LAYER_BITS = 12  # of the mark that flags between two devices show: `direct`
 FLAG_STRIDE_BYTES = 128  # two cache lines: the adjacent-line prefetcher reads pairs
 WORDS_PER_FLAG = FLAG_STRIDE_BYTES // 8
 

@@ -21,16 +21,6 @@ _ALIGNMENT_BYTES = 16
 
 
 @triton.jit
-def _turned(x_at, position, cos_ptr, sin_ptr, cols, in_half, inside, HALF: tl.constexpr):
-    """Both halves of some heads of one token, turned to its position: float32 [heads, BLOCK_HALF] each."""
-    cos = tl.load(cos_ptr + position * HALF + cols, mask=in_half, other=0.0)[None, :]
-    sin = tl.load(sin_ptr + position * HALF + cols, mask=in_half, other=0.0)[None, :]
-    a = tl.load(x_at, mask=inside, other=0.0).to(tl.float32)
-    b = tl.load(x_at + HALF, mask=inside, other=0.0).to(tl.float32)
-    return a * cos - b * sin, b * cos + a * sin
-
-
-@triton.jit
 def _rope_kernel(
     x_ptr,  # [tokens, heads, 2 · HALF]
     positions_ptr,  # [tokens] int32 or int64
@@ -39,9 +29,12 @@ def _rope_kernel(
     out_ptr,  # [tokens, heads, 2 · HALF]
     also_ptr,  # like it
     at_ptr,  # [PARTS, tokens] int64, addresses of [heads, 2 · HALF]
+    v_ptr,  # [tokens, heads, 2 · HALF]: copied as it is, to where the next is
+    values_ptr,
     x_token_stride,
     out_token_stride,
     also_token_stride,
+    v_token_stride,
     tokens,
     heads,
     HALF: tl.constexpr,
@@ -49,6 +42,7 @@ def _rope_kernel(
     BLOCK_HEADS: tl.constexpr,
     ALSO: tl.constexpr,
     PARTS: tl.constexpr,
+    COPIES: tl.constexpr,
     ALIGNED: tl.constexpr,
 ):
     token = tl.program_id(0).to(tl.int64)
@@ -58,9 +52,13 @@ def _rope_kernel(
     inside = (head < heads)[:, None] & in_half[None, :]
     at = (head * 2 * HALF)[:, None] + cols[None, :]
     position = tl.load(positions_ptr + token).to(tl.int64)
+    cos = tl.load(cos_ptr + position * HALF + cols, mask=in_half, other=0.0)[None, :]
+    sin = tl.load(sin_ptr + position * HALF + cols, mask=in_half, other=0.0)[None, :]
     x_at = x_ptr + token * x_token_stride + at
-    first, second = _turned(x_at, position, cos_ptr, sin_ptr, cols, in_half, inside, HALF)
-    first, second = first.to(out_ptr.dtype.element_ty), second.to(out_ptr.dtype.element_ty)
+    a = tl.load(x_at, mask=inside, other=0.0).to(tl.float32)
+    b = tl.load(x_at + HALF, mask=inside, other=0.0).to(tl.float32)
+    first = (a * cos - b * sin).to(out_ptr.dtype.element_ty)
+    second = (b * cos + a * sin).to(out_ptr.dtype.element_ty)
     out_at = out_ptr + token * out_token_stride + at
     tl.store(out_at, first, mask=inside)
     tl.store(out_at + HALF, second, mask=inside)
@@ -74,43 +72,11 @@ def _rope_kernel(
         there = tl.multiple_of(address.to(tl.pointer_type(out_ptr.dtype.element_ty)), ALIGNED) + at
         tl.store(there, first, mask=theirs)
         tl.store(there + HALF, second, mask=theirs)
-
-
-@triton.jit
-def _rope_keys_kernel(
-    k_ptr,  # [tokens, heads, 2 · HALF]
-    v_ptr,
-    positions_ptr,  # [tokens] int32 or int64
-    cos_ptr,  # [positions, HALF] fp32
-    sin_ptr,
-    out_ptr,  # [tokens, heads, 2 · HALF], as the next two
-    keys_ptr,
-    values_ptr,
-    k_token_stride,
-    v_token_stride,
-    heads,
-    HALF: tl.constexpr,
-    BLOCK_HALF: tl.constexpr,
-    BLOCK_HEADS: tl.constexpr,
-):
-    token = tl.program_id(0).to(tl.int64)
-    head = tl.program_id(1) * BLOCK_HEADS + tl.arange(0, BLOCK_HEADS)
-    cols = tl.arange(0, BLOCK_HALF)
-    in_half = cols < HALF
-    inside = (head < heads)[:, None] & in_half[None, :]
-    at = (head * 2 * HALF)[:, None] + cols[None, :]
-    position = tl.load(positions_ptr + token).to(tl.int64)
-    k_at = k_ptr + token * k_token_stride + at
-    first, second = _turned(k_at, position, cos_ptr, sin_ptr, cols, in_half, inside, HALF)
-    first, second = first.to(out_ptr.dtype.element_ty), second.to(out_ptr.dtype.element_ty)
-    to = token * heads * 2 * HALF + at
-    tl.store(out_ptr + to, first, mask=inside)
-    tl.store(out_ptr + to + HALF, second, mask=inside)
-    tl.store(keys_ptr + to, first, mask=inside)
-    tl.store(keys_ptr + to + HALF, second, mask=inside)
-    v_at = v_ptr + token * v_token_stride + at
-    tl.store(values_ptr + to, tl.load(v_at, mask=inside), mask=inside)
-    tl.store(values_ptr + to + HALF, tl.load(v_at + HALF, mask=inside), mask=inside)
+    if COPIES:
+        v_at = v_ptr + token * v_token_stride + at
+        values_at = values_ptr + token * also_token_stride + at
+        tl.store(values_at, tl.load(v_at, mask=inside), mask=inside)
+        tl.store(values_at + HALF, tl.load(v_at + HALF, mask=inside), mask=inside)
 
 
 def rope(
@@ -136,20 +102,12 @@ def rope(
 
     Raises ValueError when shapes, dtypes or strides do not fit.
     """
-    tokens, heads, head_dim = x.shape
     _check(positions, cos, sin, x, out, *([] if also is None else [also]))
     if also is not None and also.dtype is not out.dtype:
         raise ValueError(f"out is {out.dtype}, also {also.dtype}")
     if addresses is not None:
-        _check_addresses(addresses, tokens)
-    if tokens:
-        second, table = out if also is None else also, positions if addresses is None else addresses
-        _rope_kernel[_grid(tokens, heads)](
-            x, positions, cos, sin, out, second, table,
-            x.stride(0), out.stride(0), second.stride(0), tokens, heads, **_blocks(heads, head_dim),
-            ALSO=also is not None, PARTS=0 if addresses is None else len(addresses),
-            ALIGNED=math.gcd(heads * head_dim * out.element_size(), _ALIGNMENT_BYTES), num_warps=2,
-        )  # fmt: skip
+        _check_addresses(addresses, len(x))
+    _launch(x, positions, cos, sin, out, also, addresses)
 
 
 def rope_keys(
@@ -171,28 +129,32 @@ def rope_keys(
         raise ValueError(f"kv must be contiguous [2, {tokens}, {heads}, {head_dim}], and out contiguous")
     if len({k.dtype, v.dtype, out.dtype, kv.dtype}) > 1:
         raise ValueError(f"k {k.dtype}, v {v.dtype}, out {out.dtype} and kv {kv.dtype} must have one dtype")
-    if tokens:
-        _rope_keys_kernel[_grid(tokens, heads)](
-            k, v, positions, cos, sin, out, kv[0], kv[1], k.stride(0), v.stride(0), heads,
-            **_blocks(heads, head_dim), num_warps=2,
-        )  # fmt: skip
+    _launch(k, positions, cos, sin, out, also=kv[0], copied=(v, kv[1]))
 
 
-def _grid(tokens: int, heads: int) -> tuple[int, int]:
-    return tokens, triton.cdiv(heads, _block_heads(heads))
-
-
-def _blocks(heads: int, head_dim: int) -> dict[str, int]:
-    half = head_dim // 2
-    return {
-        "HALF": half,
-        "BLOCK_HALF": triton.next_power_of_2(half),
-        "BLOCK_HEADS": _block_heads(heads),
-    }
-
-
-def _block_heads(heads: int) -> int:
-    return min(int(triton.next_power_of_2(heads)), 8)
+def _launch(
+    x: Tensor,
+    positions: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    out: Tensor,
+    also: Tensor | None = None,
+    addresses: Tensor | None = None,
+    copied: tuple[Tensor, Tensor] | None = None,
+) -> None:
+    tokens, heads, head_dim = x.shape
+    if not tokens:
+        return
+    half, block_heads = head_dim // 2, min(triton.next_power_of_2(heads), 8)
+    second, table = out if also is None else also, positions if addresses is None else addresses
+    v, values = copied or (x, out)
+    _rope_kernel[(tokens, triton.cdiv(heads, block_heads))](
+        x, positions, cos, sin, out, second, table, v, values,
+        x.stride(0), out.stride(0), second.stride(0), v.stride(0), tokens, heads,
+        HALF=half, BLOCK_HALF=triton.next_power_of_2(half), BLOCK_HEADS=block_heads,
+        ALSO=also is not None, PARTS=0 if addresses is None else len(addresses), COPIES=copied is not None,
+        ALIGNED=math.gcd(heads * head_dim * out.element_size(), _ALIGNMENT_BYTES), num_warps=2,
+    )  # fmt: skip
 
 
 def _check(positions: Tensor, cos: Tensor, sin: Tensor, x: Tensor, *others: Tensor) -> None:
