@@ -16,6 +16,7 @@ def test_marks_rise_with_the_step_and_within_it_with_the_layer(step, layer, othe
 
 def test_a_region_that_nobody_has_used_shows_less_than_the_first_mark():
     assert mark(1, 0) > 0
+    assert mark(0, 0) > 0, "whatever the first step's number"
 
 
 @given(st.integers(1, 300))
