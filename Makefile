@@ -7,10 +7,10 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c const
 
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help setup demo test soak lint types protos clean bench
+.PHONY: help setup demo test test-all soak lint types protos clean bench
 
 help: ## what each target does
-	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1\t/'
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/'
 
 setup: $(STAMP) ## virtual environment with everything, pinned by constraints.txt
 
@@ -31,6 +31,9 @@ demo: $(STAMP) ## a cluster on this machine, scaled while it streams
 
 test: $(STAMP) ## the whole suite, real etcd and real processes
 	@$(BIN)/python -m pytest -q $(ARGS)
+
+test-all: $(STAMP) ## the suite and its slow tier
+	@$(BIN)/python -m pytest -q -m 'not soak' $(ARGS)
 
 soak: $(STAMP) ## faults many times over, with counts: make soak ARGS='--rounds 20'
 	@$(BIN)/python tests/soak/soak.py $(ARGS)
