@@ -43,6 +43,33 @@ async def test_usage_is_null_until_the_last_chunk_where_it_is_asked_for(http):
     assert chunks[-1]["choices"] == []
 
 
+async def test_continuous_usage_counts_in_every_chunk_what_was_generated_up_to_it(http, weight, says):
+    weight.script = says([100] * 5)
+    options = {"include_usage": True, "continuous_usage_stats": True}
+    body = {"model": BODY["model"], "prompt": "x", "stream": True, "max_tokens": 5, "stream_options": options}
+    answer = await http.post("/v1/completions", json=body)
+    chunks = [json.loads(frame.removeprefix("data: ")) for frame in answer.text.split("\n\n")[:-2]]
+    counts = [chunk["usage"]["completion_tokens"] for chunk in chunks]
+    assert counts == sorted(counts)
+    assert counts[0] < counts[-1]
+    whole = await http.post("/v1/completions", json={"model": BODY["model"], "prompt": "x", "max_tokens": 5})
+    assert counts[-1] == whole.json()["usage"]["completion_tokens"]
+    assert all(
+        chunk["usage"]["total_tokens"] == 1 + count for chunk, count in zip(chunks, counts, strict=True)
+    )
+
+
+async def test_continuous_usage_alone_asks_for_none(http):
+    body = BODY | {"stream": True, "stream_options": {"continuous_usage_stats": True}}
+    answer = await http.post("/v1/chat/completions", json=body)
+    assert "usage" not in answer.text
+
+
+async def test_usage_says_how_much_of_a_prompt_was_reused(http):
+    usage = (await http.post("/v1/chat/completions", json=BODY)).json()["usage"]
+    assert usage["prompt_tokens_details"] == {"cached_tokens": 0}
+
+
 async def test_tokens_are_sent_as_they_come(router, weight, says):
     weight.script = says([100] * 5, pause_s=0.1)
     arrived = []

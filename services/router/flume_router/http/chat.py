@@ -9,7 +9,7 @@ from flume_router.answer import Piece, Token
 from flume_router.http.endpoint import Job
 from flume_router.http.logprobs import chat_logprobs
 from flume_router.http.schema import read_chat
-from flume_router.http.shape import Document, Shape, finish_reason_of, text_of
+from flume_router.http.shape import Document, Shape, UsageReporting, finish_reason_of, text_of
 from flume_router.service import Service
 from flume_router.tokenizer import Tokenizer
 
@@ -18,8 +18,8 @@ class ChatShape(Shape):
     object_name = "chat.completion"
     chunk_name = "chat.completion.chunk"
 
-    def __init__(self, *envelope: Any, tokenizer: Tokenizer, logprobs: bool, include_usage: bool) -> None:
-        super().__init__(*envelope, include_usage=include_usage)
+    def __init__(self, *envelope: Any, tokenizer: Tokenizer, logprobs: bool, usage: UsageReporting) -> None:
+        super().__init__(*envelope, usage=usage)
         self._tokenizer = tokenizer
         self._logprobs = logprobs
 
@@ -69,5 +69,5 @@ class ChatApi:
             created_s,
             tokenizer=service.text.tokenizer,
             logprobs=job.common.sampling.has_logprobs,
-            include_usage=job.common.include_usage,
+            usage=job.common.usage,
         )

@@ -9,7 +9,7 @@ from flume_router.answer import Piece, Token
 from flume_router.http.endpoint import Job
 from flume_router.http.logprobs import completion_logprobs
 from flume_router.http.schema import Prompt, read_completion
-from flume_router.http.shape import Document, Shape, finish_reason_of, text_of
+from flume_router.http.shape import Document, Shape, UsageReporting, finish_reason_of, text_of
 from flume_router.service import Service
 from flume_router.tokenizer import Tokenizer
 
@@ -18,10 +18,15 @@ class CompletionShape(Shape):
     object_name = chunk_name = "text_completion"
 
     def __init__(
-        self, *envelope: Any, tokenizer: Tokenizer, logprobs: bool, echoes: Sequence[str], include_usage: bool
+        self,
+        *envelope: Any,
+        tokenizer: Tokenizer,
+        logprobs: bool,
+        echoes: Sequence[str],
+        usage: UsageReporting,
     ) -> None:
         """`echoes`: what comes before each answer, by its index."""
-        super().__init__(*envelope, include_usage=include_usage)
+        super().__init__(*envelope, usage=usage)
         self._tokenizer = tokenizer
         self._logprobs = logprobs
         self._echoes = echoes
@@ -70,7 +75,7 @@ class CompletionApi:
             tokenizer=service.text.tokenizer,
             logprobs=job.common.sampling.has_logprobs,
             echoes=[echo for echo in job.echoes for _ in range(job.common.n)],
-            include_usage=job.common.include_usage,
+            usage=job.common.usage,
         )
 
 

@@ -24,7 +24,7 @@ from flume_router.http.body import read_object
 from flume_router.http.errors import HttpError, reply_of, unexpected
 from flume_router.http.reply import Reply
 from flume_router.http.sampling import Common
-from flume_router.http.shape import Shape, Usage
+from flume_router.http.shape import Shape, Usage, UsageReporting
 from flume_router.sequence_request import SequenceRequest
 from flume_router.service import Service, sequences
 
@@ -85,10 +85,16 @@ class CompletionEndpoint:
         shape = self._api.shape(self._service, job, request_id, int(time.time()))
         async with merged(self._answers(job, request_id, deadline_at)) as pieces:
             if job.common.stream:
-                await _stream(reply, shape, pieces, usage, include_usage=job.common.include_usage)
+                await _stream(
+                    reply, shape, pieces, usage, at_the_end=job.common.usage is not UsageReporting.NEVER
+                )
             else:
                 await _whole(reply, shape, pieces, usage, len(job.prompts) * job.common.n)
-        log.info("request_answered", **usage.document())
+        log.info(
+            "request_answered",
+            prompt_tokens=usage.prompt_tokens,
+            completion_tokens=usage.completion_tokens,
+        )
 
     def _check(self, job: Job) -> None:
         self._service.check_sampling(job.common.sampling)
@@ -105,7 +111,7 @@ class CompletionEndpoint:
         return [self._service.generation.answer(one) for one in sequences(base, job.prompts, job.common.n)]
 
 
-async def _stream(reply: Reply, shape: Shape, pieces: Pieces, usage: Usage, *, include_usage: bool) -> None:
+async def _stream(reply: Reply, shape: Shape, pieces: Pieces, usage: Usage, *, at_the_end: bool) -> None:
     opened: set[int] = set()
     async for index, piece in pieces:
         if not reply.streaming:
@@ -113,11 +119,11 @@ async def _stream(reply: Reply, shape: Shape, pieces: Pieces, usage: Usage, *, i
         if index not in opened:
             opened.add(index)
             for choice in shape.opening(index):
-                await reply.event(shape.chunk(choice))
+                await reply.event(shape.chunk(choice, usage))
+        usage.count(index, piece)
         for choice in shape.choices(index, piece):
-            await reply.event(shape.chunk(choice))
-        _count(usage, piece)
-    if include_usage:
+            await reply.event(shape.chunk(choice, usage))
+    if at_the_end:
         await reply.event(shape.usage_chunk(usage))
     await reply.end_events()
 
@@ -126,13 +132,8 @@ async def _whole(reply: Reply, shape: Shape, pieces: Pieces, usage: Usage, num_a
     answers: list[list[Piece]] = [[] for _ in range(num_answers)]
     async for index, piece in pieces:
         answers[index].append(piece)
-        _count(usage, piece)
+        usage.count(index, piece)
     await reply.json(shape.whole(answers, usage))
-
-
-def _count(usage: Usage, piece: Piece) -> None:
-    if piece.finished:
-        usage.completion_tokens += piece.finished.completion_tokens
 
 
 async def _until_gone(receive: Receive, reply: Reply) -> None:

@@ -1,7 +1,8 @@
 """The fields that both completion APIs share, read from a JSON body.
 
 OpenAI's own, and vLLM's extensions under vLLM's names: top_k, min_p, repetition_penalty, ignore_eos,
-min_tokens, stop_token_ids. Bounds are OpenAI's, defaults too (temperature 1).
+min_tokens, stop_token_ids, and continuous_usage_stats of stream_options. Bounds are OpenAI's, defaults too
+(temperature 1).
 """
 
 from __future__ import annotations
@@ -15,10 +16,12 @@ from flume_protos.v1 import weight_pb2 as pb
 from flume_router.errors import BadRequest
 from flume_router.http import fields
 from flume_router.http.fields import Object, take
+from flume_router.http.shape import UsageReporting
 
 MAX_SEQUENCES = 128
 """Most answers of one request: prompts times n."""
 
+_STREAM_OPTIONS = ("include_usage", "continuous_usage_stats", "include_obfuscation")
 _MOST_STOPS = 4
 _MOST_STOP_TOKENS = 128
 _MOST_BIASES = 1024
@@ -37,7 +40,7 @@ COMMON_FIELDS = frozenset(
 class Common(msgspec.Struct, frozen=True, kw_only=True):
     model: str
     stream: bool
-    include_usage: bool
+    usage: UsageReporting
     n: int
     stop: tuple[str, ...]
     max_tokens: int | None
@@ -58,7 +61,7 @@ def read_common(body: Object, *, max_tokens: int | None, logprobs: int | None) -
     return Common(
         model=fields.require(body, "model", fields.string),
         stream=stream,
-        include_usage=_include_usage(body, stream),
+        usage=_usage_reporting(body, stream),
         n=take(body, "n", fields.integer(1, MAX_SEQUENCES), 1),
         stop=take(body, "stop", _stop, ()),
         max_tokens=max_tokens,
@@ -88,17 +91,20 @@ def _sampling(body: Object, min_tokens: int, logprobs: int | None) -> pb.Samplin
     )
 
 
-def _include_usage(body: Object, stream: bool) -> bool:
+def _usage_reporting(body: Object, stream: bool) -> UsageReporting:
     options = take(body, "stream_options", fields.obj, None)
     if options is None:
-        return False
+        return UsageReporting.NEVER
     if not stream:
         raise fields.combination(
             "The 'stream_options' parameter is only allowed when 'stream' is enabled.", "stream_options"
         )
-    fields.refuse_unknown(options, ("include_usage", "include_obfuscation"), "stream_options.")
+    fields.refuse_unknown(options, _STREAM_OPTIONS, "stream_options.")
     take(options, "include_obfuscation", fields.boolean, False)
-    return take(options, "include_usage", fields.boolean, False)
+    continuous = take(options, "continuous_usage_stats", fields.boolean, False)
+    if not take(options, "include_usage", fields.boolean, False):
+        return UsageReporting.NEVER  # as vLLM reads it: the one says whether, the other where
+    return UsageReporting.IN_EVERY_CHUNK if continuous else UsageReporting.AT_THE_END
 
 
 def _repetition_penalty(value: Any, param: str) -> float:

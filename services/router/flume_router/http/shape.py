@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
+from enum import Enum
 from typing import Any
 
 import msgspec
@@ -13,17 +14,38 @@ from flume_router.answer import Piece
 Document = dict[str, Any]
 
 
+class UsageReporting(Enum):
+    """Where a stream carries usage."""
+
+    NEVER = "never"
+    AT_THE_END = "at the end"
+    IN_EVERY_CHUNK = "in every chunk"
+
+
 class Usage(msgspec.Struct):
-    """Tokens of a whole request; a prompt is counted once however many answers it gets."""
+    """Tokens of a whole request so far; a prompt is counted once however many answers it gets."""
 
     prompt_tokens: int
-    completion_tokens: int = 0
+    generated_tokens: dict[int, int] = {}
+    """Of each answer, by its index."""
+
+    @property
+    def completion_tokens(self) -> int:
+        return sum(self.generated_tokens.values())
+
+    def count(self, index: int, piece: Piece) -> None:
+        """Add a piece of answer `index`. Its last piece says how many tokens the answer really has."""
+        if piece.finished:
+            self.generated_tokens[index] = piece.finished.completion_tokens
+        else:
+            self.generated_tokens[index] = self.generated_tokens.get(index, 0) + len(piece.tokens)
 
     def document(self) -> Document:
         return {
             "prompt_tokens": self.prompt_tokens,
             "completion_tokens": self.completion_tokens,
             "total_tokens": self.prompt_tokens + self.completion_tokens,
+            "prompt_tokens_details": {"cached_tokens": 0},  # nothing is reused between requests yet
         }
 
 
@@ -33,9 +55,9 @@ class Shape(ABC):
     object_name: str
     chunk_name: str
 
-    def __init__(self, request_id: str, model: str, created_s: int, *, include_usage: bool) -> None:
+    def __init__(self, request_id: str, model: str, created_s: int, *, usage: UsageReporting) -> None:
         self._envelope: Document = {"id": request_id, "created": created_s, "model": model}
-        self._include_usage = include_usage
+        self._usage = usage
 
     @abstractmethod
     def opening(self, index: int) -> Iterable[Document]:
@@ -49,10 +71,16 @@ class Shape(ABC):
     def whole_choice(self, index: int, pieces: Sequence[Piece]) -> Document:
         """The choice of an answer that is complete."""
 
-    def chunk(self, choice: Document) -> Document:
-        """An event of a stream."""
+    def chunk(self, choice: Document, usage: Usage) -> Document:
+        """An event of a stream; `usage` is what was generated up to and with it."""
         chunk = {**self._envelope, "object": self.chunk_name, "choices": [choice]}
-        return {**chunk, "usage": None} if self._include_usage else chunk
+        match self._usage:
+            case UsageReporting.NEVER:
+                return chunk
+            case UsageReporting.AT_THE_END:
+                return {**chunk, "usage": None}
+            case UsageReporting.IN_EVERY_CHUNK:
+                return {**chunk, "usage": usage.document()}
 
     def usage_chunk(self, usage: Usage) -> Document:
         """The last event, where usage was asked for."""
