@@ -11,8 +11,9 @@ from contextlib import AsyncExitStack, asynccontextmanager
 import grpc
 import pytest
 from flume_common.serving import CannotListen, channel, serve, status_errors
+from google.protobuf import descriptor_pb2
 from grpc_health.v1 import health_pb2, health_pb2_grpc
-from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
+from grpc_reflection.v1alpha import reflection_pb2
 
 NAME = "test.Slow"
 SERVING = health_pb2.HealthCheckResponse.SERVING
@@ -82,14 +83,30 @@ async def test_whoever_watches_health_is_told_at_once():
         watch.cancel()
 
 
-async def test_reflection_lists_what_is_served():
+async def reflected(opened, version, **request):
+    """The reply of `grpc.reflection.<version>`, whose messages are those of v1alpha."""
+    ask = opened.stream_stream(
+        f"/grpc.reflection.{version}.ServerReflection/ServerReflectionInfo",
+        request_serializer=reflection_pb2.ServerReflectionRequest.SerializeToString,
+        response_deserializer=reflection_pb2.ServerReflectionResponse.FromString,
+    )
+    return await ask(iter([reflection_pb2.ServerReflectionRequest(**request)]), timeout=5).read()
+
+
+@pytest.mark.parametrize("version", ["v1", "v1alpha"])
+async def test_reflection_lists_and_describes_what_is_served(version):
+    itself = f"grpc.reflection.{version}.ServerReflection"
     async with serve("127.0.0.1:0", add_slow, [NAME]) as server, channel(server.address) as opened:
-        stub = reflection_pb2_grpc.ServerReflectionStub(opened)
-        call = stub.ServerReflectionInfo(
-            iter([reflection_pb2.ServerReflectionRequest(list_services="")]), timeout=5
-        )
-        listed = {service.name for service in (await call.read()).list_services_response.service}
-    assert {NAME, "grpc.health.v1.Health"} <= listed
+        listing = await reflected(opened, version, list_services="")
+        described = await reflected(opened, version, file_containing_symbol=itself)
+    listed = {service.name for service in listing.list_services_response.service}
+    assert {NAME, "grpc.health.v1.Health", itself} <= listed
+    [file] = map(
+        descriptor_pb2.FileDescriptorProto.FromString,
+        described.file_descriptor_response.file_descriptor_proto,
+    )
+    assert file.package == f"grpc.reflection.{version}"
+    assert file.service[0].method[0].input_type == f".grpc.reflection.{version}.ServerReflectionRequest"
 
 
 async def test_a_taken_port_is_told_and_not_shared():

@@ -107,6 +107,7 @@ class FakeAdmin(rpc.AdminServicer, router_pb2_grpc.RouterServicer):
         self.nodes = nodes()
         self.routes = routes()
         self.requests = requests()
+        self.unanswered = []
         self.statuses = [status()]
         self.hold_watch = False  # keep a watch open after its last status
         self.desired = 1
@@ -153,7 +154,7 @@ class FakeAdmin(rpc.AdminServicer, router_pb2_grpc.RouterServicer):
 
     def ListRequests(self, request, context):
         self._check(context)
-        return pb.ListRequestsReply(requests=self.requests)
+        return pb.ListRequestsReply(requests=self.requests, unanswered=self.unanswered)
 
     def ListEvents(self, request, context):
         self._check(context)
@@ -243,14 +244,14 @@ class FakeAdmin(rpc.AdminServicer, router_pb2_grpc.RouterServicer):
 
 
 class Serving:
-    """A FakeAdmin on a port of its own."""
+    """A FakeAdmin on a port of its own, or at `address`."""
 
-    def __init__(self):
+    def __init__(self, address="127.0.0.1:0"):
         self.fake = FakeAdmin()
         self._server = grpc.server(ThreadPoolExecutor(8))
         rpc.add_AdminServicer_to_server(self.fake, self._server)
         router_pb2_grpc.add_RouterServicer_to_server(self.fake, self._server)
-        self.address = f"127.0.0.1:{self._server.add_insecure_port('127.0.0.1:0')}"
+        self.address = f"127.0.0.1:{self._server.add_insecure_port(address)}"
         self._server.start()
         self.fake.nodes.append(
             pb.Node(id="router-1", role="router", state="READY", pid=14, address=self.address, age_s=9)

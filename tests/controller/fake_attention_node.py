@@ -67,7 +67,7 @@ async def main(args):
         member = Member(
             id=args.node, role=Role.ATTENTION, state=State.READY, address=server.address,
             host=socket.gethostname(), pid=os.getpid(), version="fake", protocol_version=1,
-            started_at_s=time.time(), kv_capacity_tokens=1000,
+            started_at_s=time.time(), kv_capacity_tokens=1000, metrics_address=server.address,
         )  # fmt: skip
         async with register(store, Keys(args.cluster), member, ttl_s=2) as servicer.registration:
             print(f"fake {args.node} is ready", flush=True)

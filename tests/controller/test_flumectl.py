@@ -9,6 +9,7 @@ import json
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -17,7 +18,7 @@ import pytest
 import yaml
 from click.testing import CliRunner
 from flume_common.etcd_binary import free_port
-from flume_controller.flumectl import main
+from flume_controller.flumectl import client, main
 
 sys.path.insert(0, str(Path(__file__).parent))
 import fake_admin
@@ -202,7 +203,8 @@ def test_wrong_usage_is_exit_code_2(flumectl, words):
 
 
 @pytest.mark.parametrize("words", [["get", "nodes"], ["status"], ["scale", "attention", "--replicas", "2"]])
-def test_a_controller_that_is_not_there_is_one_line_with_a_remedy(flumectl, words):
+def test_a_controller_that_is_not_there_is_one_line_with_a_remedy(flumectl, words, monkeypatch):
+    monkeypatch.setattr(client, "REMOTE_PATIENCE_S", 0.1)
     address = f"127.0.0.1:{free_port()}"
     result = flumectl(*words, address=address)
     assert (result.exit_code, result.stdout) == (1, "")
@@ -210,6 +212,46 @@ def test_a_controller_that_is_not_there_is_one_line_with_a_remedy(flumectl, word
         f"Error: cannot reach the controller at {address}: "
         "start a cluster with `flumectl up`, or give --server\n"
     )
+
+
+def test_a_controller_that_comes_back_soon_is_waited_for(flumectl, monkeypatch):
+    monkeypatch.setattr(client, "QUIET_S", 0.1)
+    address = f"127.0.0.1:{free_port()}"
+    comes = threading.Timer(0.7, lambda: servers.append(fake_admin.Serving(address)))
+    servers = []
+    comes.start()
+    try:
+        result = flumectl("get", "nodes", "-o", "json", address=address)
+    finally:
+        comes.join()
+        servers[0].close()
+    assert (result.exit_code, result.stderr) == (0, f"waiting for the controller at {address}\n")
+    assert [row["id"] for row in json.loads(result.stdout)]
+
+
+def test_requests_of_a_node_that_did_not_answer_are_unknown_and_not_none(flumectl, fake):
+    fake.requests, fake.unanswered = [], ["weight-1"]
+    result = flumectl("get", "requests")
+    assert (result.exit_code, result.stdout) == (1, "")
+    assert result.stderr == "Error: weight-1 did not answer in time: what runs there is unknown\n"
+    assert "weight-1 did not answer in time" in flumectl("get", "requests", "chatcmpl-9").stderr
+    assert "weight-1 did not answer in time" in flumectl("top", "requests", "--interval", "10ms").stderr
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["scale", "attention", "--replicas", "4294967296"],
+        ["scale", "attention", "--replicas", "1", "--current-replicas", "99999999999"],
+        ["autoscale", "attention", "--max", "4294967296"],
+        ["generate", "x", "--max-tokens", "4294967296"],
+        ["generate", "x", "--seed", "9223372036854775808"],
+    ],
+    ids=" ".join,
+)
+def test_a_number_that_no_message_can_carry_is_wrong_usage(flumectl, words):
+    result = flumectl(*words)
+    assert result.exit_code == 2 and "is not in the range" in result.stderr
 
 
 def test_without_a_server_the_local_cluster_is_looked_for(flumectl):

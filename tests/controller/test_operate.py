@@ -2,6 +2,7 @@
 
 import json
 import time
+import urllib.request
 
 import grpc
 import pytest
@@ -187,6 +188,42 @@ async def test_settings_are_set_shown_compared_and_remembered(controller, flumec
     assert row["value"] == "loud" and "must be one of" in row["error"]
     controller.until(lambda: "setting_refused" in controller.log(), timeout_s=5)
     assert '"log_level": "info"' not in controller.log().partition("setting_refused")[2]
+
+
+async def test_what_is_no_setting_is_shown_and_can_be_unset_and_nothing_else(
+    controller, flumectl, store, keys
+):
+    for name in ("weight/step_timeout", "zzz/yyy"):
+        await store.put(f"{keys.config}{name}", b"7")
+    assert "weight/step_timeout" in flumectl("config", "get").stdout
+    words = ("config", "unset", "weight/step_timeout", "zzz/yyy")
+    assert flumectl(*words, "--dry-run").stdout.count("7 -> <not set> (dry run)") == 2
+    assert flumectl(*words, "nonsense").exit_code == 1
+    assert await store.get(f"{keys.config}zzz/yyy"), "all of it is checked before any is removed"
+    assert flumectl(*words).stdout == ("weight/step_timeout: 7 -> <not set>\nzzz/yyy: 7 -> <not set>\n")
+    assert not (await store.range(keys.config)).items
+    result = flumectl("config", "unset", "zzz/yyy")
+    assert result.exit_code == 1 and "zzz/yyy" in result.stderr
+
+
+def test_prometheus_finds_every_process_and_forgets_those_that_went(controller):
+    def found():
+        address = next(node.metrics_address for node in all_nodes(controller) if node.role == "controller")
+        with urllib.request.urlopen(f"http://{address}/sd", timeout=5) as answer:
+            assert answer.headers["Content-Type"] == "application/json"
+            groups = json.loads(answer.read())
+        assert all(group["targets"] and group["labels"]["cluster"] for group in groups)
+        return {group["labels"]["node"] for group in groups}
+
+    controller.until(lambda: found() == {"controller-1", "attention-1"})
+    controller.scale(2)
+    controller.until(lambda: found() == {"controller-1", "attention-1", "attention-2"})
+    controller.scale(1)
+    controller.until(lambda: found() == {"controller-1", "attention-1"})
+
+
+def all_nodes(controller):
+    return controller.stub.ListNodes(pb.ListNodesRequest(), timeout=5).nodes
 
 
 async def test_a_node_is_described_with_its_lanes_routes_and_events(controller, flumectl, store, keys):

@@ -197,10 +197,12 @@ class Request(_message.Message):
     def __init__(self, id: _Optional[str] = ..., weight_node: _Optional[str] = ..., state: _Optional[str] = ..., prompt_tokens: _Optional[int] = ..., completion_tokens: _Optional[int] = ..., age_s: _Optional[float] = ...) -> None: ...
 
 class ListRequestsReply(_message.Message):
-    __slots__ = ("requests",)
+    __slots__ = ("requests", "unanswered")
     REQUESTS_FIELD_NUMBER: _ClassVar[int]
+    UNANSWERED_FIELD_NUMBER: _ClassVar[int]
     requests: _containers.RepeatedCompositeFieldContainer[Request]
-    def __init__(self, requests: _Optional[_Iterable[_Union[Request, _Mapping]]] = ...) -> None: ...
+    unanswered: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, requests: _Optional[_Iterable[_Union[Request, _Mapping]]] = ..., unanswered: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class DescribeObjectRequest(_message.Message):
     __slots__ = ("kind", "name")
@@ -211,7 +213,7 @@ class DescribeObjectRequest(_message.Message):
     def __init__(self, kind: _Optional[str] = ..., name: _Optional[str] = ...) -> None: ...
 
 class DescribeObjectReply(_message.Message):
-    __slots__ = ("nodes", "routes", "requests", "events", "lanes", "status", "settings", "spec_revision")
+    __slots__ = ("nodes", "routes", "requests", "events", "lanes", "status", "settings", "spec_revision", "unanswered")
     NODES_FIELD_NUMBER: _ClassVar[int]
     ROUTES_FIELD_NUMBER: _ClassVar[int]
     REQUESTS_FIELD_NUMBER: _ClassVar[int]
@@ -220,6 +222,7 @@ class DescribeObjectReply(_message.Message):
     STATUS_FIELD_NUMBER: _ClassVar[int]
     SETTINGS_FIELD_NUMBER: _ClassVar[int]
     SPEC_REVISION_FIELD_NUMBER: _ClassVar[int]
+    UNANSWERED_FIELD_NUMBER: _ClassVar[int]
     nodes: _containers.RepeatedCompositeFieldContainer[Node]
     routes: _containers.RepeatedCompositeFieldContainer[_common_pb2.Route]
     requests: _containers.RepeatedCompositeFieldContainer[Request]
@@ -228,7 +231,8 @@ class DescribeObjectReply(_message.Message):
     status: StatusReply
     settings: _containers.RepeatedCompositeFieldContainer[Setting]
     spec_revision: int
-    def __init__(self, nodes: _Optional[_Iterable[_Union[Node, _Mapping]]] = ..., routes: _Optional[_Iterable[_Union[_common_pb2.Route, _Mapping]]] = ..., requests: _Optional[_Iterable[_Union[Request, _Mapping]]] = ..., events: _Optional[_Iterable[_Union[Event, _Mapping]]] = ..., lanes: _Optional[_Iterable[_Union[_attention_pb2.LaneStats, _Mapping]]] = ..., status: _Optional[_Union[StatusReply, _Mapping]] = ..., settings: _Optional[_Iterable[_Union[Setting, _Mapping]]] = ..., spec_revision: _Optional[int] = ...) -> None: ...
+    unanswered: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, nodes: _Optional[_Iterable[_Union[Node, _Mapping]]] = ..., routes: _Optional[_Iterable[_Union[_common_pb2.Route, _Mapping]]] = ..., requests: _Optional[_Iterable[_Union[Request, _Mapping]]] = ..., events: _Optional[_Iterable[_Union[Event, _Mapping]]] = ..., lanes: _Optional[_Iterable[_Union[_attention_pb2.LaneStats, _Mapping]]] = ..., status: _Optional[_Union[StatusReply, _Mapping]] = ..., settings: _Optional[_Iterable[_Union[Setting, _Mapping]]] = ..., spec_revision: _Optional[int] = ..., unanswered: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class Event(_message.Message):
     __slots__ = ("id", "object", "type", "reason", "message", "source", "count", "first_s", "last_s")

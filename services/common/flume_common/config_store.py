@@ -11,7 +11,7 @@ the next change names it as what was there before.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import msgspec
@@ -24,6 +24,7 @@ from flume_common.config_schema import (
     Path,
     Scope,
     Setting,
+    UnknownSetting,
     Value,
     Values,
     contradiction,
@@ -135,6 +136,23 @@ async def set_values(
         if (await store.txn(compares, ops)).succeeded:
             return changes
     raise ConfigConflict
+
+
+async def remove_strays(
+    store: Store, keys: Keys, names: Collection[str], *, dry_run: bool = False
+) -> dict[str, str]:
+    """Delete values that are no settings, written past `set_values`; what each was, by name.
+
+    Raises UnknownSetting for a name at which nothing is written, and then deletes nothing. Raises StoreError.
+    """
+    written = _by_name(await store.range(keys.config), keys.config)
+    for name in names:
+        if name not in written:
+            raise UnknownSetting(name, tuple(path.name for path in PATHS))
+    if not dry_run:
+        for name in names:
+            await store.txn([], [Delete(keys.config + name)])
+    return {name: written[name].value.decode(errors="replace") for name in names}
 
 
 def differences(wanted: Mapping[Path, str | None], texts: Mapping[str, str]) -> list[Change]:

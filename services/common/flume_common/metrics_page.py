@@ -58,11 +58,16 @@ class MetricsPage:
         self._collect: Collect = tuple
         self._checks: Checks = lambda: {"started": False}
         self._facts: Checks = dict
+        self._pages: dict[str, Callable[[], Answer]] = {}
         self._registry = registry_of(self._families)
 
     def show(self, collect: Collect, checks: Checks, facts: Checks = dict) -> None:
         """From now on: the service's families, what its readiness depends on, and what is told beside it."""
         self._collect, self._checks, self._facts = collect, checks, facts
+
+    def add(self, path: str, page: Callable[[], Answer]) -> None:
+        """Serve `page` at `path`, too. It is called on other threads than this."""
+        self._pages[path] = page
 
     def answer(self, target: str) -> Answer:
         """To a GET of this path and query."""
@@ -74,7 +79,10 @@ class MetricsPage:
                 return Answer(200, b"ok")
             case "/readyz":
                 return self._ready(verbose="verbose" in parse_qs(query, keep_blank_values=True))
-        return Answer(404, b"there are /metrics, /livez, /healthz and /readyz")
+        if path in self._pages:
+            return self._pages[path]()
+        known = ", ".join(("/metrics", "/livez", "/healthz", "/readyz", *self._pages))
+        return Answer(404, f"there are {known}".encode())
 
     def _ready(self, *, verbose: bool) -> Answer:
         facts = {**self._facts(), "store_connected": self._store_connected()}

@@ -17,8 +17,8 @@ from typing import Any, NoReturn
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_health.v1.health import aio as health_aio
-from grpc_reflection.v1alpha import reflection
 
+from flume_common import reflection
 from flume_common.tasks import background
 
 LIVENESS = "liveness"
@@ -126,10 +126,7 @@ async def serve(
     health = _Health()
     health_pb2_grpc.add_HealthServicer_to_server(health, server)
     add(server)
-    reflection.enable_server_reflection(
-        (*services, health_pb2.DESCRIPTOR.services_by_name["Health"].full_name, reflection.SERVICE_NAME),
-        server,
-    )
+    reflection.enable(server, (*services, health_pb2.DESCRIPTOR.services_by_name["Health"].full_name))
     running = Server(server, bind, _listen(server, bind))
     running.ready = ready
     names = ("", READINESS, *services)

@@ -18,7 +18,7 @@ from flume_protos.v1 import attention_pb2
 from flume_controller import desired
 from flume_controller.admin_sources import SPEC_STATUS_OF, Context, Sources
 from flume_controller.config_admin import ConfigRpcs, setting_message
-from flume_controller.describe import Everything, NoSuchThing, UnknownKind, describe
+from flume_controller.describe import Everything, NoSuchThing, NotKnown, UnknownKind, describe
 from flume_controller.event_admin import EventRpcs, event_message
 from flume_controller.observe import Held
 from flume_controller.providers.base import Instance
@@ -30,6 +30,7 @@ __all__ = ["AdminServicer", "Sources"]
 STATUS_OF: dict[type[Exception], grpc.StatusCode] = {
     UnknownKind: grpc.StatusCode.INVALID_ARGUMENT,
     NoSuchThing: grpc.StatusCode.NOT_FOUND,
+    NotKnown: grpc.StatusCode.UNAVAILABLE,
     **SPEC_STATUS_OF,
 }
 """The first entry that an error is an instance of counts."""
@@ -84,9 +85,10 @@ class AdminServicer(SpecRpcs, ConfigRpcs, EventRpcs, rpc.AdminServicer):
                 age_s=item.age_s,
             )
             for member, items in zip(weights, answers, strict=True)
-            for item in items
+            for item in items or ()
         ]
-        return pb.ListRequestsReply(requests=requests)
+        unanswered = [member.id for member, items in zip(weights, answers, strict=True) if items is None]
+        return pb.ListRequestsReply(requests=requests, unanswered=unanswered)
 
     async def Describe(self, request: pb.DescribeObjectRequest, context: Context) -> pb.DescribeObjectReply:
         async with status_errors(context, STATUS_OF):
@@ -107,7 +109,7 @@ class AdminServicer(SpecRpcs, ConfigRpcs, EventRpcs, rpc.AdminServicer):
             self.ListRequests(pb.ListRequestsRequest(), context),
         )
         events = [event_message(event) for event in self._from.events.listed()]
-        return Everything(nodes.nodes, routes.routes, requests.requests, events)
+        return Everything(nodes.nodes, routes.routes, requests.requests, requests.unanswered, events)
 
     async def _lanes(self, node: str) -> list[attention_pb2.LaneStats]:
         member = self._from.members.current.get((Role.ATTENTION, node))

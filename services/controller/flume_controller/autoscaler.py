@@ -34,11 +34,11 @@ INTERVAL_S = 1.0
 
 
 class LoadCalls(Protocol):
-    """What it asks of nodes: None or nothing from one that does not answer in time."""
+    """What it asks of nodes: None from one that does not answer in time."""
 
     async def stats(self, member: Member) -> attention_pb2.StatsReply | None: ...
 
-    async def sequences(self, member: Member) -> list[weight_pb2.SequenceInfo]: ...
+    async def sequences(self, member: Member) -> list[weight_pb2.SequenceInfo] | None: ...
 
 
 class MembersOf(Protocol):
@@ -74,6 +74,7 @@ class Autoscaler:
         self._pace = Pace()
         self._readings = Readings()
         self._low_since_s: float | None = None
+        self._last_sequences: dict[str, list[weight_pb2.SequenceInfo]] = {}
 
     async def run(self) -> NoReturn:
         """Raises Deposed."""
@@ -101,11 +102,10 @@ class Autoscaler:
     async def _load(self, spec: AttentionSpec) -> FleetLoad:
         attention, weight = (_ready(self._members.of(role)) for role in (Role.ATTENTION, Role.WEIGHT))
         replies = await asyncio.gather(*(self._nodes.stats(member) for member in attention))
-        lists = await asyncio.gather(*(self._nodes.sequences(member) for member in weight))
-        sequences = [item for items in lists for item in items]
+        answered, sequences = await self._sequences(weight)
         stats = list(map(_or_last_word, attention, replies))
         readings = self._readings.look(stats)
-        step_s = self._pace.step_s(sequences, self._clock())
+        step_s = self._pace.step_s(answered, self._clock())
         return FleetLoad(
             nodes=node_loads(stats, sequences, readings),
             desired=spec.desired,
@@ -115,6 +115,20 @@ class Autoscaler:
             rest_s=rest_s(step_s, readings.values()),
             prepare_s=self._prepare_s(),
             gave_up=spec.set_by is Actor.CONTROLLER,
+        )
+
+    async def _sequences(
+        self, weight: list[Member]
+    ) -> tuple[list[weight_pb2.SequenceInfo], list[weight_pb2.SequenceInfo]]:
+        """Those of nodes that answered, and those of all: a busy node that does not has its last ones."""
+        lists = await asyncio.gather(*(self._nodes.sequences(member) for member in weight))
+        now = {member.id: items for member, items in zip(weight, lists, strict=True) if items is not None}
+        self._last_sequences = {
+            member.id: now.get(member.id, self._last_sequences.get(member.id, [])) for member in weight
+        }
+        return (
+            [item for items in now.values() for item in items],
+            [item for items in self._last_sequences.values() for item in items],
         )
 
     async def _set(self, spec: AttentionSpec, revision: int, decision: Decision) -> None:

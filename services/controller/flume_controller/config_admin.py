@@ -42,9 +42,20 @@ class ConfigRpcs:
             return pb.GetConfigReply(settings=map(setting_message, named(entries, request.name)))
 
     async def SetConfig(self, request: pb.SetConfigRequest, context: Context) -> pb.SetConfigReply:
+        strays = stray_names(request.assignments)
+        known = [item for item in request.assignments if item.name not in strays]
         async with status_errors(context, STATUS_OF):
-            changes = await self._set(request.assignments, request.actor, dry_run=request.dry_run)
-        return pb.SetConfigReply(changes=map(change_message, changes))
+            await self._set(known, request.actor, dry_run=True)  # all of it is checked before any is written
+            removed = await config_store.remove_strays(
+                self._from.store, self._from.keys, strays, dry_run=request.dry_run
+            )
+            changes = await self._set(known, request.actor, dry_run=request.dry_run)
+        return pb.SetConfigReply(
+            changes=[
+                *map(change_message, changes),
+                *(pb.SettingChange(name=name, before=before) for name, before in removed.items()),
+            ]
+        )
 
     async def DiffConfig(self, request: pb.DiffConfigRequest, context: Context) -> pb.SetConfigReply:
         async with status_errors(context, STATUS_OF):
@@ -72,6 +83,18 @@ class ConfigRpcs:
             now_s=time.time(),
             dry_run=dry_run,
         )
+
+
+def stray_names(assignments: Iterable[pb.Assignment]) -> list[str]:
+    """Names to unset that are no settings: what somebody wrote there by hand is to go."""
+    found = []
+    for item in assignments:
+        try:
+            path_of(item.name)
+        except UnknownSetting:
+            if not item.HasField("value"):
+                found.append(item.name)
+    return list(dict.fromkeys(found))
 
 
 def wanted(assignments: Iterable[pb.Assignment]) -> Mapping[Path, str | None]:

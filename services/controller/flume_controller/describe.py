@@ -3,6 +3,7 @@
 * Unknown
   + UnknownKind   nothing of the kind can be described
   + NoSuchThing   there is none of that name
+  + NotKnown      none was found, and not all answered
 """
 
 from __future__ import annotations
@@ -31,6 +32,17 @@ class NoSuchThing(Unknown):
         self.name = name
 
 
+class NotKnown(Unknown):
+    """There may be one of that name: nodes that could tell did not answer in time."""
+
+    def __init__(self, kind: str, name: str, unanswered: Sequence[str]) -> None:
+        super().__init__(
+            f"no {kind} {name!r} was found, and {', '.join(unanswered)} did not answer in time: try again"
+        )
+        self.kind = kind
+        self.name = name
+
+
 @dataclass(frozen=True, slots=True)
 class Everything:
     """All there is, as the lists of the admin API give it."""
@@ -38,6 +50,8 @@ class Everything:
     nodes: Sequence[pb.Node] = ()
     routes: Sequence[common_pb2.Route] = ()
     requests: Sequence[pb.Request] = ()
+    unanswered: Sequence[str] = ()
+    """Weight nodes whose requests are unknown: they did not answer in time."""
     events: Sequence[pb.Event] = ()
 
 
@@ -56,6 +70,7 @@ def _node(name: str, everything: Everything) -> pb.DescribeObjectReply:
         nodes=found,
         routes=[route for route in everything.routes if name in (route.weight_node, *holders(route))],
         requests=[item for item in everything.requests if item.weight_node == name],
+        unanswered=[node for node in everything.unanswered if node == name],
         events=_about(everything, name),
     )
 
@@ -69,6 +84,8 @@ def _route(name: str, everything: Everything) -> pb.DescribeObjectReply:
 
 def _request(name: str, everything: Everything) -> pb.DescribeObjectReply:
     if not any(item.id == name for item in everything.requests):
+        if everything.unanswered:
+            raise NotKnown("request", name, everything.unanswered)
         raise NoSuchThing("request", name)
     return _sequence(name, [route for route in everything.routes if route.sequence == name], everything)
 
@@ -84,6 +101,7 @@ def _sequence(
         nodes=[node for node in everything.nodes if node.id in ids],
         routes=routes,
         requests=requests,
+        unanswered=everything.unanswered,
         events=_about(everything, name),
     )
 

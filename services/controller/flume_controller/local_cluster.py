@@ -83,6 +83,7 @@ class ClusterConfig(msgspec.Struct, frozen=True, kw_only=True):
     node_host: str = LOOPBACK  # where nodes listen for one another
     http_port: Port = 8000
     admin_port: Port = 9400
+    metrics_port: Annotated[int, msgspec.Meta(ge=0, le=65535)] = 0  # of the controller; 0: a free one
     etcd_port: Port = 2379
     etcd: str = ""  # endpoints of an existing one; empty: run our own
     etcd_ca: str = ""  # how to get in there; see flume_common.etcd_flags
@@ -122,6 +123,7 @@ class ClusterConfig(msgspec.Struct, frozen=True, kw_only=True):
         return {
             "--http-port": (self.host, self.http_port),
             "--admin-port": (LOOPBACK, self.admin_port),
+            **({"--metrics-port": (LOOPBACK, self.metrics_port)} if self.metrics_port else {}),
             **own_etcd,
         }
 
@@ -326,6 +328,7 @@ class _Start:
             self._python(
                 "flume_controller",
                 *("--node", CONTROLLER, "--listen", config.admin_address),
+                *("--metrics-listen", f"{LOOPBACK}:{config.metrics_port}"),
                 *("--data-dir", str(self._files.directory), "--attention", str(config.attention)),
                 *("--standby", str(config.standby), "--zygote" if config.zygote else "--no-zygote"),
                 *("--provider", "local", "--attention-args", shlex.join(self._attention_args())),

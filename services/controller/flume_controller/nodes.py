@@ -14,6 +14,8 @@ from flume_protos.v1 import attention_pb2, attention_pb2_grpc, weight_pb2, weigh
 from flume_controller.observe import Held
 
 STATS_DEADLINE_S = 0.5
+LIST_DEADLINE_S = 2.0
+"""For a list that a person asked for: worth waiting for a busy node."""
 CALL_DEADLINE_S = 3.0
 
 
@@ -58,13 +60,13 @@ class GrpcNodes:
             return None
         return reply
 
-    async def sequences(self, member: Member) -> list[weight_pb2.SequenceInfo]:
-        """The live sequences of a weight node; none when it does not answer in time."""
+    async def sequences(self, member: Member) -> list[weight_pb2.SequenceInfo] | None:
+        """The live sequences of a weight node; None, which is not "none", if it does not answer in time."""
         stub = weight_pb2_grpc.WeightStub(self._channel(member))  # type: ignore[no-untyped-call]
         try:
-            reply = await stub.ListSequences(weight_pb2.ListSequencesRequest(), timeout=STATS_DEADLINE_S)
+            reply = await stub.ListSequences(weight_pb2.ListSequencesRequest(), timeout=LIST_DEADLINE_S)
         except grpc.aio.AioRpcError:
-            return []
+            return None
         return list(reply.sequences)
 
     async def keep_only(self, addresses: Iterable[str]) -> None:

@@ -16,7 +16,7 @@ from flume_common.config_watch import watch_config
 from flume_common.election import Candidate
 from flume_common.keys import Keys
 from flume_common.membership import Member, Members, Role, State, register, watch_members
-from flume_common.metrics_page import MetricsPage, metrics_page
+from flume_common.metrics_page import Answer, MetricsPage, metrics_page
 from flume_common.serving import Server, serve
 from flume_common.store import connect
 from flume_common.tasks import background
@@ -24,7 +24,7 @@ from flume_common.telemetry import level, version
 from flume_common.wire import PROTOCOL_VERSION
 from flume_protos.v1 import admin_pb2, admin_pb2_grpc
 
-from flume_controller import event_store
+from flume_controller import discovery, event_store
 from flume_controller.admin import AdminServicer, Sources
 from flume_controller.config import ControllerConfig
 from flume_controller.lead import Leader, Surroundings, autoscale_settings
@@ -61,6 +61,12 @@ async def run(config: ControllerConfig) -> NoReturn:
                 tidy_channels=_tidy(members, nodes),
             ),
         ):
+            page.add(
+                discovery.PATH,
+                lambda: Answer(
+                    200, discovery.targets(members.current.values(), config.cluster), "application/json"
+                ),
+            )
             page.show(
                 lambda: families(candidate, leader, wish, report),
                 lambda: {"started": True},

@@ -6,9 +6,9 @@ import click
 from flume_protos.v1 import admin_pb2
 
 from flume_controller.flumectl.client import CALL_DEADLINE_S, Target, admin, who
-from flume_controller.flumectl.options import dry_run_option, target_options
+from flume_controller.flumectl.options import MAX_COUNT, dry_run_option, target_options
 
-COUNT = click.IntRange(min=1)
+COUNT = click.IntRange(1, MAX_COUNT)
 
 
 @click.group()

@@ -85,9 +85,12 @@ def set_(target: Target, assignments: tuple[str, ...], file: Path | None, dry_ru
 def unset(target: Target, names: tuple[str, ...], dry_run: bool) -> None:
     """Take settings back: what the services were started with holds again.
 
+    Also removes what `config get` shows as unknown, SCOPE/KEY as it stands there.
+
     \b
     Examples:
       flumectl config unset weight/log_level
+      flumectl config unset weight/step_timeout
     """
     _change(target, [admin_pb2.Assignment(name=name) for name in names], dry_run)
 

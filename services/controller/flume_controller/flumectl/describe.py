@@ -116,6 +116,7 @@ def as_row(kind: str, reply: admin_pb2.DescribeObjectReply) -> dict[str, Any]:
     if kind != "cluster":
         row["routes"] = [r.route_row(item) for item in reply.routes]
         row["requests"] = [r.request_row(item) for item in reply.requests]
+        row["unanswered"] = list(reply.unanswered)
     if kind == "node":
         row["lanes"] = [r.lane_row(item) for item in reply.lanes]
     row["events"] = [r.event_row(item) for item in reply.events]
@@ -149,9 +150,15 @@ def _node(row: Row, now_s: float) -> list[str]:
     return [
         *_fields(fields),
         *_section("Lanes", row["lanes"], LANE_COLUMNS),
-        *_section("Requests", row["requests"], r.REQUEST_COLUMNS),
+        *_requests(row),
         *_section("Routes", row["routes"], r.ROUTE_COLUMNS),
     ]
+
+
+def _requests(row: Row) -> list[str]:
+    if row["unanswered"]:
+        return [f"{'Requests:':<14} <unknown: the node did not answer in time>"]
+    return _section("Requests", row["requests"], r.REQUEST_COLUMNS)
 
 
 def _sequence(row: Row, now_s: float) -> list[str]:

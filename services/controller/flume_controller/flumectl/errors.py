@@ -13,26 +13,34 @@ class CommandError(click.ClickException):
     """Printed as `Error: …` on stderr; exit code 1."""
 
 
+def unreachable(server: str, what: str = "the controller") -> CommandError:
+    return CommandError(
+        f"cannot reach {what} at {server}: start a cluster with `flumectl up`, or give --server"
+    )
+
+
 @contextmanager
 def explained(server: str, what: str = "the controller") -> Iterator[None]:
     """Turn a failed call to `server` into one line that says what to do."""
     try:
         yield
     except grpc.RpcError as error:
-        raise CommandError(_explain(error, server, what)) from error
+        raise _explain(error, server, what) from error
 
 
-def _explain(error: grpc.RpcError, server: str, what: str) -> str:
+def _explain(error: grpc.RpcError, server: str, what: str) -> CommandError:
     code, details = error.code(), error.details()
     match code:
         case grpc.StatusCode.UNAVAILABLE if _unreachable(details):
-            return f"cannot reach {what} at {server}: start a cluster with `flumectl up`, or give --server"
+            return unreachable(server, what)
         case grpc.StatusCode.DEADLINE_EXCEEDED:
-            return f"{what} at {server} did not answer in time"
+            return CommandError(f"{what} at {server} did not answer in time")
         case grpc.StatusCode.UNIMPLEMENTED:
-            return f"{what} at {server} does not know this command: its version differs from flumectl's"
+            return CommandError(
+                f"{what} at {server} does not know this command: its version differs from flumectl's"
+            )
         case _:
-            return f"{details} ({code.name})"
+            return CommandError(f"{details} ({code.name})")
 
 
 def _unreachable(details: str | None) -> bool:

@@ -11,14 +11,18 @@ from flume_protos.v1 import admin_pb2, router_pb2, router_pb2_grpc, weight_pb2
 from flume_controller.flumectl.client import CALL_DEADLINE_S, Target, admin
 from flume_controller.flumectl.duration import DURATION
 from flume_controller.flumectl.errors import CommandError, explained
-from flume_controller.flumectl.options import target_options
+from flume_controller.flumectl.options import MAX_COUNT, target_options
 
 
 @click.command()
 @click.argument("prompt")
 @click.option("--model", default="", help="The served model's name; by default the only one.")
 @click.option(
-    "--max-tokens", type=click.IntRange(min=1), default=256, show_default=True, help="Length of the answer."
+    "--max-tokens",
+    type=click.IntRange(1, MAX_COUNT),
+    default=256,
+    show_default=True,
+    help="Length of the answer.",
 )
 @click.option(
     "--temperature",
@@ -27,7 +31,7 @@ from flume_controller.flumectl.options import target_options
     show_default=True,
     help="0 takes the most likely token each time.",
 )
-@click.option("--seed", type=int, help="Makes sampling repeatable.")
+@click.option("--seed", type=click.IntRange(-(2**63), 2**63 - 1), help="Makes sampling repeatable.")
 @click.option("--system", default="", help="A system message before the prompt.")
 @click.option("--raw", is_flag=True, help="Continue the prompt as plain text: no chat template.")
 @click.option("--router", metavar="HOST:PORT", help="The router's gRPC address; by default asked for.")

@@ -34,22 +34,30 @@ class Kind:
     name: str
     key: str  # the field that names a row
     columns: Sequence[Column]
-    fetch: Callable[[Any], list[Row]]
+    fetch: Callable[[Any], Listing]
 
 
-def _nodes(stub: Any) -> list[Row]:
+@dataclass(frozen=True, slots=True)
+class Listing:
+    """What was found, and which nodes did not answer in time: what they would have added is unknown."""
+
+    rows: list[Row]
+    unanswered: Sequence[str] = ()
+
+
+def _nodes(stub: Any) -> Listing:
     reply = stub.ListNodes(admin_pb2.ListNodesRequest(), timeout=CALL_DEADLINE_S)
-    return [node_row(node) for node in reply.nodes]
+    return Listing([node_row(node) for node in reply.nodes])
 
 
-def _routes(stub: Any) -> list[Row]:
+def _routes(stub: Any) -> Listing:
     reply = stub.ListRoutes(admin_pb2.ListRoutesRequest(), timeout=CALL_DEADLINE_S)
-    return [route_row(route) for route in reply.routes]
+    return Listing([route_row(route) for route in reply.routes])
 
 
-def _requests(stub: Any) -> list[Row]:
+def _requests(stub: Any) -> Listing:
     reply = stub.ListRequests(admin_pb2.ListRequestsRequest(), timeout=CALL_DEADLINE_S)
-    return [request_row(request) for request in reply.requests]
+    return Listing([request_row(request) for request in reply.requests], reply.unanswered)
 
 
 KINDS = {
@@ -100,19 +108,27 @@ def get(target: Target, kind: Kind, id: str | None, fmt: str, watch: bool) -> No
       flumectl get nodes -o json | jq '.[].kv_used_tokens'
     """
     with admin(target) as stub:
-        rows = _select(kind, kind.fetch(stub), id)
+        listing = kind.fetch(stub)
+        rows = _select(kind, listing, id)
         if watch:
             _watch(kind, stub, rows, id, fmt)
         elif rows or fmt in ("json", "yaml"):
             click.echo(render(rows, kind.columns, fmt))
-        else:
+        elif not listing.unanswered:
             click.echo(f"No {kind.name} found.", err=True)
+    if listing.unanswered and id is None:
+        raise CommandError(
+            f"{', '.join(listing.unanswered)} did not answer in time: what runs there is unknown"
+        )
 
 
-def _select(kind: Kind, rows: list[Row], id: str | None) -> list[Row]:
+def _select(kind: Kind, listing: Listing, id: str | None) -> list[Row]:
     if id is None:
-        return rows
-    found = [row for row in rows if row[kind.key] == id]
+        return listing.rows
+    found = [row for row in listing.rows if row[kind.key] == id]
+    if not found and listing.unanswered:
+        unanswered = ", ".join(listing.unanswered)
+        raise CommandError(f"no {kind.name[:-1]} {id!r} was found, but {unanswered} did not answer in time")
     if not found:
         raise CommandError(f"no {kind.name[:-1]} {id!r}: `flumectl get {kind.name}` lists them")
     return found
@@ -121,13 +137,17 @@ def _select(kind: Kind, rows: list[Row], id: str | None) -> list[Row]:
 def _watch(kind: Kind, stub: Any, rows: list[Row], id: str | None, fmt: str) -> None:
     table = Table(kind.columns, wide=fmt == "wide")
     known: dict[str, Row] = {}
+    unanswered: Sequence[str] = ()
     while True:
+        if unanswered:  # neither gone nor changed: not known just now
+            rows = [*rows, *(row for row in known.values() if row.get("weight_node") in unanswered)]
         now = {row[kind.key]: row for row in rows if id in (None, row[kind.key])}
         for row in changes(known, now):
             click.echo(render_one(row, kind.columns, fmt, table))
         known = now
         time.sleep(WATCH_POLL_S)
-        rows = kind.fetch(stub)
+        listing = kind.fetch(stub)
+        rows, unanswered = listing.rows, listing.unanswered
 
 
 def changes(known: dict[str, Row], now: dict[str, Row]) -> list[Row]:

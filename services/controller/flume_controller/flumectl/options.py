@@ -14,6 +14,9 @@ from flume_controller.flumectl.client import Target
 from flume_controller.flumectl.duration import DURATION
 from flume_controller.flumectl.output import FORMATS
 
+MAX_COUNT = 2**31 - 1
+"""Fits every count of the admin API; what is too many for a cluster is the controller's to say."""
+
 
 def _validated_name(ctx: click.Context, param: click.Parameter, value: str) -> str:
     try:

@@ -10,8 +10,10 @@ from flume_protos.v1 import admin_pb2
 from flume_controller.flumectl.client import CALL_DEADLINE_S, Target, admin
 from flume_controller.flumectl.duration import DURATION
 from flume_controller.flumectl.errors import CommandError
-from flume_controller.flumectl.options import deadline_option, dry_run_option, target_options
+from flume_controller.flumectl.options import MAX_COUNT, deadline_option, dry_run_option, target_options
 from flume_controller.flumectl.watching import given_up, progress, statuses
+
+REPLICAS = click.IntRange(0, MAX_COUNT)
 
 
 @click.group()
@@ -20,10 +22,10 @@ def scale() -> None:
 
 
 @scale.command()
-@click.option("--replicas", type=click.IntRange(min=0), required=True, help="How many there should be.")
+@click.option("--replicas", type=REPLICAS, required=True, help="How many there should be.")
 @click.option(
     "--current-replicas",
-    type=click.IntRange(min=0),
+    type=REPLICAS,
     help="Only if this is the desired number now; otherwise nothing changes.",
 )
 @click.option(

@@ -87,6 +87,8 @@ def _node_list(stub: Any) -> dict[str, admin_pb2.Node]:
 
 def _request_list(stub: Any) -> dict[str, admin_pb2.Request]:
     reply = stub.ListRequests(admin_pb2.ListRequestsRequest(), timeout=CALL_DEADLINE_S)
+    if reply.unanswered:
+        click.echo(f"Warning: {', '.join(reply.unanswered)} did not answer in time", err=True)
     return {item.id: item for item in reply.requests}
 
 

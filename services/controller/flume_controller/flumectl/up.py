@@ -78,6 +78,10 @@ PORT = click.IntRange(1, 65535)
 )  # fmt: skip
 @click.option("--http-port", type=PORT, default=8000, show_default=True, help="Of the OpenAI API.")
 @click.option("--admin-port", type=PORT, default=9400, show_default=True, help="Of the admin API.")
+@click.option(
+    "--metrics-port", type=click.IntRange(0, 65535), default=0, show_default="a free one",
+    help="Of the controller's /metrics and /sd, where Prometheus finds all the others.",
+)  # fmt: skip
 @click.option("--etcd-port", type=PORT, default=2379, show_default=True, help="Of the etcd it runs.")
 @click.option("--etcd", default="", metavar="HOST:PORT[,…]", help="Use this etcd rather than running one.")
 @etcd_security_options
