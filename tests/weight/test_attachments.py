@@ -15,6 +15,7 @@ from flume_protos.v1 import attention_pb2_grpc as rpc
 from flume_weight import attachments
 from flume_weight import messages as m
 from flume_weight.attachments import Attachments, detach
+from msgspec.structs import replace
 
 READY = m.Ready("llama", 100, 64, 2, 4, 2, 16, "float32", 16, 8, 4, 4096, 0.0)
 
@@ -24,6 +25,9 @@ class Node(rpc.AttentionServicer):
 
     def __init__(self, *kept: pb.AdoptReply) -> None:
         self.kept = list(kept)
+        self.name = ""  # empty: the one that is meant
+        self.answers = asyncio.Event()
+        self.answers.set()
         self.asked = []
         self.attaches = []
         self.detached = []
@@ -40,8 +44,11 @@ class Node(rpc.AttentionServicer):
 
     async def Attach(self, request, context):
         self.attaches.append(request)
+        await self.answers.wait()
         self.lanes = [(request.weight_node, request.epoch)]
-        return pb.AttachReply(node="a", epoch=9, worker_address=b"theirs", lane=3, capacity_blocks=10)
+        return pb.AttachReply(
+            node=self.name or request.node, epoch=9, worker_address=b"theirs", lane=3, capacity_blocks=10
+        )
 
     async def Adopt(self, request, context):
         self.asked.append(request)
@@ -225,6 +232,45 @@ async def test_with_a_new_epoch_of_ours_a_node_that_ended_our_lane_is_attached_a
         assert node.attached == 2 and ours.up == ["a"]
         await ours.reconcile([one])
         assert node.attached == 2, "it is there under the new epoch"
+
+
+async def test_a_node_that_answers_under_another_name_is_not_attached(ours):
+    """A record that gives another node's address as its own."""
+    node = Node()
+    node.name = "real"
+    async with listed("ghost", node) as one:
+        await ours.reconcile([one])
+    assert node.attaches[0].node == "ghost"
+    assert [type(message) for message in ours.said] == [m.CloseLane] and ours.up == []
+
+
+async def test_a_record_that_names_another_process_ends_no_lane_that_works(ours):
+    async with listed("a", Node()) as one:
+        await ours.reconcile([one])
+        await ours.reconcile([replace(one, address="127.0.0.1:1")])
+        assert ours.up == ["a"]
+        assert [type(message) for message in ours.said] == [m.Attach, m.CloseLane]
+
+
+async def test_a_process_that_answers_in_the_place_of_another_takes_its_lane(ours):
+    async with listed("a", Node()) as one, listed("a", Node()) as successor:
+        await ours.reconcile([one])
+        await ours.reconcile([successor])
+        await ours.reconcile([successor])
+    assert [type(message) for message in ours.said] == [m.Attach, m.Attach] and ours.up == ["a"]
+
+
+async def test_a_node_that_does_not_answer_holds_up_no_other_one(ours, monkeypatch):
+    monkeypatch.setattr(attachments, "_PASS_S", 0.1)
+    silent = Node()
+    silent.answers = asyncio.Event()
+    async with listed("silent", silent) as one, listed("b", Node()) as other, asyncio.timeout(2):
+        await ours.reconcile([one])
+        await ours.reconcile([one, other])
+        assert ours.up == ["b"]
+        silent.answers.set()
+        while "silent" not in ours.up:
+            await ours.reconcile([one, other])
 
 
 async def test_leaving_tells_every_node_that_answers(ours):

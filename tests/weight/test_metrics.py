@@ -65,7 +65,7 @@ async def test_a_node_on_a_gpu_says_in_how_many_microbatches_steps_run_and_how_f
 async def test_without_an_engine_nothing_runs_and_its_counters_begin_again(supervisor):
     await supervisor._hear(m.Capacity(capacity_tokens=900, running=3, waiting=2))
     await supervisor._hear(m.Recomputed(node_lost=10))
-    supervisor._attachments = SimpleNamespace(up=["a1", "a2"])
+    supervisor._attachments = SimpleNamespace(up=["a1", "a2"], close=lambda: None)
     assert shown(supervisor)["lanes"] == 2
     await supervisor._engine_gone()
     page = shown(supervisor)

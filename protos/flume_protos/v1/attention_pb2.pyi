@@ -8,7 +8,7 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class AttachRequest(_message.Message):
-    __slots__ = ("weight_node", "epoch", "protocol_version", "layout", "worker_address", "lane", "max_step_tokens", "max_step_sequences", "kv_frame_bytes", "direct")
+    __slots__ = ("weight_node", "epoch", "protocol_version", "layout", "worker_address", "lane", "max_step_tokens", "max_step_sequences", "kv_frame_bytes", "direct", "node")
     WEIGHT_NODE_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     PROTOCOL_VERSION_FIELD_NUMBER: _ClassVar[int]
@@ -19,6 +19,7 @@ class AttachRequest(_message.Message):
     MAX_STEP_SEQUENCES_FIELD_NUMBER: _ClassVar[int]
     KV_FRAME_BYTES_FIELD_NUMBER: _ClassVar[int]
     DIRECT_FIELD_NUMBER: _ClassVar[int]
+    NODE_FIELD_NUMBER: _ClassVar[int]
     weight_node: str
     epoch: int
     protocol_version: int
@@ -29,7 +30,8 @@ class AttachRequest(_message.Message):
     max_step_sequences: int
     kv_frame_bytes: int
     direct: bool
-    def __init__(self, weight_node: _Optional[str] = ..., epoch: _Optional[int] = ..., protocol_version: _Optional[int] = ..., layout: _Optional[_Union[_common_pb2.KvLayout, _Mapping]] = ..., worker_address: _Optional[bytes] = ..., lane: _Optional[int] = ..., max_step_tokens: _Optional[int] = ..., max_step_sequences: _Optional[int] = ..., kv_frame_bytes: _Optional[int] = ..., direct: _Optional[bool] = ...) -> None: ...
+    node: str
+    def __init__(self, weight_node: _Optional[str] = ..., epoch: _Optional[int] = ..., protocol_version: _Optional[int] = ..., layout: _Optional[_Union[_common_pb2.KvLayout, _Mapping]] = ..., worker_address: _Optional[bytes] = ..., lane: _Optional[int] = ..., max_step_tokens: _Optional[int] = ..., max_step_sequences: _Optional[int] = ..., kv_frame_bytes: _Optional[int] = ..., direct: _Optional[bool] = ..., node: _Optional[str] = ...) -> None: ...
 
 class AttachReply(_message.Message):
     __slots__ = ("node", "epoch", "worker_address", "lane", "capacity_blocks", "direct_region")
@@ -222,18 +224,22 @@ class ReadSums(_message.Message):
     def __init__(self, steps: _Optional[float] = ..., bytes: _Optional[float] = ..., seconds: _Optional[float] = ..., bytes_squared: _Optional[float] = ..., seconds_squared: _Optional[float] = ..., bytes_seconds: _Optional[float] = ...) -> None: ...
 
 class DrainRequest(_message.Message):
-    __slots__ = ("deadline_s",)
+    __slots__ = ("deadline_s", "node")
     DEADLINE_S_FIELD_NUMBER: _ClassVar[int]
+    NODE_FIELD_NUMBER: _ClassVar[int]
     deadline_s: float
-    def __init__(self, deadline_s: _Optional[float] = ...) -> None: ...
+    node: str
+    def __init__(self, deadline_s: _Optional[float] = ..., node: _Optional[str] = ...) -> None: ...
 
 class DrainReply(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...
 
 class UndrainRequest(_message.Message):
-    __slots__ = ()
-    def __init__(self) -> None: ...
+    __slots__ = ("node",)
+    NODE_FIELD_NUMBER: _ClassVar[int]
+    node: str
+    def __init__(self, node: _Optional[str] = ...) -> None: ...
 
 class UndrainReply(_message.Message):
     __slots__ = ()

@@ -51,6 +51,7 @@ class AttentionServicer(rpc.AttentionServicer):
         self, request: pb.AttachRequest, context: grpc.aio.ServicerContext[pb.AttachRequest, pb.AttachReply]
     ) -> pb.AttachReply:
         async with status_errors(context, STATUS_OF):
+            self._require_meant(request.node)
             layout, epoch = _layout(request), self._epoch()
             attached = await self._supervisor.attach(lambda number: _attach(number, request, layout, epoch))
         log.info("lane_attached", weight_node=request.weight_node, epoch=request.epoch, layout=layout.hash,
@@ -132,6 +133,7 @@ class AttentionServicer(rpc.AttentionServicer):
         self, request: pb.DrainRequest, context: grpc.aio.ServicerContext[pb.DrainRequest, pb.DrainReply]
     ) -> pb.DrainReply:
         async with status_errors(context, STATUS_OF):
+            self._require_meant(request.node)
             leave_by_s = _leave_by_s(request.deadline_s)
         log.info("draining", deadline_s=request.deadline_s)
         await self._supervisor.set_draining(True, leave_by_s=leave_by_s)
@@ -142,9 +144,16 @@ class AttentionServicer(rpc.AttentionServicer):
         request: pb.UndrainRequest,
         context: grpc.aio.ServicerContext[pb.UndrainRequest, pb.UndrainReply],
     ) -> pb.UndrainReply:
+        async with status_errors(context, STATUS_OF):
+            self._require_meant(request.node)
         log.info("undrained")
         await self._supervisor.set_draining(False)
         return pb.UndrainReply()
+
+    def _require_meant(self, node: str) -> None:
+        """Raises AttachRefused when another node is meant: any record may give our address as its own."""
+        if node and node != self.node:
+            raise AttachRefused("node", f"this is attention node {self.node}, not {node}")
 
 
 def _layout(request: pb.AttachRequest | pb.LendRequest) -> KvLayout:

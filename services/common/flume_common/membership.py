@@ -11,7 +11,7 @@ import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from enum import StrEnum
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import msgspec
 import structlog
@@ -38,6 +38,9 @@ from flume_common.tasks import background
 
 log = structlog.get_logger(__name__)
 
+LOOK_S = 2.0
+"""How often a member reads its own key: others may have written or deleted it."""
+
 
 class Role(StrEnum):
     """The four services."""
@@ -49,11 +52,14 @@ class Role(StrEnum):
 
 
 class State(StrEnum):
-    """A member's life: PREPARING -> READY -> DRAINING -> gone."""
+    """A member's life: PREPARING -> READY -> DRAINING -> gone. Back to PREPARING while it cannot serve."""
 
     PREPARING = "PREPARING"
     READY = "READY"
     DRAINING = "DRAINING"
+
+
+Count = Annotated[int, msgspec.Meta(ge=0, le=2**53)]
 
 
 class Member(msgspec.Struct, frozen=True, kw_only=True):
@@ -68,14 +74,17 @@ class Member(msgspec.Struct, frozen=True, kw_only=True):
     version: str
     protocol_version: int
     started_at_s: float  # Unix time
-    kv_capacity_tokens: int = 0
-    kv_used_tokens: int = 0
-    sequences: int = 0
+    kv_capacity_tokens: Count = 0
+    kv_used_tokens: Count = 0
+    sequences: Count = 0
     model: str = ""
     context_tokens: int = 0
     http_address: str = ""
     metrics_address: str = ""  # host:port of its /metrics
     leave_by_s: float = 0.0  # DRAINING: Unix time at which what it holds is to be elsewhere; 0: none
+    reason: str = ""  # why it is not READY: a Reason; empty: nothing to say
+    lanes: tuple[str, ...] | None = None  # weight: attention nodes it has a lane to; None: not known
+    canary: str = ""  # router: what its last canaries showed, a Verdict; empty: nothing yet
     epoch: int = 0  # of the key, not in the JSON: its create revision
 
     def encode(self) -> bytes:
@@ -168,8 +177,8 @@ class Registration:
                 await asyncio.sleep(backoff.next_s())
                 continue
             backoff.reset()
-            # Looked at again now and then: somebody may have deleted the key.
-            await self._wait_poked(self._ttl_s if settled else self._ttl_s / 10)
+            # A key that others wrote or deleted is put right by the next look.
+            await self._wait_poked(min(LOOK_S, self._ttl_s) if settled else self._ttl_s / 10)
 
     async def _wait_poked(self, timeout_s: float) -> None:
         try:

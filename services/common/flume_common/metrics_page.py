@@ -26,7 +26,7 @@ from prometheus_client import CONTENT_TYPE_LATEST, Metric, generate_latest
 
 from flume_common.listening import bind, reachable_address
 from flume_common.metrics import Collect, common, registry_of
-from flume_common.readiness import readiness
+from flume_common.readiness import Check, readiness
 
 log = structlog.get_logger(__name__)
 
@@ -40,7 +40,8 @@ REQUEST_S = 5.0
 MAX_REQUESTS = 16
 MAX_HEAD_BYTES = 16 << 10
 
-Checks = Callable[[], Mapping[str, bool]]
+Checks = Callable[[], Mapping[str, Check]]
+Facts = Callable[[], Mapping[str, bool]]
 
 
 class Answer(NamedTuple):
@@ -57,11 +58,11 @@ class MetricsPage:
         self._store_connected = store_connected
         self._collect: Collect = tuple
         self._checks: Checks = lambda: {"started": False}
-        self._facts: Checks = dict
+        self._facts: Facts = dict
         self._pages: dict[str, Callable[[], Answer]] = {}
         self._registry = registry_of(self._families)
 
-    def show(self, collect: Collect, checks: Checks, facts: Checks = dict) -> None:
+    def show(self, collect: Collect, checks: Checks, facts: Facts = dict) -> None:
         """From now on: the service's families, what its readiness depends on, and what is told beside it."""
         self._collect, self._checks, self._facts = collect, checks, facts
 

@@ -30,8 +30,9 @@ import msgspec
 from flume_common.etcd_binary import PortInUse, etcd_command, find_etcd, free_port, require_free
 from flume_common.etcd_flags import etcd_arguments, store_config
 from flume_common.keys import Keys
-from flume_common.membership import Members, Role, State, watch_members
+from flume_common.membership import Member, Members, Role, State, watch_members
 from flume_common.model_source import ModelSource, resolve_model
+from flume_common.reasons import Reason
 from flume_common.store import Store, StoreConfig, StoreError, StoreUnavailable, connect
 from flume_protos.v1 import admin_pb2, admin_pb2_grpc
 
@@ -308,8 +309,9 @@ class _Start:
                 # A given etcd may hold a wish from earlier.
                 await self._wish()
                 await self._until_ready(members, report, self._nodes())
-            self._waiting_for = [ROUTER]
-            await _until_answered(self._config)
+            if self._config.attention:  # without, no request can be answered before a scale
+                self._waiting_for = [ROUTER]
+                await _until_answered(self._config)
 
     async def _start_store(self, store: Store) -> None:
         self._waiting_for = ["etcd"]
@@ -359,7 +361,7 @@ class _Start:
     async def _until_ready(self, members: Members, report: AttentionReport, nodes: Iterable[str]) -> None:
         missing = set(nodes)
         while missing:
-            ready = {m.id for m in members.current.values() if m.state is State.READY}
+            ready = {m.id for m in members.current.values() if self._is_up(m)}
             for node in sorted(missing & ready):
                 self._is_ready(node)
             missing -= ready
@@ -367,6 +369,11 @@ class _Start:
             self._require_attention_alive(report.status)
             if missing:
                 await _changed_or_soon(members)
+
+    def _is_up(self, member: Member) -> bool:
+        """A weight node serves only with a lane to an attention node, and none may be wanted."""
+        lacks_attention = not self._config.attention and member.reason == Reason.NO_LANE
+        return member.state is State.READY or lacks_attention
 
     def _nodes(self) -> list[str]:
         """Everything but the controller."""

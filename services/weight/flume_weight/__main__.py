@@ -19,6 +19,8 @@ from flume_common.keys import Keys
 from flume_common.membership import Member, Role, State, register, watch_members
 from flume_common.metrics_page import MetricsPage, metrics_page
 from flume_common.model_source import ModelSource, ModelSourceError, resolve_model
+from flume_common.readiness import Check
+from flume_common.reasons import Reason, text_of
 from flume_common.route_store import RouteWriter
 from flume_common.serving import CannotListen, Server, serve, until_signalled
 from flume_common.store import connect
@@ -71,17 +73,27 @@ async def run(args: argparse.Namespace, source: ModelSource) -> None:
             supervisor.detaching(registration),
             background(engine=supervisor.run(registration, routes), readiness=_report(supervisor, server)),
         ):
-            page.show(lambda: families(supervisor, routes), lambda: {"engine": supervisor.ready is not None})
+            page.show(lambda: families(supervisor, routes), lambda: _checks(supervisor))
             await until_signalled()
             log.info("stopping", live_requests=len(supervisor.streams))
             server.set_ready(False)
 
 
 async def _report(supervisor: Supervisor, server: Server) -> NoReturn:
-    """Health follows the engine."""
+    """Health follows what our member says."""
     while True:
-        server.set_ready(supervisor.ready is not None)
+        server.set_ready(supervisor.serving.state is State.READY)
         await asyncio.sleep(0.2)
+
+
+def _checks(supervisor: Supervisor) -> dict[str, Check]:
+    """What `/readyz` depends on, and why it fails."""
+    serving = supervisor.serving
+    engine = supervisor.ready is not None
+    return {
+        "engine": engine or text_of(Reason.LOADING),
+        "lane": engine and (serving.state is State.READY or text_of(serving.reason)),
+    }
 
 
 def _add(server: grpc.aio.Server, supervisor: Supervisor) -> None:
@@ -94,6 +106,7 @@ def _member(args: argparse.Namespace, supervisor: Supervisor, server: Server, pa
         id=args.node,
         role=Role.WEIGHT,
         state=State.PREPARING,
+        reason=Reason.LOADING,
         address=f"{host}:{server.port}" if host else server.address,
         host=socket.gethostname(),
         pid=os.getpid(),

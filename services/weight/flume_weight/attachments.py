@@ -1,10 +1,11 @@
 """Keeps a lane to every attention node that is listed. Level-triggered: every pass looks again.
 
 A lane belongs to a process, not to a lease: a node that lost its lease and registered again keeps its
-lane, a node that was restarted gets a new one. Where we lost our own, others may have had our lanes ended
-as those of an epoch that is over, which a lane that says nothing does not notice: so the nodes are asked.
-A node that is no longer listed is given a grace time, since a lost lease is no proof of death; a dead
-process takes its lane down much sooner.
+lane, a node that was restarted gets a new one. A record is only a claim: one that names another process
+ends no lane that works before that process has answered, and under the node's name. Where we lost our own
+lease, others may have had our lanes ended as those of an epoch that is over, which a lane that says nothing
+does not notice: so the nodes are asked. A node that is no longer listed is given a grace time, since a lost
+lease is no proof of death; a dead process takes its lane down much sooner.
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ _KEPT_RETRY_S = 0.05
 _DETACH_TIMEOUT_S = 1.0
 _STATS_TIMEOUT_S = 1.0
 _RETRY_S = (0.1, 0.2, 0.5, 1.0, 2.0)
+_PASS_S = 1.0  # a node that does not answer holds up neither the others nor what is said of their lanes
 _LASTS_S = 5.0
 """A lane that was lost sooner is set up again after a pause, ever longer ones where that repeats itself:
 over gRPC a node may answer while nothing comes through between the engines."""
@@ -68,6 +70,7 @@ class Attachments:
         self._epoch = epoch
         self._lanes: asyncio.Queue[m.LaneOpen] = asyncio.Queue()
         self._nodes: dict[str, Attachment] = {}
+        self._attaching: dict[str, asyncio.Task[None]] = {}
         for _ in range(_LANES_AHEAD):
             send(m.OpenLane())
 
@@ -75,6 +78,11 @@ class Attachments:
     def up(self) -> list[str]:
         # A copy, as metrics ask from another thread.
         return sorted(node for node, attachment in list(self._nodes.items()) if attachment.up)
+
+    @property
+    def up_draining(self) -> list[str]:
+        """Those of `up` that take no new tails."""
+        return [node for node in self.up if self._nodes[node].draining]
 
     def opened(self, lane: m.LaneOpen) -> None:
         """The engine is ready for another lane."""
@@ -96,10 +104,20 @@ class Attachments:
         listed = {member.id: member for member in members if member.state is not State.PREPARING}
         self._forget_unlisted(listed)
         await asyncio.gather(*(self._confirm(member) for member in listed.values() if self._in_doubt(member)))
-        due = [member for member in listed.values() if self._is_due(member)]
-        await asyncio.gather(*(self._attach(member) for member in due))
+        for member in listed.values():
+            if self._is_due(member) and member.id not in self._attaching:
+                self._attaching[member.id] = asyncio.create_task(self._attach(member))
+        if self._attaching:
+            await asyncio.wait(self._attaching.values(), timeout=_PASS_S)
+        for node in [node for node, task in self._attaching.items() if task.done()]:
+            self._attaching.pop(node).result()
         for member in listed.values():
             self._tell_draining(member)
+
+    def close(self) -> None:
+        """The engine is gone: nothing that is still being attached has an end here."""
+        for task in self._attaching.values():
+            task.cancel()
 
     async def kept(self, sequence: str, lost_node: str, members: Members) -> list[m.KeptRange]:
         """Ask every node what it keeps of a sequence that another weight node, `lost_node`, left.
@@ -153,9 +171,10 @@ class Attachments:
     def _is_due(self, member: Member) -> bool:
         process = (member.address, member.pid)
         attachment = self._nodes.get(member.id)
-        if attachment is None or attachment.process != process:
+        if attachment is None or (attachment.process != process and not attachment.up):
             self._nodes[member.id] = attachment = Attachment(process)
-        return not attachment.up and time.monotonic() >= attachment.retry_at_s
+        wanted = not attachment.up or attachment.process != process
+        return wanted and time.monotonic() >= attachment.retry_at_s
 
     def _in_doubt(self, member: Member) -> bool:
         attachment = self._nodes.get(member.id)
@@ -196,6 +215,15 @@ class Attachments:
             log.warning("attach_failed", attention_node=member.id, code=error.code().name,
                         reason=error.details(), retry_s=delay_s)  # fmt: skip
             return
+        if self._nodes.get(member.id) is not attachment:  # no longer listed, or another process by now
+            self._send(m.CloseLane(ours.lane))
+            return
+        if reply.node != member.id:
+            self._send(m.CloseLane(ours.lane))
+            log.warning("attach_failed", attention_node=member.id, code="FAILED_PRECONDITION",
+                        reason=f"{member.address} is {reply.node}", retry_s=_delay(attachment))  # fmt: skip
+            return
+        attachment.process = (member.address, member.pid)
         attachment.up, attachment.up_at_s, attachment.epoch = True, time.monotonic(), epoch
         attachment.draining = attachment.evacuating = False
         self._send(
@@ -223,6 +251,7 @@ class Attachments:
             max_step_sequences=ready.max_step_sequences,
             kv_frame_bytes=ready.kv_frame_bytes,
             direct=ready.direct,
+            node=member.id,
         )
         async with grpc.aio.insecure_channel(member.address) as channel:
             stub = rpc.AttentionStub(channel)  # type: ignore[no-untyped-call]

@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import msgspec
-from flume_common.membership import State
 from flume_common.metrics import counter, epoch_rejected, gauge, node_state
 from flume_common.route_store import RouteWriter
 from prometheus_client import Metric
@@ -19,7 +18,7 @@ from flume_weight.supervisor import Supervisor
 
 def families(supervisor: Supervisor, routes: RouteWriter) -> Iterator[Metric]:
     """Safe to read from another thread: numbers, and messages that are replaced, never altered."""
-    yield node_state(State.PREPARING if supervisor.ready is None else State.READY)
+    yield node_state(supervisor.serving.state)
     yield gauge("flume_requests_running", "Sequences that have a place in steps.", supervisor.running)
     yield gauge("flume_requests_waiting", "Sequences that wait for KV memory.", supervisor.waiting)
     yield gauge(

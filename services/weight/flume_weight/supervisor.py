@@ -20,6 +20,7 @@ from flume_common.config_watch import LiveConfig
 from flume_common.engine_link import Engine, LinkClosed, run_engine
 from flume_common.membership import Members, Registration, Role, State
 from flume_common.model_source import ModelSource
+from flume_common.reasons import Reason
 from flume_common.route_store import RouteWriter
 from flume_common.routes import Route, TokenRange
 from flume_common.tasks import background
@@ -29,6 +30,7 @@ from flume_weight.attachments import Attachments, detach
 from flume_weight.config import engine_args
 from flume_weight.errors import ConfigRefused, RequestRefused
 from flume_weight.range_mover import move_ranges
+from flume_weight.serving_state import Serving, ServingState
 from flume_weight.settings import configure
 from flume_weight.streams import Streams
 
@@ -58,6 +60,7 @@ class Supervisor:
         self.epoch_rejected = self.logit_rows_read = 0  # of this engine
         self.step_model: m.StepModel | None = None  # of this engine, on a GPU
         self.started = asyncio.Event()  # the first engine is ready
+        self.serving = Serving(State.PREPARING, Reason.LOADING)
         self._args = args
         self._model_path = str(source.path)
         self._members = members
@@ -67,6 +70,8 @@ class Supervisor:
         self._engine: Engine[Any] | None = None
         self._attachments: Attachments | None = None
         self._to_move: asyncio.Queue[m.MoveRanges] = asyncio.Queue()
+        self._serving_state = ServingState()
+        self._said: dict[str, Any] = {}  # of ourselves, as a member
         self._poked = asyncio.Event()
         self._epoch = 0
         self._numbers = itertools.count(1)
@@ -157,7 +162,7 @@ class Supervisor:
             self._attachments = Attachments(
                 self._args.node, self.ready, engine.send, lambda: self._registration.epoch
             )
-            await self._registration.update(state=State.READY, context_tokens=self.ready.context_tokens)
+            await self._publish()
             self.started.set()
             self._to_move = asyncio.Queue()
             async with background(
@@ -186,13 +191,43 @@ class Supervisor:
                     log.info("model_loading", percent=round(100 * done / max(total, 1)))
 
     async def _engine_gone(self) -> None:
+        if self._attachments is not None:
+            self._attachments.close()
         self._engine = self.ready = self._attachments = None
         self.capacity_tokens = self.running = self.waiting = 0
         self.recomputed, self.step_model = m.Recomputed(), None
         self.epoch_rejected = self.logit_rows_read = 0
         self.streams.fail_all("UNAVAILABLE", f"the engine of weight node {self._args.node} ended")
         self._routes.end_all()  # or they would be written again after a lost lease
-        await self._registration.update(state=State.PREPARING, sequences=0, kv_capacity_tokens=0)
+        await self._publish()
+
+    async def _publish(self) -> None:
+        """Keep our member true: READY only while there is a lane by which we can serve."""
+        attachments = self._attachments
+        before, self.serving = (
+            self.serving,
+            self._serving_state.look(
+                time.monotonic(),
+                engine_ready=self.ready is not None,
+                lanes=attachments.up if attachments else (),
+                draining=attachments.up_draining if attachments else (),
+                capacity_tokens=self.capacity_tokens,
+            ),
+        )
+        if self.serving != before:
+            log.info("state", state=self.serving.state, reason=self.serving.reason)
+        said: dict[str, Any] = {
+            "state": self.serving.state,
+            "reason": self.serving.reason,
+            "lanes": tuple(attachments.up) if attachments else None,
+            "kv_capacity_tokens": self.capacity_tokens,
+            "sequences": self.running + self.waiting,
+        }
+        if self.ready is not None:
+            said["context_tokens"] = self.ready.context_tokens
+        if said != self._said:
+            self._said = said
+            await self._registration.update(**said)
 
     def _silence_s(self) -> float:
         """A step may wait for an attention node for as long as the step timeout, as it is now."""
@@ -209,6 +244,7 @@ class Supervisor:
                         self._epoch = self._registration.epoch
                         self._engine.send(m.Epoch(self._epoch))
                     await self._attachments.reconcile(self._members.of(Role.ATTENTION))
+                    await self._publish()
                 with suppress(TimeoutError):
                     async with asyncio.timeout(_RECONCILE_EVERY_S):
                         await self._poked.wait()
@@ -242,7 +278,7 @@ class Supervisor:
                     future.set_result(sequences)
             case m.Capacity(capacity_tokens=capacity, running=running, waiting=waiting):
                 self.capacity_tokens, self.running, self.waiting = capacity, running, waiting
-                await self._registration.update(kv_capacity_tokens=capacity, sequences=running + waiting)
+                await self._publish()
             case m.LaneOpen():
                 if self._attachments is not None:
                     self._attachments.opened(message)
