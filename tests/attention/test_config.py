@@ -9,6 +9,7 @@ def test_the_engine_gets_what_the_command_line_says():
     wanted = {"--kv-bytes": "4096", "--dtype": "bfloat16", "--threads": "2"}
     wanted |= {"--prefill-threads": "3", "--spin-us": "7.0", "--device": "cpu"}
     wanted |= {"--orphan-grace-s": "30.0", "--pull-tokens-per-step": "64", "--hop": "auto"}
+    wanted |= {"--lanes-host": "127.0.0.1"}
     assert dict(zip(args[::2], args[1::2], strict=True)) == wanted
 
 

@@ -42,6 +42,7 @@ class Config:
     threads: int
     prefill_threads: int
     spin_us: float
+    lanes_host: str  # empty: that of `listen`
     orphan_grace_s: float
     pull_tokens_per_step: int
     lease_ttl_s: float
@@ -86,6 +87,12 @@ def flags() -> argparse.ArgumentParser:
         "--prefill-threads", type=int, default=cores, help="threads for steps of many queries; default: cores"
     )
     add("--spin-us", type=float, default=50.0, help="how long the engine looks for messages before it sleeps")
+    add(
+        "--lanes-host",
+        default="",
+        metavar="ADDRESS",
+        help="lanes use only the network card that has this address; default: the host of --listen",
+    )
     add(
         "--orphan-grace-s",
         type=float,
@@ -145,10 +152,11 @@ def parse(argv: Sequence[str] | None = None) -> Config:
 def engine_args(config: Config, kv_bytes: int) -> list[str]:
     """The engine's command line."""
     dtype = [] if config.dtype is None else ["--dtype", config.dtype]
+    lanes_host = config.lanes_host or config.listen.rpartition(":")[0]
     return [
         *("--kv-bytes", str(kv_bytes), *dtype, "--device", config.device, "--threads", str(config.threads)),
         *("--prefill-threads", str(config.prefill_threads), "--spin-us", str(config.spin_us)),
-        *("--orphan-grace-s", str(config.orphan_grace_s)),
+        *("--orphan-grace-s", str(config.orphan_grace_s), "--lanes-host", lanes_host),
         *("--pull-tokens-per-step", str(config.pull_tokens_per_step), "--hop", config.hop),
     ]
 

@@ -398,6 +398,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--orphan-grace-s", type=float, default=30.0)
     parser.add_argument("--spin-us", type=float, default=50.0)
     parser.add_argument("--hop", choices=HOPS, default="auto")
+    parser.add_argument("--lanes-host", default="")
     parser.add_argument("--pull-tokens-per-step", type=int, default=PULL_TOKENS_PER_STEP)
     return parser.parse_args(argv)
 
@@ -414,7 +415,9 @@ def main() -> None:
         return
     node = Node(args.kv_bytes, dtype=args.dtype, make_pool=backend.pool, orphans=Orphans(args.orphan_grace_s))
     with phases.phase("port"):
-        opened = Port(spin_s=args.spin_us * 1e-6)
+        opened = _open_port(link, args)
+    if opened is None:
+        return
     with torch.inference_mode(), opened as port:
         engine = Engine(
             node, port, link, backend, pull_tokens_per_step=args.pull_tokens_per_step, hop=args.hop
@@ -429,6 +432,15 @@ def main() -> None:
             traceback.print_exc()
             sys.stderr.flush()
             os._exit(DEVICE_STUCK if isinstance(error, DeviceStuck) else 1)
+
+
+def _open_port(link: EngineLink[ToEngine], args: argparse.Namespace) -> Port | None:
+    """None, with the reason said, when no network card of this machine has the address of --lanes-host."""
+    try:
+        return Port(spin_s=args.spin_us * 1e-6, host=args.lanes_host)
+    except ValueError as error:
+        link.send(CannotRun(reason=f"--lanes-host: {error}"))
+        return None
 
 
 def open_backend(args: argparse.Namespace, phases: Phases) -> Backend:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import logging
 import sys
 from importlib.metadata import version as distribution_version
@@ -9,6 +10,8 @@ from typing import Literal, TextIO
 
 import structlog
 from structlog.typing import EventDict, Processor, WrappedLogger
+
+from flume_common.log_rate import SUMMARY, Kind, LogRateLimit
 
 Level = Literal["debug", "info", "warning", "error"]
 LEVELS: tuple[Level, ...] = ("debug", "info", "warning", "error")
@@ -22,7 +25,8 @@ def version() -> str:
 def configure_logging(service: str, node: str, level: str = "info", stream: TextIO | None = None) -> None:
     """Log to `stream` (standard error by default), each line with `service` and `node`.
 
-    The standard library's loggers come out in the same form. Raises ValueError for an unknown level.
+    The standard library's loggers come out in the same form. How fast it may log is bounded (see
+    `flume_common.log_rate`). Raises ValueError for an unknown level.
     """
     _check_level(level)
     out = stream or sys.stderr
@@ -44,9 +48,25 @@ def configure_logging(service: str, node: str, level: str = "info", stream: Text
             processors=[structlog.stdlib.ProcessorFormatter.remove_processors_meta, *_renderer(out.isatty())],
         )
     )
+    limit = LogRateLimit(_log_suppressed)
+    handler.addFilter(limit)
     root = logging.getLogger()
+    for earlier in root.handlers:
+        _flush_at_exit(earlier, wanted=False)
     root.handlers = [handler]
+    _flush_at_exit(handler, wanted=True)
     root.setLevel(level.upper())
+
+
+def _log_suppressed(kind: Kind, count: int) -> None:
+    log = structlog.get_logger(__name__)
+    log.log(kind.level, SUMMARY, of=kind.event, logger_name=kind.logger, count=count)
+
+
+def _flush_at_exit(handler: logging.Handler, *, wanted: bool) -> None:
+    for limit in handler.filters:
+        if isinstance(limit, LogRateLimit):
+            (atexit.register if wanted else atexit.unregister)(limit.flush)
 
 
 def set_level(level: str) -> None:

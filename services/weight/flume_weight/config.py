@@ -88,6 +88,12 @@ def add_engine_flags(flags: argparse.ArgumentParser) -> None:
     flags.add_argument(
         "--step-timeout-s", type=float, default=10.0, help="an attention node silent for longer is lost"
     )
+    flags.add_argument(
+        "--lanes-host",
+        default="",
+        metavar="ADDRESS",
+        help="lanes use only the network card that has this address; default: the host of --listen",
+    )
     flags.add_argument("--decode-threads", type=int, default=1, help="threads of a step of few tokens")
     flags.add_argument("--prefill-threads", type=int, default=cores, help="threads of a step of many tokens")
 
@@ -101,7 +107,8 @@ _ENGINE_FLAGS = (
 def engine_args(args: argparse.Namespace, model_path: str) -> list[str]:
     """The engine's command line."""
     passed = [f"--{name.replace('_', '-')}={getattr(args, name)}" for name in _ENGINE_FLAGS]
-    return [f"--node={args.node}", f"--model={model_path}", *passed]
+    lanes_host = args.lanes_host or args.listen.rpartition(":")[0]
+    return [f"--node={args.node}", f"--model={model_path}", f"--lanes-host={lanes_host}", *passed]
 
 
 def check(args: argparse.Namespace) -> None:

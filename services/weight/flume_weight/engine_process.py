@@ -66,7 +66,10 @@ def serve(link: EngineLink[m.Inbound], args: argparse.Namespace) -> None:
         max_step_sequences=limits.max_sequences,
         kv_frame_bytes=max(_MIN_KV_FRAME_BYTES, limits.max_tokens * layout.layer_token_bytes),
     )
-    with Port() as port, backend.passes(model, port, layout, limits, args.step_timeout_s) as passes:
+    with (
+        open_port(args.lanes_host) as port,
+        backend.passes(model, port, layout, limits, args.step_timeout_s) as passes,
+    ):
         config = model.config
         del model  # on a device there is a copy
         ready = _ready(config, shape, time.monotonic() - started)
@@ -82,6 +85,14 @@ def serve(link: EngineLink[m.Inbound], args: argparse.Namespace) -> None:
             limits=limits,
             balance=Balance(args.tail_margin_tokens),
         ).run()
+
+
+def open_port(lanes_host: str) -> Port:
+    """Raises ConfigRefused when no network card of this machine has that address."""
+    try:
+        return Port(host=lanes_host)
+    except ValueError as error:
+        raise ConfigRefused(f"--lanes-host: {error}") from error
 
 
 def open_backend(args: argparse.Namespace) -> Backend:

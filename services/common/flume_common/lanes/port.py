@@ -36,7 +36,8 @@ class Port:
     A lane runs over the berth that `berth` made for it. Lanes that were given none share the one of
     `address`, and with it the fate of any of their peers (see `lanes.berth`).
 
-    `tls` is UCX's list of transports, by default UCX_TLS or "tcp,sm,self". `spin_s` is how long
+    `tls` is UCX's list of transports, by default UCX_TLS or "tcp,sm,self". `host` is the address of ours at
+    which peers of other machines reach us: no other card is used; empty: all are. `spin_s` is how long
     `wait` looks for work before it sleeps. Measured on two cores (bench/lane_hop.py, 2.4 KB round trip
     over shared memory): 10 µs when the answer comes within the spin and 30 to 70 µs when both sides
     sleep. A weight process and two attention processes that compute 100 to 600 µs per layer on two
@@ -44,11 +45,12 @@ class Port:
     time round; without yielding it is up to 30 % longer.
     """
 
-    def __init__(self, *, tls: str | None = None, spin_s: float = 50e-6) -> None:
+    def __init__(self, *, tls: str | None = None, spin_s: float = 50e-6, host: str = "") -> None:
         self._spin_s = spin_s
+        self._host = host
         self._name = os.urandom(_NAME_BYTES)
         self._tls = tls
-        self._context: Any = ucx.make_context(tls)
+        self._context: Any = ucx.make_context(tls, host)
         self._spare: Berth | None = Berth(self._context)  # made before anybody waits for it
         self._shared: Berth | None = None
         self._own: dict[int, Berth] = {}  # by the number of the lane that each is for
@@ -97,7 +99,7 @@ class Port:
             return Berth(self._context)
         except ucx.NoDevice:
             # A context knows the network cards there were when it was made, and one of them is gone since.
-            self._context = ucx.make_context(self._tls)
+            self._context = ucx.make_context(self._tls, self._host)
             return Berth(self._context)
 
     def _rearrange(self) -> None:

@@ -10,7 +10,10 @@ from __future__ import annotations
 import os
 from typing import Any, Final
 
+from flume_common.lanes.devices import devices_of
+
 DEFAULT_TLS: Final = "tcp,sm,self"
+_OVER_CARDS: Final = frozenset(DEFAULT_TLS.split(","))
 
 SETTINGS: Final = {
     # Without it UCX leaves shared memory out for endpoints that report their peer's death, and a lane
@@ -54,10 +57,18 @@ __all__ = [
 ]
 
 
-def make_context(tls: str | None) -> Any:
-    """What workers are made of. `tls` None: UCX_TLS or the default."""
+def make_context(tls: str | None, host: str = "") -> Any:
+    """What workers are made of. `tls` None: UCX_TLS or the default.
+
+    TCP is offered on the cards of `host`'s address alone; empty: on all. UCX_NET_DEVICES goes before it,
+    and transports other than the default ones name their devices in another way.
+    Raises ValueError when no card has that address.
+    """
     transports = tls or os.environ.get("UCX_TLS") or DEFAULT_TLS
-    return lib.UCXContext({"TLS": transports}, feature_flags=(lib.Feature.TAG, lib.Feature.WAKEUP))
+    settings = {"TLS": transports}
+    if host and set(transports.split(",")) <= _OVER_CARDS and "UCX_NET_DEVICES" not in os.environ:
+        settings["NET_DEVICES"] = devices_of(host)
+    return lib.UCXContext(settings, feature_flags=(lib.Feature.TAG, lib.Feature.WAKEUP))
 
 
 def make_worker(context: Any) -> Any:

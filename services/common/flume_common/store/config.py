@@ -11,13 +11,17 @@ import grpc
 _KEEPALIVE_MS = 10_000
 _KEEPALIVE_TIMEOUT_MS = 3_000
 
+UNIX = "unix://"
+"""Scheme of an endpoint that is a socket in the file system: whoever may open it may use that etcd."""
+
 
 @dataclass(frozen=True, slots=True)
 class StoreConfig:
     """How to reach etcd. Raises ValueError for settings that contradict each other."""
 
     endpoints: tuple[str, ...]
-    """`host:port`, also with `http://` or `https://`. Hostnames are resolved again at every reconnect."""
+    """`host:port`, also with `http://` or `https://`, or `unix:///PATH` of a socket on this machine.
+    Hostnames are resolved again at every reconnect."""
 
     ca_file: Path | None = None
     """Trust only servers signed by this CA (PEM). With it, or with `https://`, the connection is TLS."""
@@ -56,8 +60,8 @@ class StoreConfig:
 
     @property
     def addresses(self) -> tuple[str, ...]:
-        """The endpoints as `host:port`."""
-        return tuple(endpoint.split("://")[-1].rstrip("/") for endpoint in self.endpoints)
+        """The endpoints as gRPC dials them: `host:port`, or `unix:PATH`."""
+        return tuple(map(_address, self.endpoints))
 
     @property
     def tls(self) -> bool:
@@ -94,7 +98,15 @@ class StoreConfig:
         )
 
 
+def _address(endpoint: str) -> str:
+    if endpoint.startswith(UNIX):
+        return f"unix:{endpoint.removeprefix(UNIX)}"
+    return endpoint.split("://")[-1].rstrip("/")
+
+
 def _require_address(endpoint: str) -> None:
+    if endpoint.startswith(f"{UNIX}/"):
+        return
     scheme, _, rest = endpoint.rpartition("://")
     host, _, port = rest.rstrip("/").rpartition(":")
     if scheme not in ("", "http", "https") or not host or not port.isdigit():
