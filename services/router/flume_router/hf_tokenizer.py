@@ -84,3 +84,5 @@ def _json(path: Path) -> dict[str, Any]:
         return msgspec.json.decode(path.read_bytes(), type=dict[str, Any])
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise TokenizerError(f"{path}: {error}") from error
+    except RecursionError:
+        raise TokenizerError(f"{path}: is JSON that is nested too deeply") from None

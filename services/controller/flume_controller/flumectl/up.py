@@ -35,7 +35,7 @@ PORT = click.IntRange(1, 65535)
     "--model",
     default=DEFAULT_MODEL,
     show_default=True,
-    help="A Hugging Face directory, a .gguf file, or the built-in demo model's name.",
+    help="A Hugging Face directory, a .gguf file (or any part of one), or the built-in demo model's name.",
 )
 @click.option("--model-name", default="", help="The name clients ask for; by default the model's own.")
 @click.option(

@@ -1,4 +1,4 @@
-"""A GGUF file as a model: its metadata -> ModelConfig, its tensors under Hugging Face names, dequantised.
+"""A GGUF model: its metadata -> ModelConfig, its tensors under Hugging Face names, dequantised.
 
 llama.cpp stores the rows of Q and K of the `llama` architecture interleaved, for its own pairing of RoPE
 (element 2i with 2i+1); they are put back to the pairing of halves. Qwen's are not interleaved.
@@ -52,11 +52,11 @@ END_TOKENS = ("eos", "eot", "eom")  # end of text, of a turn, of a message to a 
 
 
 class GgufSource:
-    """The tensors of one file. Its config says how the rows of Q and K are ordered."""
+    """The tensors of one model, in one file or in parts. Its config says how rows of Q and K are ordered."""
 
     def __init__(self, path: Path) -> None:
-        self.path = path
         self._file = open_gguf(path)
+        self.path = self._file.path
         self.config = _config(self._file)
         self._by_name = {
             _checkpoint_name(name): tensor
@@ -64,7 +64,7 @@ class GgufSource:
             if name != ROPE_DIVISORS
         }
         self.tensors: Mapping[str, Stored] = {
-            name: Stored(path, tensor.name, tensor.shape, tensor.num_bytes)
+            name: Stored(tensor.path, tensor.name, tensor.shape, tensor.num_bytes)
             for name, tensor in self._by_name.items()
         }
 
@@ -74,7 +74,7 @@ class GgufSource:
         step = max(1, CHUNK_BYTES // (4 * rows.shape[-1]))
         for first in range(0, rows.shape[0], step):
             last = min(first + step, rows.shape[0])
-            rows[first:last].copy_(_dequantise(self._file, tensor, first, last))
+            rows[first:last].copy_(_dequantise(tensor, first, last))
         heads = self._interleaved_heads(tensor.name)
         if heads:
             out.copy_(halves(out, heads))
@@ -102,13 +102,13 @@ def _checkpoint_name(stored: str) -> str:
     return TOP_NAMES.get(stored, stored)
 
 
-def _dequantise(file: GgufFile, tensor: GgufTensor, first: int, last: int) -> Tensor:
+def _dequantise(tensor: GgufTensor, first: int, last: int) -> Tensor:
     """Float32, one row each of the flattened outer dimensions."""
     try:
-        values = gguf.quants.dequantize(file.rows(tensor, first, last), tensor.kind)
+        values = gguf.quants.dequantize(tensor.rows(first, last), tensor.kind)
     except NotImplementedError:
         supported = "the types that the gguf package can dequantise"
-        raise UnsupportedDtype(file.path, tensor.name, tensor.kind.name, supported) from None
+        raise UnsupportedDtype(tensor.path, tensor.name, tensor.kind.name, supported) from None
     # Float32 comes back as a view of the read-only file; torch wants memory that it could write to.
     return torch.from_numpy(np.require(values, requirements="W"))
 
@@ -197,7 +197,7 @@ def _with_divisors(file: GgufFile, config: ModelConfig) -> ModelConfig:
     if math.prod(tensor.shape) != config.head_dim // 2 or config.rope_scaling:
         expected = f"{config.head_dim // 2} numbers and no other scaling"
         raise BadConfig(file.path, ROPE_DIVISORS, expected, list(tensor.shape))
-    divisors = _dequantise(file, tensor, 0, 1).flatten().tolist()
+    divisors = _dequantise(tensor, 0, 1).flatten().tolist()
     return replace(config, rope_scaling=DivisorScaling(tuple(divisors)))
 
 

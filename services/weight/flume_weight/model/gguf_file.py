@@ -1,28 +1,23 @@
-"""The header of a GGUF file (version 2 and 3, little endian): metadata and where each tensor lies.
+"""A GGUF model mapped into memory: its metadata, and where each tensor lies, in one file or in several.
 
-Our own reader, as a weight node needs no token strings: it steps over them (the gguf package turns a
-vocabulary of 128 000 tokens and its merges into a million arrays: seconds and hundreds of megabytes), and
-it can say by name which part of a truncated file is missing. Format: ggml's docs/gguf.md.
+In a model of several parts the first has the metadata, and every part lists its own tensors.
 """
 
 from __future__ import annotations
 
 import math
 import mmap
-import struct
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
+from flume_common.gguf import GgufError, Header, TensorEntry, map_file, read_header
+from flume_common.gguf_parts import MissingParts, part_paths
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 from numpy.typing import NDArray
 
 from flume_weight.model.errors import DamagedFile, MissingFile, UnsupportedDtype
 
-MAGIC = b"GGUF"
-VERSIONS = (2, 3)
-SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
-STRING, ARRAY = 8, 9
 KEPT_ARRAY_ITEMS = 64  # longer arrays are token lists
 
 
@@ -30,162 +25,116 @@ KEPT_ARRAY_ITEMS = 64  # longer arrays are token lists
 class GgufTensor:
     """One tensor: rows of quantised blocks."""
 
+    path: Path  # the part it lies in
     name: str
     shape: tuple[int, ...]  # outermost first, as torch orders it
     kind: GGMLQuantizationType
     start: int  # byte in the file
     num_bytes: int
+    data: mmap.mmap = field(repr=False, compare=False)
+
+    def rows(self, first: int, last: int) -> NDArray[np.uint8]:
+        """Raw bytes [last - first, bytes per row] of rows of the flattened outer dimensions."""
+        row_bytes = self.num_bytes // math.prod(self.shape[:-1])
+        flat = np.frombuffer(self.data, np.uint8, (last - first) * row_bytes, self.start + first * row_bytes)
+        return flat.reshape(last - first, row_bytes)
 
 
 @dataclass(slots=True)
 class GgufFile:
-    """A GGUF file mapped into memory."""
+    """A GGUF model: metadata of the first part, tensors of all parts."""
 
     path: Path
-    data: mmap.mmap
     fields: dict[str, object] = field(default_factory=dict)
     array_lengths: dict[str, int] = field(default_factory=dict)  # of every array, also those not kept
     tensors: dict[str, GgufTensor] = field(default_factory=dict)
 
-    def rows(self, tensor: GgufTensor, first: int, last: int) -> NDArray[np.uint8]:
-        """Raw bytes [last - first, bytes per row] of rows of the flattened outer dimensions."""
-        row_bytes = tensor.num_bytes // math.prod(tensor.shape[:-1])
-        flat = np.frombuffer(
-            self.data, np.uint8, (last - first) * row_bytes, tensor.start + first * row_bytes
-        )
-        return flat.reshape(last - first, row_bytes)
-
 
 def open_gguf(path: Path) -> GgufFile:
-    """Raises MissingFile, DamagedFile or UnsupportedDtype."""
+    """Open the model that `path` is, or is one part of.
+
+    Raises MissingFile, DamagedFile or UnsupportedDtype.
+    """
+    paths = _part_paths(path)
+    first, *others = (_Part.open(part) for part in paths)
+    file = GgufFile(paths[0], first.header.fields, first.header.array_lengths)
+    first.add_to(file, number=1, count=len(paths))
+    for number, part in enumerate(others, start=2):
+        part.add_to(file, number=number, count=len(paths))
+    promised = file.fields.get("split.tensors.count")
+    if len(paths) > 1 and promised is not None and promised != len(file.tensors):
+        raise DamagedFile(
+            file.path,
+            f"split.tensors.count is {promised!r}, but the {len(paths)} parts have {len(file.tensors)} "
+            "tensors: they are not of one model",
+        )
+    return file
+
+
+def _part_paths(path: Path) -> tuple[Path, ...]:
+    if not path.is_file():
+        raise MissingFile(path, "it was named as the model")
     try:
-        with path.open("rb") as file:
-            if file.read(len(MAGIC)) != MAGIC:
-                raise DamagedFile(path, "is not a GGUF file: it does not begin with 'GGUF'")
-            data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-    except (FileNotFoundError, NotADirectoryError):
-        raise MissingFile(path, "it was named as the model") from None
-    return _Reader(path, data).read()
+        return part_paths(path)
+    except MissingParts as error:
+        raise MissingFile(error.missing[0], f"{path.name} is one part of a model: {error}") from None
 
 
-class _Reader:
-    """A cursor over the header."""
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """One file, mapped."""
 
-    def __init__(self, path: Path, data: mmap.mmap) -> None:
-        self._file = GgufFile(path, data)
-        self._at = len(MAGIC)
-        self._reading = "the header"
+    path: Path
+    data: mmap.mmap
+    header: Header
 
-    def read(self) -> GgufFile:
-        version = self._integer("I")
-        if version not in VERSIONS:
-            raise self._damaged(f"is GGUF version {version}; known are {VERSIONS} (little endian)")
-        num_tensors, num_fields = self._integer("Q"), self._integer("Q")
-        for number in range(num_fields):
-            self._reading = f"metadata field {number + 1} of {num_fields}"
-            self._field()
-        infos = []
-        for number in range(num_tensors):
-            self._reading = f"the entry of tensor {number + 1} of {num_tensors}"
-            infos.append(self._info())
-        self._place(infos)
-        return self._file
-
-    def _field(self) -> None:
-        name = self._string()
-        self._reading = f"metadata field {name}"
-        kind = self._integer("I")
-        if kind == ARRAY:
-            self._array(name)
-        else:
-            self._file.fields[name] = self._value(kind)
-
-    def _array(self, name: str) -> None:
-        kind, length = self._integer("I"), self._integer("Q")
-        self._file.array_lengths[name] = length
-        if length <= KEPT_ARRAY_ITEMS:
-            self._file.fields[name] = [self._value(kind) for _ in range(length)]
-        elif kind == STRING:
-            self._skip_strings(length)
-        else:
-            self._take(length * struct.calcsize("<" + self._code(kind)))
-
-    def _skip_strings(self, count: int) -> None:
-        unpack, data, at = struct.Struct("<Q").unpack_from, self._file.data, self._at
+    @classmethod
+    def open(cls, path: Path) -> _Part:
         try:
-            for _ in range(count):
-                at += 8 + unpack(data, at)[0]
-        except (struct.error, OverflowError):
-            raise self._ends_early(at) from None
-        self._at = at
+            data = map_file(path)
+            return cls(path, data, read_header(path, data, longest_array=KEPT_ARRAY_ITEMS))
+        except GgufError as error:
+            raise DamagedFile(path, error.reason) from error
 
-    def _info(self) -> tuple[str, tuple[int, ...], int, int]:
-        name = self._string()
-        num_dims = self._integer("I")
-        if not 1 <= num_dims <= 4:
-            raise self._damaged(f"tensor {name} has {num_dims} dimensions; GGUF knows 1 to 4")
-        dims = [self._integer("Q") for _ in range(num_dims)]
-        return name, tuple(reversed(dims)), self._integer("I"), self._integer("Q")
+    def add_to(self, file: GgufFile, *, number: int, count: int) -> None:
+        """Add the tensors of part `number` of `count` to the model. Raises DamagedFile, UnsupportedDtype."""
+        self._check_place(number, count)
+        for entry in self.header.tensors:
+            if entry.name in file.tensors:
+                raise self._damaged(f"tensor {entry.name} is in {file.tensors[entry.name].path.name} already")
+            file.tensors[entry.name] = self._tensor(entry)
 
-    def _place(self, infos: list[tuple[str, tuple[int, ...], int, int]]) -> None:
-        alignment = self._file.fields.get("general.alignment", 32)
-        if not isinstance(alignment, int) or alignment < 1:
-            raise self._damaged(f"general.alignment is {alignment!r}")
-        base = -(-self._at // alignment) * alignment
-        for name, shape, code, offset in infos:
-            tensor = self._tensor(name, shape, code, base + offset)
-            end, size = tensor.start + tensor.num_bytes, len(self._file.data)
-            if end > size:
-                raise self._damaged(f"tensor {name} should end at byte {end}, the file has {size}: truncated")
-            self._file.tensors[name] = tensor
+    def _check_place(self, number: int, count: int) -> None:
+        fields = self.header.fields
+        named = "is the whole model" if count == 1 else f"is part {number} of {count}"
+        if fields.get("split.count", 1) != count:
+            raise self._damaged(
+                f"split.count is {fields.get('split.count', 'absent')}, but by its name this {named}: "
+                "parts are found by their names, which are to be like NAME-00001-of-00003.gguf"
+            )
+        if fields.get("split.no", 0) != number - 1:
+            raise self._damaged(
+                f"split.no is {fields.get('split.no', 'absent')}, but by its name this {named}, "
+                f"split.no {number - 1}: parts were exchanged, or are of different models"
+            )
 
-    def _tensor(self, name: str, shape: tuple[int, ...], code: int, start: int) -> GgufTensor:
+    def _tensor(self, entry: TensorEntry) -> GgufTensor:
+        name, shape = entry.name, entry.shape
         try:
-            kind = GGMLQuantizationType(code)
+            kind = GGMLQuantizationType(entry.type_code)
             block, block_bytes = GGML_QUANT_SIZES[kind]
         except (ValueError, KeyError):
-            raise UnsupportedDtype(self._file.path, name, f"type {code}", "GGML's types") from None
+            raise UnsupportedDtype(self.path, name, f"type {entry.type_code}", "GGML's types") from None
         if shape[-1] % block or 0 in shape:
             raise self._damaged(
                 f"tensor {name} of shape {list(shape)} is no multiple of {kind.name}'s block {block}"
             )
-        return GgufTensor(name, shape, kind, start, math.prod(shape) // block * block_bytes)
-
-    def _value(self, kind: int) -> object:
-        if kind == STRING:
-            return self._string()
-        if kind == ARRAY:
-            raise self._damaged(f"{self._reading} is an array of arrays")
-        return self._scalar(self._code(kind))
-
-    def _code(self, kind: int) -> str:
-        if kind not in SCALARS:
-            raise self._damaged(f"{self._reading} has the unknown type {kind}")
-        return SCALARS[kind]
-
-    def _string(self) -> str:
-        return self._take(self._integer("Q")).decode("utf-8", "replace")
-
-    def _integer(self, code: str) -> int:
-        return int(struct.unpack("<" + code, self._take(struct.calcsize("<" + code)))[0])
-
-    def _scalar(self, code: str) -> object:
-        value: object = struct.unpack("<" + code, self._take(struct.calcsize("<" + code)))[0]
-        return value
-
-    def _take(self, num_bytes: int) -> bytes:
-        end = self._at + num_bytes
-        if end > len(self._file.data):
-            raise self._ends_early(end)
-        taken = self._file.data[self._at : end]
-        self._at = end
-        return taken
-
-    def _ends_early(self, needed: int) -> DamagedFile:
-        size = len(self._file.data)
-        return self._damaged(
-            f"ends inside {self._reading}: byte {needed} needed, the file has {size}: truncated"
-        )
+        start, size = self.header.data_start + entry.offset_bytes, len(self.data)
+        num_bytes = math.prod(shape) // block * block_bytes
+        end = start + num_bytes
+        if end > size:
+            raise self._damaged(f"tensor {name} should end at byte {end}, the file has {size}: truncated")
+        return GgufTensor(self.path, name, shape, kind, start, num_bytes, self.data)
 
     def _damaged(self, reason: str) -> DamagedFile:
-        return DamagedFile(self._file.path, reason)
+        return DamagedFile(self.path, reason)

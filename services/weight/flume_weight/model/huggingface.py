@@ -75,6 +75,8 @@ def read_json(path: Path, wanted_by: str) -> Fields:
         raise MissingFile(path, wanted_by) from None
     except ValueError as error:
         raise DamagedFile(path, f"is not JSON: {error}") from error
+    except RecursionError:
+        raise DamagedFile(path, "is JSON that is nested too deeply") from None
     if not isinstance(values, dict):
         raise DamagedFile(path, f"is not a JSON object but a {type(values).__name__}")
     return Fields(path, values)

@@ -98,6 +98,6 @@ def _promise(path: Path) -> str:
             header_bytes = int.from_bytes(file.read(8), "little")
             header = json.loads(file.read(min(header_bytes, 100_000_000)))
         last = max(entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__")
-    except (ValueError, KeyError, TypeError, AttributeError, IndexError):
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError):
         return ", its header cannot be read"
     return f", its header says {8 + header_bytes + last}"
