@@ -18,6 +18,7 @@ from flume_common.listening import bind
 from flume_common.membership import Member, Role, State, register
 from flume_common.model_source import resolve_model
 from flume_common.serving import serve as grpc_serve
+from flume_protos.v1 import common_pb2
 from flume_protos.v1 import weight_pb2 as pb
 from flume_protos.v1 import weight_pb2_grpc as rpc
 from flume_router.config import parse
@@ -45,6 +46,8 @@ class FakeWeight(rpc.WeightServicer):
         self.num_described = 0
         self.silent = asyncio.Event()
         """Set: it answers no question."""
+        self.quiet_s: float | None = None
+        """Since its engine made progress, as its supervisor says; None: a version that says nothing of it."""
 
     async def Describe(self, request, context):
         self.num_described += 1
@@ -52,6 +55,15 @@ class FakeWeight(rpc.WeightServicer):
             await context.abort(grpc.StatusCode.UNAVAILABLE, "loading")
         return pb.DescribeReply(
             node=self.node, model=self.model, vocab_size=self.vocab_size, context_tokens=CONTEXT_TOKENS
+        )
+
+    async def Status(self, request, context):
+        if self.quiet_s is None:
+            await context.abort(grpc.StatusCode.UNIMPLEMENTED, "unknown method")
+        if self.silent.is_set():
+            await asyncio.sleep(3600)
+        return pb.WeightStatusReply(
+            node=self.node, working=True, engine=common_pb2.EngineActivity(quiet_s=self.quiet_s)
         )
 
     async def ListSequences(self, request, context):

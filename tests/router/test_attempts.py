@@ -43,6 +43,7 @@ class Node:
     def __init__(self, pool):
         self.id = f"n{len(pool.requests)}"
         self.pool = pool
+        self.quiet_since_s = 0.0
 
     def generate(self, request, *, timeout_s, metadata):
         self.pool.requests.append(request)

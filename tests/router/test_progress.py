@@ -78,3 +78,11 @@ def test_chance_is_fixed_once_and_differs_between_sequences():
 @pytest.mark.parametrize("sampling", [pb.Sampling(), pb.Sampling(temperature=1, seed=0)])
 def test_what_needs_no_seed_gets_none(sampling):
     assert seeded(sampling) == sampling
+
+
+def test_time_in_which_a_node_worked_on_it_does_not_count(progress):
+    progress.lost("a", "gone", 100.0)
+    progress.lost("b", "gone", 180.0, worked_s=179.0)
+    assert progress.remaining_s(181.0) == 8
+    progress.not_yet("busy", 188.0)
+    assert progress.remaining_s(190.0) == -1

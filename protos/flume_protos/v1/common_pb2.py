@@ -24,19 +24,21 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1c\x66lume_protos/v1/common.proto\x12\x08\x66lume.v1\"\x92\x01\n\x08KvLayout\x12\x12\n\nnum_layers\x18\x01 \x01(\r\x12\x17\n\x0fnum_query_heads\x18\x02 \x01(\r\x12\x14\n\x0cnum_kv_heads\x18\x03 \x01(\r\x12\x10\n\x08head_dim\x18\x04 \x01(\r\x12\r\n\x05\x64type\x18\x05 \x01(\t\x12\x14\n\x0c\x62lock_tokens\x18\x06 \x01(\r\x12\x0c\n\x04hash\x18\x07 \x01(\t\"C\n\nTokenRange\x12\r\n\x05start\x18\x01 \x01(\x04\x12\x10\n\x03\x65nd\x18\x02 \x01(\x04H\x00\x88\x01\x01\x12\x0c\n\x04node\x18\x03 \x01(\tB\x06\n\x04_end\"c\n\x05Route\x12\x10\n\x08sequence\x18\x01 \x01(\t\x12\x13\n\x0bweight_node\x18\x02 \x01(\t\x12\r\n\x05\x65poch\x18\x03 \x01(\x03\x12$\n\x06ranges\x18\x04 \x03(\x0b\x32\x14.flume.v1.TokenRange*O\n\tNodeState\x12\x1a\n\x16NODE_STATE_UNSPECIFIED\x10\x00\x12\r\n\tPREPARING\x10\x01\x12\t\n\x05READY\x10\x02\x12\x0c\n\x08\x44RAINING\x10\x03\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1c\x66lume_protos/v1/common.proto\x12\x08\x66lume.v1\"\x92\x01\n\x08KvLayout\x12\x12\n\nnum_layers\x18\x01 \x01(\r\x12\x17\n\x0fnum_query_heads\x18\x02 \x01(\r\x12\x14\n\x0cnum_kv_heads\x18\x03 \x01(\r\x12\x10\n\x08head_dim\x18\x04 \x01(\r\x12\r\n\x05\x64type\x18\x05 \x01(\t\x12\x14\n\x0c\x62lock_tokens\x18\x06 \x01(\r\x12\x0c\n\x04hash\x18\x07 \x01(\t\"C\n\nTokenRange\x12\r\n\x05start\x18\x01 \x01(\x04\x12\x10\n\x03\x65nd\x18\x02 \x01(\x04H\x00\x88\x01\x01\x12\x0c\n\x04node\x18\x03 \x01(\tB\x06\n\x04_end\"c\n\x05Route\x12\x10\n\x08sequence\x18\x01 \x01(\t\x12\x13\n\x0bweight_node\x18\x02 \x01(\t\x12\r\n\x05\x65poch\x18\x03 \x01(\x03\x12$\n\x06ranges\x18\x04 \x03(\x0b\x32\x14.flume.v1.TokenRange\"\xb2\x01\n\x0e\x45ngineActivity\x12\x10\n\x08\x61\x63tivity\x18\x01 \x01(\t\x12\x12\n\nactivity_s\x18\x02 \x01(\x01\x12\x0f\n\x07quiet_s\x18\x03 \x01(\x01\x12\x0c\n\x04\x64one\x18\x04 \x01(\x04\x12\r\n\x05total\x18\x05 \x01(\x04\x12\x0c\n\x04step\x18\x06 \x01(\x04\x12\x16\n\x0eprefill_tokens\x18\x07 \x01(\r\x12\x11\n\tsequences\x18\x08 \x01(\r\x12\x13\n\x0b\x61waits_node\x18\t \x01(\x08*O\n\tNodeState\x12\x1a\n\x16NODE_STATE_UNSPECIFIED\x10\x00\x12\r\n\tPREPARING\x10\x01\x12\t\n\x05READY\x10\x02\x12\x0c\n\x08\x44RAINING\x10\x03\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'flume_protos.v1.common_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_NODESTATE']._serialized_start=361
-  _globals['_NODESTATE']._serialized_end=440
+  _globals['_NODESTATE']._serialized_start=542
+  _globals['_NODESTATE']._serialized_end=621
   _globals['_KVLAYOUT']._serialized_start=43
   _globals['_KVLAYOUT']._serialized_end=189
   _globals['_TOKENRANGE']._serialized_start=191
   _globals['_TOKENRANGE']._serialized_end=258
   _globals['_ROUTE']._serialized_start=260
   _globals['_ROUTE']._serialized_end=359
+  _globals['_ENGINEACTIVITY']._serialized_start=362
+  _globals['_ENGINEACTIVITY']._serialized_end=540
 # @@protoc_insertion_point(module_scope)

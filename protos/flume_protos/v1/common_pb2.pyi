@@ -57,3 +57,25 @@ class Route(_message.Message):
     epoch: int
     ranges: _containers.RepeatedCompositeFieldContainer[TokenRange]
     def __init__(self, sequence: _Optional[str] = ..., weight_node: _Optional[str] = ..., epoch: _Optional[int] = ..., ranges: _Optional[_Iterable[_Union[TokenRange, _Mapping]]] = ...) -> None: ...
+
+class EngineActivity(_message.Message):
+    __slots__ = ("activity", "activity_s", "quiet_s", "done", "total", "step", "prefill_tokens", "sequences", "awaits_node")
+    ACTIVITY_FIELD_NUMBER: _ClassVar[int]
+    ACTIVITY_S_FIELD_NUMBER: _ClassVar[int]
+    QUIET_S_FIELD_NUMBER: _ClassVar[int]
+    DONE_FIELD_NUMBER: _ClassVar[int]
+    TOTAL_FIELD_NUMBER: _ClassVar[int]
+    STEP_FIELD_NUMBER: _ClassVar[int]
+    PREFILL_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    SEQUENCES_FIELD_NUMBER: _ClassVar[int]
+    AWAITS_NODE_FIELD_NUMBER: _ClassVar[int]
+    activity: str
+    activity_s: float
+    quiet_s: float
+    done: int
+    total: int
+    step: int
+    prefill_tokens: int
+    sequences: int
+    awaits_node: bool
+    def __init__(self, activity: _Optional[str] = ..., activity_s: _Optional[float] = ..., quiet_s: _Optional[float] = ..., done: _Optional[int] = ..., total: _Optional[int] = ..., step: _Optional[int] = ..., prefill_tokens: _Optional[int] = ..., sequences: _Optional[int] = ..., awaits_node: _Optional[bool] = ...) -> None: ...

@@ -141,23 +141,53 @@ class ListSequencesRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class SequenceInfo(_message.Message):
-    __slots__ = ("sequence", "state", "prompt_tokens", "completion_tokens", "age_s", "route")
+    __slots__ = ("sequence", "state", "prompt_tokens", "completion_tokens", "age_s", "route", "computed_tokens")
     SEQUENCE_FIELD_NUMBER: _ClassVar[int]
     STATE_FIELD_NUMBER: _ClassVar[int]
     PROMPT_TOKENS_FIELD_NUMBER: _ClassVar[int]
     COMPLETION_TOKENS_FIELD_NUMBER: _ClassVar[int]
     AGE_S_FIELD_NUMBER: _ClassVar[int]
     ROUTE_FIELD_NUMBER: _ClassVar[int]
+    COMPUTED_TOKENS_FIELD_NUMBER: _ClassVar[int]
     sequence: str
     state: str
     prompt_tokens: int
     completion_tokens: int
     age_s: float
     route: _common_pb2.Route
-    def __init__(self, sequence: _Optional[str] = ..., state: _Optional[str] = ..., prompt_tokens: _Optional[int] = ..., completion_tokens: _Optional[int] = ..., age_s: _Optional[float] = ..., route: _Optional[_Union[_common_pb2.Route, _Mapping]] = ...) -> None: ...
+    computed_tokens: int
+    def __init__(self, sequence: _Optional[str] = ..., state: _Optional[str] = ..., prompt_tokens: _Optional[int] = ..., completion_tokens: _Optional[int] = ..., age_s: _Optional[float] = ..., route: _Optional[_Union[_common_pb2.Route, _Mapping]] = ..., computed_tokens: _Optional[int] = ...) -> None: ...
 
 class ListSequencesReply(_message.Message):
-    __slots__ = ("sequences",)
+    __slots__ = ("sequences", "confirmed_s")
     SEQUENCES_FIELD_NUMBER: _ClassVar[int]
+    CONFIRMED_S_FIELD_NUMBER: _ClassVar[int]
     sequences: _containers.RepeatedCompositeFieldContainer[SequenceInfo]
-    def __init__(self, sequences: _Optional[_Iterable[_Union[SequenceInfo, _Mapping]]] = ...) -> None: ...
+    confirmed_s: float
+    def __init__(self, sequences: _Optional[_Iterable[_Union[SequenceInfo, _Mapping]]] = ..., confirmed_s: _Optional[float] = ...) -> None: ...
+
+class WeightStatusRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class WeightStatusReply(_message.Message):
+    __slots__ = ("node", "working", "engine", "queued", "prefilling", "decoding", "paused", "prefill_computed_tokens", "prefill_total_tokens")
+    NODE_FIELD_NUMBER: _ClassVar[int]
+    WORKING_FIELD_NUMBER: _ClassVar[int]
+    ENGINE_FIELD_NUMBER: _ClassVar[int]
+    QUEUED_FIELD_NUMBER: _ClassVar[int]
+    PREFILLING_FIELD_NUMBER: _ClassVar[int]
+    DECODING_FIELD_NUMBER: _ClassVar[int]
+    PAUSED_FIELD_NUMBER: _ClassVar[int]
+    PREFILL_COMPUTED_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    PREFILL_TOTAL_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    node: str
+    working: bool
+    engine: _common_pb2.EngineActivity
+    queued: int
+    prefilling: int
+    decoding: int
+    paused: int
+    prefill_computed_tokens: int
+    prefill_total_tokens: int
+    def __init__(self, node: _Optional[str] = ..., working: _Optional[bool] = ..., engine: _Optional[_Union[_common_pb2.EngineActivity, _Mapping]] = ..., queued: _Optional[int] = ..., prefilling: _Optional[int] = ..., decoding: _Optional[int] = ..., paused: _Optional[int] = ..., prefill_computed_tokens: _Optional[int] = ..., prefill_total_tokens: _Optional[int] = ...) -> None: ...

@@ -50,6 +50,11 @@ class WeightStub:
                 request_serializer=flume__protos_dot_v1_dot_weight__pb2.ListSequencesRequest.SerializeToString,
                 response_deserializer=flume__protos_dot_v1_dot_weight__pb2.ListSequencesReply.FromString,
                 _registered_method=True)
+        self.Status = channel.unary_unary(
+                '/flume.v1.Weight/Status',
+                request_serializer=flume__protos_dot_v1_dot_weight__pb2.WeightStatusRequest.SerializeToString,
+                response_deserializer=flume__protos_dot_v1_dot_weight__pb2.WeightStatusReply.FromString,
+                _registered_method=True)
 
 
 class WeightServicer:
@@ -80,6 +85,13 @@ class WeightServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Status(self, request, context):
+        """What the node is doing. Its supervisor answers at once, also while the engine loads or is in a long step.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_WeightServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -97,6 +109,11 @@ def add_WeightServicer_to_server(servicer, server):
                     servicer.ListSequences,
                     request_deserializer=flume__protos_dot_v1_dot_weight__pb2.ListSequencesRequest.FromString,
                     response_serializer=flume__protos_dot_v1_dot_weight__pb2.ListSequencesReply.SerializeToString,
+            ),
+            'Status': grpc.unary_unary_rpc_method_handler(
+                    servicer.Status,
+                    request_deserializer=flume__protos_dot_v1_dot_weight__pb2.WeightStatusRequest.FromString,
+                    response_serializer=flume__protos_dot_v1_dot_weight__pb2.WeightStatusReply.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -181,6 +198,33 @@ class Weight:
             '/flume.v1.Weight/ListSequences',
             flume__protos_dot_v1_dot_weight__pb2.ListSequencesRequest.SerializeToString,
             flume__protos_dot_v1_dot_weight__pb2.ListSequencesReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Status(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/flume.v1.Weight/Status',
+            flume__protos_dot_v1_dot_weight__pb2.WeightStatusRequest.SerializeToString,
+            flume__protos_dot_v1_dot_weight__pb2.WeightStatusReply.FromString,
             options,
             channel_credentials,
             insecure,

@@ -20,6 +20,7 @@ from contextlib import suppress
 import torch
 from flume_common.direct_region import HOPS
 from flume_common.engine_link import EngineLink, LinkClosed
+from flume_common.engine_progress import Activity
 from flume_common.lanes import Lane, LaneDown, Port, Side, port_of
 from flume_common.lanes.processes import on_this_host
 from flume_common.layout import DTYPE_BYTES
@@ -121,6 +122,7 @@ class Engine:
             try:
                 if session.advance():
                     worked = True
+                    self._link.progress.beat()
                     if session.changed:
                         session.changed = False
                         self._note_change()
@@ -130,6 +132,7 @@ class Engine:
                 self._drop(session, str(error))
         if self._pulls.active:
             worked |= self._pulls.advance()
+            self._link.progress.beat()
             if self._pulls.changed:
                 self._pulls.changed = False
                 self._note_change()
@@ -408,6 +411,7 @@ def main() -> None:
     args = parse()
     phases = Phases()
     link: EngineLink[ToEngine] = EngineLink(args.link_fd, ToEngine)
+    link.progress.begin(Activity.PREPARING)
     try:
         backend = open_backend(args, phases)
     except ConfigRefused as refused:

@@ -15,7 +15,7 @@ from typing import Any, NoReturn, TypeVar
 
 import structlog
 from flume_common.backoff import Backoff
-from flume_common.engine_link import Engine, LinkClosed, run_engine
+from flume_common.engine_link import PREPARE_S, Engine, LinkClosed, run_engine
 from flume_common.membership import Registration, State
 from flume_common.serving import Server
 from flume_common.tasks import background
@@ -30,16 +30,12 @@ T = TypeVar("T")
 ENGINE_MODULE = "flume_attention.engine"
 # A thread that waits for the next parallel region must not take the core from the weight node.
 ENGINE_ENV = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "0"}
-ENGINE_START_S = 120.0
 ENGINE_SILENCE_S = 15.0
 STABLE_S = 10.0
 PUBLISH_INTERVAL_S = 0.5
 ANSWER_S = 10.0
 ATTACH_S = 4.0
 """Less than a weight node waits, so that it hears why there is no lane yet. It asks again."""
-PREPARE_S = 180.0
-"""How long an engine that compiles kernels may give no sign of life. 18 of them for Llama-3.1-8B, once per
-machine: 3.7 s on one core at 2.6 GHz that does nothing else."""
 LONG_MS = 1000
 
 
@@ -49,7 +45,7 @@ class Supervisor:
     def __init__(
         self, args: Sequence[str], *, zygote: str | None = None, silence_s: float = ENGINE_SILENCE_S
     ) -> None:
-        """`silence_s`: an engine that gives no sign of life for so long is replaced."""
+        """`silence_s`: an engine that makes no progress for so long is replaced."""
         self.draining = False
         self.leave_by_s = 0.0  # Unix time; as in Member
         self.report = m.Report()  # the newest of this engine
@@ -90,8 +86,8 @@ class Supervisor:
             ) as engine:
                 try:
                     await self._run(engine, started_at)
-                except (LinkClosed, TimeoutError) as error:
-                    log.error("engine_lost", engine_pid=engine.pid, reason=str(error) or "start timed out")
+                except LinkClosed as error:
+                    log.error("engine_lost", engine_pid=engine.pid, reason=str(error))
                 finally:
                     self._lose_engine()
             log.error("engine_ended", exit_code=engine.process.returncode)
@@ -100,8 +96,11 @@ class Supervisor:
             await asyncio.sleep(backoff.next_s())
 
     async def _run(self, engine: Engine[m.FromEngine], asked_at: float) -> NoReturn:
-        async with asyncio.timeout(ENGINE_START_S):
-            started = await engine.receive()
+        async with background(watch=engine.watch(self._patience_s)):
+            await self._serve(engine, asked_at)
+
+    async def _serve(self, engine: Engine[m.FromEngine], asked_at: float) -> NoReturn:
+        started = await engine.receive()
         if isinstance(started, m.CannotRun):
             raise ConfigRefused(started.reason)
         assert isinstance(started, m.Started), started
@@ -117,9 +116,8 @@ class Supervisor:
             engine.send(self._set_draining(0))
         self._urgent.set()
         self._changed.set()
-        async with background(watch=engine.watch(self._patience_s)):
-            while True:
-                self._take(await engine.receive())
+        while True:
+            self._take(await engine.receive())
 
     def _patience_s(self) -> float:
         return max(self._silence_s, PREPARE_S) if self._preparing else self._silence_s

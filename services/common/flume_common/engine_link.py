@@ -3,7 +3,8 @@
 The supervisor is asyncio and never touches the device; the engine is a plain loop that never waits
 for the control plane. Messages are tagged `msgspec.Struct`s, framed by a four-byte length, a handful
 per step at most. Either end closing the socket ends the other: an engine never outlives its supervisor.
-A frame of length 0 asks the engine for a sign of life, and is the sign.
+A frame of length 0 asks the engine for a sign of life, and is the sign. The first one carries the page of
+`flume_common.engine_progress`, by which the supervisor knows what the engine does while it computes.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from typing import Any, Generic, NoReturn, Protocol, TypeVar
 import msgspec
 import structlog
 
+from flume_common.engine_progress import Progress, ProgressPage, make_page, work_done
 from flume_common.zygote import Fork, ZygoteUnavailable, fork
 
 M = TypeVar("M")
@@ -28,6 +30,10 @@ _LENGTH = struct.Struct("<I")
 _MAX_MESSAGE_BYTES = 64 << 20
 _SIGN_OF_LIFE = _LENGTH.pack(0)
 _LOOK_EVERY_S = 1.0
+PREPARE_S = 180.0
+"""How long an engine that loads, captures or compiles may show no work at all. 18 kernels for Llama-3.1-8B,
+once per machine: 3.7 s on one core at 2.6 GHz that does nothing else; a disk over the network may stand still
+for a while."""
 
 
 class LinkClosed(Exception):
@@ -46,12 +52,26 @@ class EngineLink(Generic[M]):
         self._decoder = msgspec.msgpack.Decoder(inbox)
         self._encoder = msgspec.msgpack.Encoder()
         self._buffer = bytearray()
+        self.progress = self._take_page()
+
+    def _take_page(self) -> ProgressPage:
+        """The page that lies ready in a new link, or a private one where nobody sent any."""
+        try:
+            data, fds, _, _ = socket.recv_fds(self._socket, _LENGTH.size, 1)
+        except BlockingIOError:
+            return ProgressPage()
+        self._buffer += data
+        return ProgressPage(*fds)
 
     def fileno(self) -> int:
         return self._socket.fileno()
 
     def receive(self) -> list[M]:
-        """Every whole message that has arrived. Raises LinkClosed when the supervisor is gone."""
+        """Every whole message that has arrived; a turn of the engine's loop, and so progress.
+
+        Raises LinkClosed when the supervisor is gone.
+        """
+        self.progress.turn()
         closed = False
         while True:
             try:
@@ -123,8 +143,11 @@ class Engine(Generic[M]):
         reader: asyncio.StreamReader,
         writer: asyncio.StreamWriter,
         inbox: Any,
+        page: ProgressPage | None = None,
     ) -> None:
+        """Without a `page` only messages and signs of life show progress."""
         self.process = process
+        self._page = page or ProgressPage()
         self._reader = reader
         self._writer = writer
         self._decoder = msgspec.msgpack.Decoder(inbox)
@@ -134,6 +157,11 @@ class Engine(Generic[M]):
     @property
     def pid(self) -> int:
         return self.process.pid
+
+    @property
+    def progress(self) -> Progress:
+        """What the engine is doing, without asking it."""
+        return self._page.read()
 
     def send(self, message: object) -> None:
         """Raises LinkClosed when the engine is gone."""
@@ -158,19 +186,24 @@ class Engine(Generic[M]):
         return message
 
     async def watch(self, silence_s: Callable[[], float]) -> NoReturn:
-        """Kill the engine once it gives no sign of life for so long; `receive` then raises LinkClosed.
+        """Kill the engine once it has made no progress for so long; `receive` then raises LinkClosed.
 
-        Somebody must be receiving meanwhile. Silence is counted in looks of ours, so that time in which
-        we did not run ourselves is not held against the engine.
+        Progress is a message, a sign of life or a word in its page; how long a step lasts does not matter.
+        While the engine prepares, work of its process counts, too, and it has at least PREPARE_S. Somebody
+        must be receiving meanwhile. Silence is counted in looks of ours, so that time in which we did not
+        run ourselves is not held against the engine.
         """
-        looks = 0
+        looks, before = 0, (0, 0)
         while True:
             self._heard = False
             if not self._writer.is_closing():
                 self._writer.write(_SIGN_OF_LIFE)
             await asyncio.sleep(_LOOK_EVERY_S)
-            looks = 0 if self._heard else looks + 1
-            if looks * _LOOK_EVERY_S >= silence_s():
+            preparing = self.progress.preparing
+            now = self._page.beat_ns, work_done(self.pid) if preparing else 0
+            looks = 0 if self._heard or now != before else looks + 1
+            before = now
+            if looks * _LOOK_EVERY_S >= (max(silence_s(), PREPARE_S) if preparing else silence_s()):
                 log.error("engine_silent", engine_pid=self.pid, silence_s=looks * _LOOK_EVERY_S)
                 self.process.kill()
                 looks = 0
@@ -192,18 +225,21 @@ async def run_engine(
     does not answer, a new interpreter does the same later. Leaving the body closes the link, which asks
     the engine to stop; after `stop_s` it is killed.
     """
+    page, page_fd = make_page()
     ours, theirs = socket.socketpair()
     ours.setblocking(False)
     try:
+        socket.send_fds(ours, [_SIGN_OF_LIFE], [page_fd])
         process = await _start(module, args, theirs.fileno(), {**os.environ, **(env or {})}, zygote)
     except BaseException:
         ours.close()
         raise
     finally:
         theirs.close()
+        os.close(page_fd)
     reader, writer = await asyncio.open_connection(sock=ours, limit=_MAX_MESSAGE_BYTES)
     try:
-        yield Engine(process, reader, writer, inbox)
+        yield Engine(process, reader, writer, inbox, page)
     finally:
         writer.close()
         try:

@@ -36,6 +36,7 @@ log = structlog.get_logger(__name__)
 
 _SLACK_S = 1.0  # so that our own deadline, which has the better message, comes first
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.05, 1.0
+_LOOK_EVERY_S = 1.0
 
 
 class Attempts:
@@ -84,12 +85,14 @@ class Attempts:
         """Wait until there is a weight node to try. Raises NoWeightNode, NotContinued."""
         if not self._pool.known and not self._progress.why:
             raise NoWeightNode(self._pool.model)
-        try:
-            async with asyncio.timeout(self._progress.remaining_s(_now_s())):
-                while not self._pool.lendable:
-                    await self._pool.changed()
-        except TimeoutError:
-            raise self._given_up() from None
+        until_s = _now_s() + self._progress.remaining_s(_now_s())
+        while not self._pool.lendable:
+            if self._progress.why and self._pool.preparing:  # the request's own deadline counts
+                until_s = max(until_s, _now_s() + _LOOK_EVERY_S)
+            if (left_s := until_s - _now_s()) <= 0:
+                raise self._given_up()
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._pool.changed(), min(left_s, _LOOK_EVERY_S))
 
     async def _attempt(self, node: WeightNode) -> AsyncGenerator[pb.GenerateReply]:
         resuming = self._progress.lost_at_s is not None
@@ -129,8 +132,13 @@ class Attempts:
         )
 
     def _lost(self, node: WeightNode, error: WeightNodeLost) -> None:
-        self._progress.lost(node.id, str(error), _now_s())
-        self._count("silent" if isinstance(error, WeightNodeSilent) else "lost", node, error)
+        reason: Reason = "lost"
+        lost_at_s = _now_s()
+        if isinstance(error, WeightNodeSilent):
+            reason = "silent"
+            lost_at_s -= error.silence_s
+        self._progress.lost(node.id, str(error), lost_at_s, node.quiet_since_s)
+        self._count(reason, node, error)
 
     def _not_yet(self, node: WeightNode, error: RouterError) -> None:
         self._progress.not_yet(str(error), _now_s())

@@ -43,7 +43,7 @@ class RouterConfig(msgspec.Struct, frozen=True, kw_only=True):
     """How long an answer may stand still, once its weight node failed, before it ends with an error."""
 
     silence_s: float
-    """A weight node that says nothing for so long counts as failed. Longer than its longest step."""
+    """A weight node whose engine makes no progress for so long has failed, however long its steps last."""
 
     drain_s: float
     """How long open requests may run after SIGTERM. Keep below the pod's grace period."""
@@ -129,7 +129,8 @@ def _add_serving_flags(parser: argparse.ArgumentParser) -> None:
         "--silence-s",
         type=float,
         default=10.0,
-        help="a weight node that says nothing for so long has failed (default: %(default)s)",
+        help="a weight node that makes no progress for so long has failed, however long its steps last "
+        "(default: %(default)s)",
     )
     add(
         "--drain-s",

@@ -8,7 +8,7 @@
   + Unavailable             nobody can serve it now; a retry may find someone
     - NoWeightNode          no weight node is ready
     - WeightNodeLost        the weight node went away, or is leaving
-      . WeightNodeSilent    it neither sends tokens nor answers
+      . WeightNodeSilent    it neither sends tokens nor shows that it works
     - NotYet                the weight node can't take the sequence at this moment
     - NotContinued          no other weight node went on with the answer
     - ShuttingDown          this router is leaving
@@ -111,10 +111,10 @@ class WeightNodeLost(Unavailable):
 
 
 class WeightNodeSilent(WeightNodeLost):
-    """Connected still, but nothing has come for too long: stopped, or cut off."""
+    """Connected still, but it has shown no progress for too long: stopped, hung or cut off."""
 
     def __init__(self, node: str, silence_s: float) -> None:
-        super().__init__(node, f"no token and no answer for {silence_s:g} s")
+        super().__init__(node, f"no token and no sign of work for {silence_s:.0f} s")
         self.silence_s = silence_s
 
 

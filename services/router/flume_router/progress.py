@@ -19,7 +19,8 @@ _INT64_MAX = 2**63 - 1
 
 class ResumeLimits(msgspec.Struct, frozen=True, kw_only=True):
     resume_s: float = 60.0
-    """How long a sequence may go without a new token after its weight node failed."""
+    """How long a sequence may go without a new token, and without a node that works on it, after its weight
+    node failed."""
 
     fruitless: int = 6
     """Weight nodes that may be lost one after the other without a new token."""
@@ -61,10 +62,15 @@ class Progress:
             self.lost_at_s = None
             self.lost_in_a_row = 0
 
-    def lost(self, node: str, why: str, now_s: float) -> None:
-        """The attempt at `node` ended early."""
+    def lost(self, node: str, why: str, now_s: float, worked_s: float = 0.0) -> None:
+        """The attempt at `node` ended early; `worked_s`: when it was last known to work on it.
+
+        Time in which a node worked does not count against the sequence, though no token came of it.
+        """
         self.lost_node = node
         self.lost_in_a_row += 1
+        if self.lost_at_s is not None:
+            self.lost_at_s = max(self.lost_at_s, worked_s)
         self.not_yet(why, now_s)
 
     def not_yet(self, why: str, now_s: float) -> None:

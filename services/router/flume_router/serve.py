@@ -64,6 +64,7 @@ async def serve(
             model=model,
             vocab_size=text.tokenizer.vocab_size,
             silence_s=config.silence_s,
+            standstill_s=config.resume_s,
         ) as pool,
     ):
         generation = Generation(pool, text.tokenizer, ResumeLimits(resume_s=config.resume_s))

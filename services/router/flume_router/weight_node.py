@@ -1,8 +1,10 @@
-"""One weight node as the router sees it: its channel, its load, and whether it still answers.
+"""One weight node as the router sees it: its channel, its load, and whether it works.
 
-A node is trusted until a call to it fails or until it is silent: sequences wait for it, and for a while
-it has sent no reply and answered no question either. A waiting sequence alone proves nothing, as its
-prompt may be long or the KV full; so the node is asked, and the question goes through its engine.
+A node is trusted until a call to it fails or until it is silent. A waiting sequence alone proves nothing:
+its prompt may be long, the model slow or the KV full. So the node is asked, and its supervisor answers at
+once with how long ago its engine last made progress. A node is silent when the supervisor does not answer,
+or says that the engine stands still. Its sequences are sent elsewhere if there is another node; where there
+is none, sending them again to the same one could only lose what it has computed, so they wait for it.
 """
 
 from __future__ import annotations
@@ -26,15 +28,27 @@ log = structlog.get_logger(__name__)
 
 _SUSPECT_S = 5.0
 _ASK_EVERY_S = 1.0
-_ASK_DEADLINE_S = 2.5  # a weight node itself waits 2 s for its engine
+_ASK_DEADLINE_S = 2.5
 Call = grpc.aio.UnaryStreamCall[pb.GenerateRequest, pb.GenerateReply]
 
 
 class WeightNode:
     """`described` is None until it has answered Describe."""
 
-    def __init__(self, member: Member, *, silence_s: float, changed: Callable[[], None]) -> None:
-        """`changed` is called when `answering` turns; `silence_s`: how long it may say nothing."""
+    def __init__(
+        self,
+        member: Member,
+        *,
+        silence_s: float,
+        changed: Callable[[], None],
+        elsewhere: Callable[[], bool] = lambda: True,
+        standstill_s: float = 0.0,
+    ) -> None:
+        """`changed` is called when `answering` turns; `silence_s`: how long there may be no sign of work.
+
+        `elsewhere`: whether another node could take its sequences. Where none can, they are given up only
+        when it has stood still for `standstill_s`.
+        """
         self.id = member.id
         self.address = member.address
         self.stub: rpc.WeightStub | None = None
@@ -44,14 +58,15 @@ class WeightNode:
         self.outstanding = 0
         self.retired = asyncio.Event()
         self._silence_s = silence_s
+        self._standstill_s = max(silence_s, standstill_s)
         self._changed = changed
+        self._elsewhere = elsewhere
         self._in_doubt = asyncio.Event()
         self._waiting: set[asyncio.Timeout] = set()
         self._picked_at_s = 0.0
         self._suspect_until_s = 0.0
-        self._quiet_since_s = (
-            time.monotonic()
-        )  # the last sign of life, or when somebody began to wait for one
+        self.quiet_since_s = time.monotonic()
+        """The last sign that it works, or when somebody began to wait for one."""
 
     def candidate(self, key: str) -> Candidate:
         suspect = time.monotonic() < self._suspect_until_s
@@ -77,7 +92,7 @@ class WeightNode:
     async def read(self, call: Call) -> pb.GenerateReply | None:
         """The next reply; None at the end. Raises AioRpcError, WeightNodeSilent."""
         if not self._waiting:
-            self._quiet_since_s = time.monotonic()
+            self.quiet_since_s = time.monotonic()
         try:
             async with asyncio.timeout(None) as patience:
                 self._waiting.add(patience)
@@ -88,7 +103,7 @@ class WeightNode:
         except TimeoutError:
             if not patience.expired():
                 raise
-            raise WeightNodeSilent(self.id, self._silence_s) from None
+            raise WeightNodeSilent(self.id, self._quiet_s) from None
         if reply is grpc.aio.EOF:
             return None
         self._heard()
@@ -102,35 +117,51 @@ class WeightNode:
         self._in_doubt.set()
 
     async def keep_asking(self) -> NoReturn:
-        """Ask whether it lives while there is doubt, and tell those who wait when it is silent."""
+        """Ask whether it works while there is doubt, and end the waiting of sequences when it is silent."""
         while True:
             with suppress(TimeoutError):
                 await asyncio.wait_for(self._in_doubt.wait(), _ASK_EVERY_S)
             self._in_doubt.clear()
-            if self._doubted and not await self._answers() and self._quiet_s > self._silence_s:
+            if self._doubted and not await self._works() and self._quiet_s > self._silence_s:
                 self._fall_silent()
 
     @property
     def _quiet_s(self) -> float:
-        return time.monotonic() - self._quiet_since_s
+        return time.monotonic() - self.quiet_since_s
 
     @property
     def _doubted(self) -> bool:
         return not self.answering or (bool(self._waiting) and self._quiet_s > _ASK_EVERY_S)
 
-    async def _answers(self) -> bool:
+    async def _works(self) -> bool:
+        """Ask its supervisor, whom no step of the engine holds up."""
         assert self.stub is not None
         deadline_s = min(_ASK_DEADLINE_S, self._silence_s)
         try:
-            await self.stub.ListSequences(pb.ListSequencesRequest(), timeout=deadline_s)
+            status = await self.stub.Status(pb.WeightStatusRequest(), timeout=deadline_s)
         except grpc.aio.AioRpcError as error:
+            if error.code() is grpc.StatusCode.UNIMPLEMENTED:  # of an older version
+                return await self._lists(deadline_s)
             log.debug("weight_node_does_not_answer", weight_node=self.id, code=error.code().name)
+            return False
+        quiet_s = status.engine.quiet_s
+        if not status.working or quiet_s > self._silence_s:
+            return False
+        self._heard(quiet_s)
+        return True
+
+    async def _lists(self, deadline_s: float) -> bool:
+        assert self.stub is not None
+        try:
+            await self.stub.ListSequences(pb.ListSequencesRequest(), timeout=deadline_s)
+        except grpc.aio.AioRpcError:
             return False
         self._heard()
         return True
 
-    def _heard(self) -> None:
-        self._quiet_since_s = time.monotonic()
+    def _heard(self, quiet_s: float = 0.0) -> None:
+        """It worked so many seconds ago."""
+        self.quiet_since_s = max(self.quiet_since_s, time.monotonic() - quiet_s)
         if not self.answering:
             self.answering = True
             self._changed()
@@ -139,6 +170,8 @@ class WeightNode:
         if self.answering:
             log.warning("weight_node_silent", weight_node=self.id, quiet_s=round(self._quiet_s, 1))
         self.answering = False
+        if not self._elsewhere() and self._quiet_s < self._standstill_s:
+            return
         now = asyncio.get_running_loop().time()
         for patience in self._waiting:
             patience.reschedule(now)

@@ -10,12 +10,14 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager
+from functools import partial
 from typing import Protocol
 
 import grpc
 import structlog
 from flume_common.backoff import Backoff
 from flume_common.membership import Member, Role, State
+from flume_common.reasons import Reason
 from flume_common.tasks import background
 from flume_protos.v1 import weight_pb2 as pb
 from flume_protos.v1 import weight_pb2_grpc as rpc
@@ -45,10 +47,18 @@ class WeightPool:
     """Made by `open_pool`."""
 
     def __init__(
-        self, members: MembersView, connect: Connect, *, model: str, vocab_size: int, silence_s: float
+        self,
+        members: MembersView,
+        connect: Connect,
+        *,
+        model: str,
+        vocab_size: int,
+        silence_s: float,
+        standstill_s: float = 0.0,
     ) -> None:
         self.model = model
         self._silence_s = silence_s
+        self._standstill_s = standstill_s
         self._members = members
         self._connect = connect
         self._vocab_size = vocab_size
@@ -95,6 +105,14 @@ class WeightPool:
         return any(node.described for node in self._nodes.values())
 
     @property
+    def preparing(self) -> bool:
+        """Whether a node of our model loads it, perhaps again: there may be one to lend soon."""
+        return any(
+            member.state is State.PREPARING and member.reason == Reason.LOADING and member.model == self.model
+            for member in self._members.of(Role.WEIGHT)
+        )
+
+    @property
     def lendable(self) -> bool:
         """Whether `borrow` has a node now."""
         return bool(self._lendable())
@@ -111,6 +129,9 @@ class WeightPool:
 
     def _lendable(self) -> dict[str, WeightNode]:
         return {str(key): node for key, node in self._nodes.items() if node.described and node.answering}
+
+    def _has_others(self, key: Key) -> bool:
+        return any(other != str(key) for other in self._lendable())
 
     async def run(self) -> None:
         """For ever; each connected node has a task that lives as long as its channel."""
@@ -131,7 +152,13 @@ class WeightPool:
                 self._nodes[key].listed = True
                 self._nodes[key].retired.clear()
             else:
-                self._nodes[key] = WeightNode(member, silence_s=self._silence_s, changed=self._move)
+                self._nodes[key] = WeightNode(
+                    member,
+                    silence_s=self._silence_s,
+                    changed=self._move,
+                    elsewhere=partial(self._has_others, key),
+                    standstill_s=self._standstill_s,
+                )
                 tasks.create_task(self._keep(key, self._nodes[key]), name=f"weight-node-{member.id}")
 
     async def _keep(self, key: Key, node: WeightNode) -> None:
@@ -196,12 +223,26 @@ def wanted_nodes(members: Sequence[Member], model: str) -> Mapping[Key, Member]:
 
 @asynccontextmanager
 async def open_pool(
-    members: MembersView, connect: Connect, *, model: str, vocab_size: int, silence_s: float
+    members: MembersView,
+    connect: Connect,
+    *,
+    model: str,
+    vocab_size: int,
+    silence_s: float,
+    standstill_s: float = 0.0,
 ) -> AsyncIterator[WeightPool]:
     """`vocab_size` is our tokenizer's: a node with fewer tokens is not used.
 
-    `silence_s`: after this long without a sign of life, a node's sequences go on elsewhere.
+    `silence_s`: after this long without a sign of work, a node's sequences go on elsewhere; where there is
+    no other node they wait for it, for `standstill_s`.
     """
-    pool = WeightPool(members, connect, model=model, vocab_size=vocab_size, silence_s=silence_s)
+    pool = WeightPool(
+        members,
+        connect,
+        model=model,
+        vocab_size=vocab_size,
+        silence_s=silence_s,
+        standstill_s=standstill_s,
+    )
     async with background(weight_pool=pool.run()):
         yield pool

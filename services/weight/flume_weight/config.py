@@ -44,8 +44,8 @@ def supervisor_flags() -> argparse.ArgumentParser:
         "--engine-silence-s",
         type=float,
         default=15.0,
-        help="an engine that answers its supervisor nothing for so long is replaced; never sooner than 5 s "
-        "after the step timeout, for which a step may wait; default %(default)s",
+        help="an engine that makes no progress for so long is replaced, however long a step of one that does "
+        "may last; default %(default)s",
     )
     flags.add_argument("--log-level", default="info")
     add_engine_flags(flags)

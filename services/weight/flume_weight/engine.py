@@ -66,10 +66,12 @@ class WeightEngine:
         self._roster = Roster(self._fleet, shape.layout.block_tokens)
         self._silence = Silence(self._fleet, self._roster)
         self._attention.may_leave = self._silence.may_leave
+        self._progress = self._attention.progress = link.progress
         self._evacuation = Evacuation(self._fleet)
         self._reports = Reports(link)
         self._lanes = itertools.count(1)  # numbers are never used twice
         self._step = 0
+        self._stages_changed = False  # of some sequence, since they were last reported
         self._epoch_rejected = 0  # on lanes that are gone
         self._handlers: dict[type, Callable[..., None]] = {
             m.Submit: self._submit,
@@ -81,7 +83,6 @@ class WeightEngine:
             m.NodeDraining: self._node_draining,
             m.RangesMoved: self._ranges_moved,
             m.Epoch: self._set_epoch,
-            m.AskSequences: self._tell_sequences,
             m.Configure: self._configure,
         }
 
@@ -106,6 +107,7 @@ class WeightEngine:
             self._lose(error)
         for sequence in self._roster.admit(self._limits):
             self._reports.route(sequence)
+            self._stages_changed = True
         running = self._roster.running
         for sequence in (*self._fleet.house(running), *self._fleet.move_tails(running)):
             self._reports.route(sequence)
@@ -125,6 +127,9 @@ class WeightEngine:
         return stepped or self._make_room()
 
     def _report(self) -> None:
+        if self._stages_changed:
+            self._stages_changed = False
+            self._reports.sequences(self._roster)
         capacity_tokens = self._fleet.capacity_blocks * self._shape.layout.block_tokens
         self._reports.capacity(capacity_tokens, len(self._roster.running), len(self._roster.waiting))
         self._reports.recomputed()
@@ -136,6 +141,7 @@ class WeightEngine:
 
     def _idle(self) -> None:
         """Sleep until someone speaks: the supervisor, or an attention node; or has been silent too long."""
+        self._progress.idle()
         wait_s = min(self._silence.next_look_s(self._attention.timeout_s), _IDLE_WAIT_S)
         self._port.wait(self._heard_or_lost, wait_s, fds=(self._link.fileno(),))
 
@@ -155,11 +161,14 @@ class WeightEngine:
         )
         scheduled = {share.sequence for share in shares}
         for sequence in self._roster.running:
-            sequence.stalled = sequence.name not in scheduled
+            stalled = sequence.name not in scheduled
+            if stalled != sequence.stalled:
+                sequence.stalled, self._stages_changed = stalled, True
         if not shares:
             return False
         batch = build([(by_name[share.sequence], share.tokens) for share in shares], self._fleet.peers)
         self._step += 1
+        self._begin_step(batch)
         chosen = self._passes.of(batch)
         try:
             scores = chosen.forward(self._step, batch)
@@ -178,6 +187,16 @@ class WeightEngine:
         for loss in lost:
             self._lose(loss)
         return True
+
+    def _begin_step(self, batch: Batch) -> None:
+        prefill_tokens = sum(chunk.stop - chunk.start for chunk in batch.chunks)
+        self._progress.begin_step(self._step, self._shape.layout.num_layers, prefill_tokens, len(batch.rows))
+        fresh = [row.sequence for row in batch.rows if not row.sequence.begun]
+        for sequence in fresh:
+            sequence.begun = True
+        if fresh:  # now, as the step may be long
+            self._reports.sequences(self._roster)
+        self._stages_changed = prefill_tokens > 0
 
     # -- tokens ----------------------------------------------------------------------------------
 
@@ -214,6 +233,7 @@ class WeightEngine:
                 self._reports.count_recomputed(sequence, again[sequence.name])
             if sequence.recovery is not None and not sequence.recovering:
                 self._reports.recovered(sequence)
+                self._stages_changed = True
 
     # -- sequences -------------------------------------------------------------------------------
 
@@ -227,6 +247,7 @@ class WeightEngine:
             return
         _recover(sequence, Cause.WEIGHT_NODE_LOST)
         self._roster.waiting.append(sequence)
+        self._stages_changed = True
         if sequence.completion_tokens >= sequence.max_tokens:
             self._end(sequence, _finished(sequence, "length"))
         elif message.kept:
@@ -277,6 +298,7 @@ class WeightEngine:
 
     def _send_back(self, sequence: Sequence, cause: Cause) -> None:
         self._roster.send_back(sequence)
+        self._stages_changed = True
         _recover(sequence, cause)
 
     # -- attention nodes -------------------------------------------------------------------------
@@ -346,9 +368,10 @@ class WeightEngine:
             else:
                 self._send_back(sequence, Cause.NODE_LOST)
         lost_tokens = sum(affected.values())
+        self._stages_changed = self._stages_changed or bool(affected)
         self._link.send(m.LaneLost(error.node, error.reason, len(affected), lost_tokens, replaced))
 
-    # -- settings and questions ------------------------------------------------------------------
+    # -- settings ------------------------------------------------------------------------------
 
     def _set_epoch(self, message: m.Epoch) -> None:
         self._fleet.epoch = self._attention.epoch = message.epoch
@@ -361,9 +384,6 @@ class WeightEngine:
         self._attention.timeout_s = message.step_timeout_s
         if self._passes.microbatching is not None:
             self._passes.microbatching.use(message.microbatches)
-
-    def _tell_sequences(self, message: m.AskSequences) -> None:
-        self._reports.sequences(message.number, self._roster)
 
 
 def _recover(sequence: Sequence, cause: Cause) -> None:

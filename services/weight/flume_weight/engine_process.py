@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 from flume_common.engine_link import EngineLink
+from flume_common.engine_progress import Activity
 from flume_common.lanes import Port
 from flume_common.wire import LaneShape
 from flume_kernels.dtypes import DTYPES
@@ -58,7 +59,9 @@ def serve(link: EngineLink[m.Inbound], args: argparse.Namespace) -> None:
     limits = StepLimits(args.max_sequences, args.prefill_tokens, args.mixed_prefill_tokens)
     torch.set_num_threads(args.prefill_threads)
     backend = open_backend(args)
+    link.progress.begin(Activity.LOADING)
     model = load_model(Path(args.model), DTYPES[args.dtype], progress=_Progress(link), pack=backend.packs)
+    link.progress.begin(Activity.PREPARING)
     layout = model.layout(args.block_tokens)
     shape = LaneShape(
         layout=layout,
@@ -74,6 +77,7 @@ def serve(link: EngineLink[m.Inbound], args: argparse.Namespace) -> None:
         del model  # on a device there is a copy
         ready = _ready(config, shape, time.monotonic() - started)
         ready.direct = passes.map_region is not None
+        link.progress.idle()
         link.send(ready)
         WeightEngine(
             link,
@@ -131,6 +135,7 @@ class _Progress:
         self._next_s = 0.0
 
     def __call__(self, bytes_done: int, bytes_total: int) -> None:
+        self._link.progress.reached(bytes_done, bytes_total)
         now = time.monotonic()
         if now >= self._next_s:
             self._next_s = now + _PROGRESS_EVERY_S

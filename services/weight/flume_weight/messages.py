@@ -2,10 +2,22 @@
 
 from __future__ import annotations
 
+from enum import StrEnum
+
 import msgspec
 from flume_common.config_schema import Microbatches
 
 from flume_weight.sampling import SamplingParams
+
+
+class Stage(StrEnum):
+    """What a live sequence does. These are the states that the API shows."""
+
+    QUEUED = "QUEUED"  # nothing of it has been computed
+    WAITING = "WAITING"  # for KV memory
+    PREFILLING = "PREFILLING"
+    DECODING = "DECODING"
+    PAUSED = "PAUSED"  # it is computed again, or has said something and waits for memory
 
 
 class KeptRange(msgspec.Struct, array_like=True):
@@ -97,12 +109,6 @@ class Epoch(msgspec.Struct, tag=True):
     epoch: int
 
 
-class AskSequences(msgspec.Struct, tag=True):
-    """Report the live sequences (answered by Sequences with the same number)."""
-
-    number: int
-
-
 class Configure(msgspec.Struct, tag=True):
     """Settings that hold from the next step on."""
 
@@ -113,17 +119,7 @@ class Configure(msgspec.Struct, tag=True):
 
 
 Inbound = (
-    Submit
-    | Cancel
-    | OpenLane
-    | CloseLane
-    | Attach
-    | Detach
-    | NodeDraining
-    | RangesMoved
-    | Epoch
-    | AskSequences
-    | Configure
+    Submit | Cancel | OpenLane | CloseLane | Attach | Detach | NodeDraining | RangesMoved | Epoch | Configure
 )
 
 
@@ -304,20 +300,16 @@ class RouteChanged(msgspec.Struct, tag=True):
 
 
 class SequenceState(msgspec.Struct, array_like=True):
-    """One live sequence."""
+    """One live sequence: its stage, and how many of its tokens have their KV stored."""
 
     sequence: str
-    state: str  # WAITING, PREFILLING, DECODING or PAUSED
-    prompt_tokens: int
-    completion_tokens: int
-    age_s: float
-    ranges: list[RangeInfo]
+    stage: Stage
+    computed_tokens: int
 
 
 class Sequences(msgspec.Struct, tag=True):
-    """The answer to AskSequences."""
+    """Every live sequence; sent after a step that computed prompts, and when one changes its stage."""
 
-    number: int
     sequences: list[SequenceState]
 
 

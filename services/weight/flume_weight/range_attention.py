@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
+from flume_common.engine_progress import ProgressPage
 from flume_common.lanes import Frame, LaneDown, Port, Receiver, Sender
 from flume_common.layout import KvLayout
 from flume_common.wire import Header, Kind
@@ -21,10 +22,12 @@ from flume_kernels.merge import merge_into
 from flume_kernels.partial_attention import causal_attention
 from torch import Tensor
 
+from flume_weight import faults
 from flume_weight.errors import PeerLost, PeerSilent
 from flume_weight.peer import Peer
 
 Index = slice | Tensor
+_LOOK_EVERY_S = 1.0
 
 
 @dataclass(slots=True)
@@ -86,6 +89,8 @@ class RangeAttention:
         self._scale = scale
         self.timeout_s = timeout_s  # a node that has not answered by then is lost
         self.may_leave = may_leave
+        self.progress = ProgressPage()  # of the engine, where there is one
+        self._layer_delay_s = faults.prefill_layer_delay_s()
         self._views: dict[Peer, _Views] = {}
         self._kv_frames: dict[Peer, Frame] = {}
         self._exchanges: Sequence[Exchange] = ()
@@ -124,6 +129,9 @@ class RangeAttention:
 
     def query(self, layer: int, q: Tensor) -> None:
         """q [T, query_heads, head_dim] leaves before K and V exist: nobody remote needs them now."""
+        self.progress.reached(layer)
+        if self._layer_delay_s and self._chunks:
+            time.sleep(self._layer_delay_s)
         for exchange in self._exchanges:
             if not exchange.num_queries:
                 continue
@@ -141,6 +149,7 @@ class RangeAttention:
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """q [T, query_heads, head_dim], k and v [T, kv_heads, head_dim] -> [T, query_heads * head_dim]."""
+        self.progress.beat()
         self._store(layer, k, v)
         o, lse = self._local(q, k, v)
         for exchange in self._exchanges:
@@ -253,15 +262,29 @@ class RangeAttention:
     def _wait(self, peer: Peer, ready: Callable[[], bool]) -> None:
         patience_s = min(peer.patience_s, self.timeout_s)
         try:
-            if ready() or self._port.wait(ready, patience_s):
+            if ready():
+                return
+            self.progress.await_node(True)
+            if self._ready_within(ready, patience_s):
                 return
             if self.may_leave(peer.node):
                 raise PeerSilent(peer.node, time.monotonic() - patience_s)
-            if self._port.wait(ready, self.timeout_s - patience_s):
+            if self._ready_within(ready, self.timeout_s - patience_s):
                 return
         except LaneDown as error:
             raise PeerLost(peer.node, str(error)) from error
+        finally:
+            self.progress.await_node(False)
         raise no_answer(peer.node, self.timeout_s)
+
+    def _ready_within(self, ready: Callable[[], bool], seconds: float) -> bool:
+        """Wait for a node, and go on saying that it is the node that is waited for."""
+        until_s = time.monotonic() + seconds
+        while (left_s := until_s - time.monotonic()) > _LOOK_EVERY_S:
+            if self._port.wait(ready, _LOOK_EVERY_S):
+                return True
+            self.progress.beat()
+        return self._port.wait(ready, max(left_s, 0.0))
 
     def _views_of(self, peer: Peer) -> _Views:
         views = self._views.get(peer)

@@ -80,21 +80,10 @@ class Reports:
             self._logit_rows_told = self._logit_rows
             self._link.send(m.LogitRowsRead(self._logit_rows))
 
-    def sequences(self, number: int, live: Iterable[Sequence]) -> None:
-        """The answer to AskSequences."""
-        now = time.monotonic()
-        states = [
-            m.SequenceState(
-                sequence=sequence.name,
-                state=sequence.state,
-                prompt_tokens=sequence.prompt_tokens,
-                completion_tokens=sequence.completion_tokens,
-                age_s=now - sequence.arrived_s,
-                ranges=_ranges(sequence),
-            )
-            for sequence in live
-        ]
-        self._link.send(m.Sequences(number, states))
+    def sequences(self, live: Iterable[Sequence]) -> None:
+        """What every sequence does now."""
+        states = [m.SequenceState(sequence.name, sequence.state, sequence.stored_tokens) for sequence in live]
+        self._link.send(m.Sequences(states))
 
 
 def _ranges(sequence: Sequence) -> list[m.RangeInfo]:

@@ -7,6 +7,7 @@ from enum import StrEnum
 
 from flume_common.routes import Route
 
+from flume_weight.messages import Stage
 from flume_weight.sampling import Sampler
 from flume_weight.storage import Hole, Part, Slot
 
@@ -50,7 +51,8 @@ class Sequence:
     holes: list[Hole] = field(default_factory=list)  # in order
     recovery: Recovery | None = None
     ran_here: bool = False
-    stalled: bool = False
+    begun: bool = False  # some of its prompt is, or was, in a step
+    stalled: bool = False  # it had no place in the last step
     preempted_at_tokens: int = -1  # its length when it last gave way
 
     @property
@@ -95,12 +97,20 @@ class Sequence:
         return bool(self.holes) or self.committed_tokens < self.computed_tokens
 
     @property
-    def state(self) -> str:
+    def state(self) -> Stage:
+        """Stalled ones that have said something pause; a prompt that is left out of a step is still that."""
         if self.route is None:
-            return "WAITING"
-        if self.stalled or self.recovering:
-            return "PAUSED"
-        return "DECODING" if self.pending_tokens == 1 and self.completion_tokens > 0 else "PREFILLING"
+            return Stage.WAITING
+        if self.recovering or (self.stalled and self.completion_tokens > 0):
+            return Stage.PAUSED
+        if self.pending_tokens == 1 and self.completion_tokens > 0:
+            return Stage.DECODING
+        return Stage.PREFILLING if self.begun else Stage.QUEUED
+
+    @property
+    def stored_tokens(self) -> int:
+        """Tokens whose KV is stored now."""
+        return self.committed_tokens - sum(hole.end - hole.at for hole in self.holes)
 
     def advance(self, tokens: int) -> int:
         """`tokens` more from `position` are stored. How many of them had been computed before."""
@@ -143,4 +153,4 @@ class Sequence:
         self.route = None
         self.slots.clear()
         self.holes.clear()
-        self.stalled = False
+        self.begun = self.stalled = False

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncIterator
 from typing import Any, NoReturn
 
 import grpc
+from flume_common.engine_progress import Activity, Progress, activity_message
 from flume_common.routes import Route, TokenRange
 from flume_protos.v1 import weight_pb2 as pb
 from flume_protos.v1 import weight_pb2_grpc as rpc
@@ -15,6 +17,7 @@ from flume_weight import messages as m
 from flume_weight.attachments import layout_of
 from flume_weight.errors import RequestRefused
 from flume_weight.sampling.params import InvalidSampling, SamplingParams
+from flume_weight.sequence_views import SequenceView
 from flume_weight.streams import Event, StreamExists
 from flume_weight.supervisor import Supervisor
 
@@ -85,27 +88,62 @@ class WeightServicer(rpc.WeightServicer):
         request: pb.ListSequencesRequest,
         context: grpc.aio.ServicerContext[pb.ListSequencesRequest, pb.ListSequencesReply],
     ) -> pb.ListSequencesReply:
-        try:
-            states = await self._supervisor.sequences()
-        except RequestRefused as refused:
-            await _abort(context, refused.code, str(refused))
-        except TimeoutError:
-            await _abort(context, "UNAVAILABLE", "the engine does not answer")
-        return pb.ListSequencesReply(sequences=[self._info(state) for state in states])
-
-    def _info(self, state: m.SequenceState) -> pb.SequenceInfo:
-        info = pb.SequenceInfo(
-            sequence=state.sequence,
-            state=state.state,
-            prompt_tokens=state.prompt_tokens,
-            completion_tokens=state.completion_tokens,
-            age_s=state.age_s,
+        supervisor = self._supervisor
+        if supervisor.ready is None:
+            await _abort(context, "UNAVAILABLE", f"weight node {supervisor.node} is loading its model")
+        now_s = time.monotonic()
+        return pb.ListSequencesReply(
+            sequences=[self._info(view, now_s) for view in supervisor.sequences],
+            confirmed_s=_since_a_turn(supervisor.progress),
         )
-        if state.ranges:
-            ranges = tuple(TokenRange(item.start, item.end, item.node) for item in state.ranges)
-            route = Route(state.sequence, self._supervisor.node, self._supervisor.epoch, ranges)
+
+    async def Status(
+        self,
+        request: pb.WeightStatusRequest,
+        context: grpc.aio.ServicerContext[pb.WeightStatusRequest, pb.WeightStatusReply],
+    ) -> pb.WeightStatusReply:
+        return status_message(self._supervisor)
+
+    def _info(self, view: SequenceView, now_s: float) -> pb.SequenceInfo:
+        info = pb.SequenceInfo(
+            sequence=view.sequence,
+            state=view.stage,
+            prompt_tokens=view.prompt_tokens,
+            completion_tokens=view.completion_tokens,
+            age_s=now_s - view.submitted_s,
+            computed_tokens=view.computed_tokens,
+        )
+        if view.ranges:
+            ranges = tuple(TokenRange(item.start, item.end, item.node) for item in view.ranges)
+            route = Route(view.sequence, self._supervisor.node, self._supervisor.epoch, ranges)
             info.route.CopyFrom(route.to_proto())
         return info
+
+
+def status_message(supervisor: Supervisor) -> pb.WeightStatusReply:
+    """What the supervisor knows without asking its engine."""
+    progress, stages = supervisor.progress, supervisor.sequences.count()
+    computed_tokens, total_tokens = supervisor.sequences.prefill()
+    reply = pb.WeightStatusReply(
+        node=supervisor.node,
+        working=supervisor.working,
+        queued=stages[m.Stage.QUEUED] + stages[m.Stage.WAITING],
+        prefilling=stages[m.Stage.PREFILLING],
+        decoding=stages[m.Stage.DECODING],
+        paused=stages[m.Stage.PAUSED],
+        prefill_computed_tokens=computed_tokens,
+        prefill_total_tokens=total_tokens,
+    )
+    if progress is not None:
+        reply.engine.CopyFrom(activity_message(progress))
+    return reply
+
+
+def _since_a_turn(progress: Progress | None) -> float:
+    """For how long the engine has not looked at its messages: a step may have moved sequences on."""
+    if progress is None:
+        return 0.0
+    return progress.activity_s if progress.activity is Activity.STEPPING else progress.quiet_s
 
 
 def _decode(request: pb.GenerateRequest) -> m.Submit:

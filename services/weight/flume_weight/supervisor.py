@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import itertools
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
@@ -18,6 +17,7 @@ import msgspec
 import structlog
 from flume_common.config_watch import LiveConfig
 from flume_common.engine_link import Engine, LinkClosed, run_engine
+from flume_common.engine_progress import Progress
 from flume_common.membership import Members, Registration, Role, State
 from flume_common.model_source import ModelSource
 from flume_common.reasons import Reason
@@ -30,6 +30,7 @@ from flume_weight.attachments import Attachments, detach
 from flume_weight.config import engine_args
 from flume_weight.errors import ConfigRefused, RequestRefused
 from flume_weight.range_mover import move_ranges
+from flume_weight.sequence_views import SequenceViews
 from flume_weight.serving_state import Serving, ServingState
 from flume_weight.settings import configure
 from flume_weight.streams import Streams
@@ -38,8 +39,6 @@ log = structlog.get_logger()
 
 _RECONCILE_EVERY_S = 1.0  # also on every change of membership or of a lane
 _RESTART_S = (0.2, 1.0, 5.0)
-_ASK_TIMEOUT_S = 2.0
-_SILENCE_SLACK_S = 5.0
 # Threads that wait for work must sleep: nodes share the cores of a small machine.
 _ENGINE_ENV = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "0"}
 
@@ -53,6 +52,7 @@ class Supervisor:
         self.node: str = args.node
         self.model_name: str = args.model_name or source.name
         self.streams = Streams()
+        self.sequences = SequenceViews()
         self.ready: m.Ready | None = None
         self.capacity_tokens = 0
         self.running = self.waiting = 0  # sequences of this engine
@@ -74,8 +74,6 @@ class Supervisor:
         self._said: dict[str, Any] = {}  # of ourselves, as a member
         self._poked = asyncio.Event()
         self._epoch = 0
-        self._numbers = itertools.count(1)
-        self._answers: dict[int, asyncio.Future[list[m.SequenceState]]] = {}
 
     @property
     def lanes(self) -> int:
@@ -87,6 +85,17 @@ class Supervisor:
     def epoch(self) -> int:
         """Our fencing number; 0 before the first engine was told."""
         return self._epoch
+
+    @property
+    def progress(self) -> Progress | None:
+        """What the engine is doing, which is never asked for it; None without an engine."""
+        return self._engine.progress if self._engine else None
+
+    @property
+    def working(self) -> bool:
+        """True while a READY engine makes progress, however long its step lasts."""
+        progress = self.progress
+        return self.ready is not None and progress is not None and progress.quiet_s < self._silence_s()
 
     async def run(self, registration: Registration, routes: RouteWriter) -> NoReturn:
         """Keep an engine running. Raises ConfigRefused when it says that it cannot start."""
@@ -108,6 +117,7 @@ class Supervisor:
     def submit(self, message: m.Submit) -> None:
         """Raises RequestRefused when there is no engine to take it."""
         self._send_to_engine(message)
+        self.sequences.submitted(message, time.monotonic())
 
     async def kept(self, sequence: str, lost_node: str) -> list[m.KeptRange]:
         """What the attention nodes keep of a sequence whose weight node is lost, for us to take now."""
@@ -124,18 +134,6 @@ class Supervisor:
     def cancel(self, sequence: str) -> None:
         with suppress(RequestRefused):
             self._send_to_engine(m.Cancel(sequence))
-
-    async def sequences(self) -> list[m.SequenceState]:
-        """The live sequences. Raises RequestRefused without an engine, TimeoutError when it is stuck."""
-        number = next(self._numbers)
-        future: asyncio.Future[list[m.SequenceState]] = asyncio.get_running_loop().create_future()
-        self._answers[number] = future
-        try:
-            self._send_to_engine(m.AskSequences(number))
-            async with asyncio.timeout(_ASK_TIMEOUT_S):
-                return await future
-        finally:
-            del self._answers[number]
 
     def _send_to_engine(self, message: object) -> None:
         if self._engine is None or self.ready is None:
@@ -155,30 +153,27 @@ class Supervisor:
             "flume_weight.engine_process", args, inbox=m.Outbound, env=_ENGINE_ENV
         ) as engine:
             self._engine = engine
-            self.ready = await self._await_ready(engine)
-            log.info("engine_ready", pid=engine.pid, load_s=round(self.ready.load_s, 2),
-                     elapsed_s=round(time.monotonic() - started_s, 2))  # fmt: skip
-            self._epoch = 0
-            self._attachments = Attachments(
-                self._args.node, self.ready, engine.send, lambda: self._registration.epoch
-            )
-            await self._publish()
-            self.started.set()
-            self._to_move = asyncio.Queue()
-            async with background(
-                keep_lanes=self._keep_lanes(),
-                settings=self._follow_settings(engine, self.ready),
-                move_ranges=move_ranges(
-                    self._to_move,
-                    self._members,
-                    self._args.node,
-                    lambda: self._registration.epoch,
-                    engine.send,
-                ),
-                watch=engine.watch(self._silence_s),
-            ):
-                while True:
-                    await self._hear(await engine.receive())
+            async with background(watch=engine.watch(self._silence_s)):
+                await self._serve_engine(engine, started_s)
+
+    async def _serve_engine(self, engine: Engine[Any], started_s: float) -> NoReturn:
+        self.ready = ready = await self._await_ready(engine)
+        log.info("engine_ready", pid=engine.pid, load_s=round(ready.load_s, 2),
+                 elapsed_s=round(time.monotonic() - started_s, 2))  # fmt: skip
+        self._epoch = 0
+        self._attachments = Attachments(self._args.node, ready, engine.send, lambda: self._registration.epoch)
+        await self._publish()
+        self.started.set()
+        self._to_move = asyncio.Queue()
+        async with background(
+            keep_lanes=self._keep_lanes(),
+            settings=self._follow_settings(engine, ready),
+            move_ranges=move_ranges(
+                self._to_move, self._members, self._args.node, lambda: self._registration.epoch, engine.send
+            ),
+        ):
+            while True:
+                await self._hear(await engine.receive())
 
     async def _await_ready(self, engine: Engine[Any]) -> m.Ready:
         while True:
@@ -197,6 +192,7 @@ class Supervisor:
         self.capacity_tokens = self.running = self.waiting = 0
         self.recomputed, self.step_model = m.Recomputed(), None
         self.epoch_rejected = self.logit_rows_read = 0
+        self.sequences.clear()
         self.streams.fail_all("UNAVAILABLE", f"the engine of weight node {self._args.node} ended")
         self._routes.end_all()  # or they would be written again after a lost lease
         await self._publish()
@@ -230,9 +226,9 @@ class Supervisor:
             await self._registration.update(**said)
 
     def _silence_s(self) -> float:
-        """A step may wait for an attention node for as long as the step timeout, as it is now."""
+        """How long an engine may make no progress. A wait for an attention node is said in its page."""
         flag_s: float = self._args.engine_silence_s
-        return max(flag_s, self._config.current.step_timeout_s + _SILENCE_SLACK_S)
+        return flag_s
 
     async def _keep_lanes(self) -> NoReturn:
         """Level-triggered: wake-ups carry no facts."""
@@ -266,16 +262,17 @@ class Supervisor:
     async def _hear(self, message: Any) -> None:
         match message:
             case m.Produced(tokens=tokens):
+                self.sequences.produced(tokens)
                 for token in tokens:
                     self.streams.deal(token)
             case m.Finished() | m.Failed():
+                self.sequences.ended(message.sequence)
                 self.streams.deal(message)
             case m.RouteChanged(sequence=sequence, ranges=ranges):
+                self.sequences.routed(sequence, ranges)
                 self._write_route(sequence, ranges)
-            case m.Sequences(number=number, sequences=sequences):
-                future = self._answers.get(number)
-                if future is not None and not future.done():
-                    future.set_result(sequences)
+            case m.Sequences(sequences=states):
+                self.sequences.reported(states)
             case m.Capacity(capacity_tokens=capacity, running=running, waiting=waiting):
                 self.capacity_tokens, self.running, self.waiting = capacity, running, waiting
                 await self._publish()
