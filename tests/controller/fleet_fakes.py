@@ -42,12 +42,16 @@ class FakeProvider:
 
 
 class FakeNodes:
-    """Node calls: `holds` is what nodes answer; drains and undrains are recorded."""
+    """Node calls: `holds` is what nodes answer, `weights` what weight nodes do; drains are recorded."""
 
     def __init__(self):
         self.holds = {}
         self.calls = []
         self.error = None
+        self.weights = {}
+
+    async def answers(self, weights):
+        return {m.id: self.weights[m.id] for m in weights if m.id in self.weights}
 
     async def held(self, members):
         return {m.id: self.holds[m.id] for m in members if m.id in self.holds}

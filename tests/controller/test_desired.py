@@ -128,6 +128,25 @@ async def test_a_spec_written_by_hand_that_makes_no_sense_is_refused(store, keys
         await desired.read(store, keys)
 
 
+async def test_a_scale_repairs_a_spec_that_cannot_be_read(store, keys):
+    for value in (b"three", b"[" * 5000):
+        await store.put(keys.spec_attention, value)
+
+        def repair(error):
+            assert error.value == value and "flumectl scale attention" in str(error)  # noqa: B023
+            return AttentionSpec(desired=2, generation=7)
+
+        def change(spec):
+            return desired.changed(spec, 2, actor=Actor.USER, current=2, now_s=5.0)
+
+        assert (await desired.edit(store, keys, change, repair=repair, dry_run=True))[1].desired == 2
+        assert (await store.get(keys.spec_attention)).value == value
+        await desired.edit(store, keys, change, repair=repair)
+        assert (await desired.read(store, keys))[0] == AttentionSpec(desired=2, generation=8), (
+            "although equal"
+        )
+
+
 async def test_a_spec_of_a_newer_version_can_be_read(store, keys):
     value = encode(AttentionSpec(desired=3)).replace(b"{", b'{"later": true,', 1)
     await store.put(keys.spec_attention, value)

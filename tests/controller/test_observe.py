@@ -5,6 +5,7 @@ from flume_common.membership import Member, Role, State
 from flume_controller.observe import Held, Patience, free_ids, observe
 from flume_controller.plan import NodeView, Phase
 from flume_controller.providers.base import Instance
+from flume_controller.reach import Reach
 
 NOW_S = 1000.0
 PATIENCE = Patience(start_s=100, lost_s=30)
@@ -74,6 +75,28 @@ def test_a_process_that_ended_is_dead_while_its_registration_lingers_and_then_no
 def test_a_node_of_others_is_seen_and_not_managed():
     (view,) = observe([member("a")], [], {}, {}, NOW_S, PATIENCE)
     assert view == NodeView("a", Phase.READY, managed=False)
+
+
+@pytest.mark.parametrize(
+    "state, reach, phase, reached, replaceable",
+    [
+        (State.READY, Reach.YES, Phase.READY, True, False),
+        (State.READY, Reach.JOINING, Phase.PREPARING, False, False),
+        (State.READY, Reach.NO, Phase.UNREACHABLE, False, False),
+        (State.READY, Reach.OVERDUE, Phase.UNREACHABLE, False, True),
+        (State.PREPARING, Reach.OVERDUE, Phase.PREPARING, False, False),
+        (State.DRAINING, Reach.NO, Phase.DRAINING, False, False),
+    ],
+)
+def test_a_node_is_ready_only_as_far_as_it_is_reached(state, reach, phase, reached, replaceable):
+    (view,) = observe([member("a", state)], [process("a")], {}, {}, NOW_S, PATIENCE, {"a": reach})
+    assert (view.phase, view.reached, view.replaceable) == (phase, reached, replaceable)
+
+
+def test_the_reach_of_a_process_that_ended_or_was_told_to_end_does_not_matter():
+    for changes, phase in (({"running": False}, Phase.DEAD), ({"stopping": True}, Phase.STOPPING)):
+        views = observe([member("a")], [process("a", **changes)], {}, {}, NOW_S, PATIENCE, {"a": Reach.NO})
+        assert [view.phase for view in views] == [phase]
 
 
 def test_what_a_node_answers_counts_before_what_its_record_says():

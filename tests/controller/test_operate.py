@@ -30,6 +30,54 @@ def refusal(call):
     return caught.value.code(), caught.value.details()
 
 
+async def test_a_bad_spec_is_said_and_a_scale_heals_it(controller, flumectl, store, keys):
+    controller.until_states(a1="READY")
+    before = await store.get(keys.spec_attention)
+    for value in (b"{", b"{}", b'{"desired": -1}', b'{"desired": 1180591620717411303424}'):
+        await store.put(keys.spec_attention, value)
+        controller.until(lambda: controller.condition("Degraded").reason == "InvalidSpec")
+        assert (controller.status().desired, controller.states()) == (1, {"attention-1": "READY"})
+        assert flumectl("describe", "cluster").exit_code == 0
+        refused = flumectl("drain", "attention-1")
+        assert refused.exit_code == 1 and "flumectl scale attention --replicas N" in refused.stderr
+        assert flumectl("scale", "attention", "--replicas", "1").exit_code == 0
+        controller.until(lambda: controller.condition("Degraded").status == "False")
+    assert (await store.get(keys.spec_attention)).create_revision == before.create_revision
+    assert {"InvalidSpec", "ValidSpec"} <= set(flumectl("events").stdout.split())
+
+
+async def test_a_status_that_somebody_overwrites_is_written_again(controller, store, keys):
+    controller.until_states(a1="READY")
+    controller.until(lambda: controller.status().ready == 1)
+    good = json.loads((await store.get(keys.status_attention)).value)
+    for bad in ({"desired": 2**70}, {"ready": -1}, {"conditions": 3}):
+        await store.put(keys.status_attention, json.dumps({**good, **bad}).encode())
+        controller.until(lambda: controller.status().ready == 1, timeout_s=3)
+
+
+async def test_values_that_are_no_routes_are_left_out_and_named(controller, flumectl, store, keys):
+    route = Route.start("seq-a", "weight-1", 3, "attention-1")
+    await store.put(keys.route("seq-a"), encode_route(route))
+    open_twice = {"start": 0, "end": None, "node": "attention-1"}
+    bad = {
+        "ghost": json.dumps(
+            {"sequence": "ghost", "weight_node": "w", "epoch": 1, "ranges": [open_twice] * 2}
+        ),
+        "deep": "[" * 5000,
+        "huge": json.dumps({"sequence": "h", "weight_node": "w", "epoch": 2**70, "ranges": [open_twice]}),
+        "none": "null",
+    }
+    for name, value in bad.items():
+        await store.put(keys.route(name), value.encode())
+    listed = flumectl("get", "routes", "-o", "json")
+    assert [item["sequence"] for item in json.loads(listed.stdout)] == ["seq-a"]
+    warnings = listed.stderr.splitlines()
+    assert len(warnings) == len(bad) and all(line.startswith("Warning: left out") for line in warnings)
+    assert any("routes/ghost" in line and "exactly the last range is open" in line for line in warnings)
+    for words in ("route seq-a", "node attention-1", "cluster"):
+        assert flumectl("describe", *words.split()).exit_code == 0, words
+
+
 def ready(controller):
     return {id for id, state in controller.states().items() if state == "READY"}
 

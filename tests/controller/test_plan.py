@@ -14,6 +14,7 @@ DRAINING, STOPPING, LOST, STUCK, DEAD = (
     Phase.STUCK,
     Phase.DEAD,
 )
+UNREACHABLE = Phase.UNREACHABLE
 COUNTS = (STARTING, PREPARING, READY)
 
 
@@ -168,6 +169,7 @@ VIEWS = st.lists(
             leave_by_s=0.0 if leaving == "no deadline" else 30.0,
             told=leaving != "not told" or phase is not DRAINING,
             overdue=leaving == "overdue" and phase is DRAINING,
+            replaceable=leaving == "overdue" and phase is UNREACHABLE,
         )
         for number, (phase, held, empty, drained, leaving) in enumerate(items, 1)
     ]
@@ -206,7 +208,7 @@ def test_doing_what_the_plan_says_settles_it(desired, nodes):
 def test_as_many_stay_as_are_wanted_and_lost_ones_may_come_back(desired, nodes):
     after = do(plan(desired, nodes), nodes)
     staying = sum(view.phase in COUNTS and not view.drained for view in after)
-    lost = sum(view.phase is LOST and not view.drained for view in after)
+    lost = sum(view.phase in (LOST, UNREACHABLE) and not view.drained for view in after)
     assert min(desired, desired - lost) <= staying <= desired
 
 
@@ -224,7 +226,7 @@ def test_nothing_that_holds_work_is_stopped_before_its_deadline(desired, nodes):
     for action in plan(desired, nodes):
         if isinstance(action, Stop):
             view = views[action.node]
-            assert view.safe_to_delete or view.overdue or view.phase in (STARTING, STUCK)
+            assert view.safe_to_delete or view.overdue or view.phase in (STARTING, STUCK, UNREACHABLE)
             assert action.lost_tokens == (0 if view.safe_to_delete else view.held_tokens) or not view.overdue
 
 
@@ -281,6 +283,97 @@ def _rests(view):
     if view.phase is DRAINING:
         return node(view.id, DRAINING, 0, safe=True)
     return view if view.phase is STUCK else node(view.id, READY, view.held_tokens)
+
+
+@given(DESIRED, VIEWS)
+def test_a_node_that_nobody_reaches_is_stopped_only_while_another_one_serves(desired, nodes):
+    actions = plan(desired, nodes)
+    cut_off = {view.id for view in nodes if view.phase is UNREACHABLE}
+    if cut_off & {action.node for action in actions if isinstance(action, Stop)}:
+        assert any(view.phase is READY for view in do(actions, nodes))
+
+
+@given(DESIRED, VIEWS)
+def test_not_more_than_one_node_that_nobody_reaches_is_replaced_at_a_time(desired, nodes):
+    """Should weight nodes be at fault, the next one will not be reached either."""
+    cut_off = [view for view in nodes if view.phase is UNREACHABLE and not view.drained]
+    waited_for = plan(desired, [replace(view, replaceable=False) for view in nodes])
+    started = sum(action.count for action in plan(desired, nodes) if isinstance(action, Start))
+    assert started - sum(a.count for a in waited_for if isinstance(a, Start)) <= min(len(cut_off), 1)
+
+
+@pytest.mark.parametrize(
+    "desired, nodes, actions",
+    [
+        pytest.param(
+            1, [node("a", READY), node("g", UNREACHABLE, managed=False)], [], id="a ghost counts for nothing"
+        ),
+        pytest.param(
+            2,
+            [node("a", READY), node("g", UNREACHABLE, managed=False)],
+            [Start(1)],
+            id="nor for a missing one",
+        ),
+        pytest.param(1, [node("a", UNREACHABLE)], [], id="one of ours is waited for"),
+        pytest.param(2, [node("a", READY), node("b", UNREACHABLE)], [], id="beside another, too"),
+        pytest.param(
+            1, [node("a", READY, 0), node("b", UNREACHABLE, 99)], [Stop("b")], id="of too many it goes first"
+        ),
+        pytest.param(
+            2,
+            [node("a", READY), node("b", UNREACHABLE, replaceable=True)],
+            [Start(1)],
+            id="after long, another one is started",
+        ),
+        pytest.param(
+            2,
+            [node("a", READY), node("b", UNREACHABLE, replaceable=True), node("c", PREPARING)],
+            [Stop("b")],
+            id="and it is stopped, as another serves",
+        ),
+        pytest.param(
+            1, [node("a", UNREACHABLE, replaceable=True)], [Start(1)], id="the only one is replaced, too"
+        ),
+        pytest.param(
+            1,
+            [node("a", UNREACHABLE, replaceable=True), node("b", PREPARING)],
+            [],
+            id="but not stopped before the new one is reached",
+        ),
+        pytest.param(
+            1,
+            [node("a", UNREACHABLE, replaceable=True), node("b", READY)],
+            [Stop("a")],
+            id="and then it is",
+        ),
+        pytest.param(
+            3,
+            [node(name, UNREACHABLE, replaceable=True) for name in "abc"],
+            [Start(1)],
+            id="where none is reached, one try is made",
+        ),
+        pytest.param(
+            3,
+            [*(node(name, UNREACHABLE, replaceable=True) for name in "abc"), node("d", UNREACHABLE)],
+            [],
+            id="and not another one",
+        ),
+        pytest.param(
+            1,
+            [node("a", UNREACHABLE, drained=True), node("b", READY)],
+            [Stop("a")],
+            id="one that an operator drains goes",
+        ),
+        pytest.param(
+            1,
+            [node("g", DRAINING, 9, managed=False, reached=False)],
+            [Start(1)],
+            id="the drain of a ghost is not taken back",
+        ),
+    ],
+)
+def test_a_node_that_no_weight_node_reaches(desired, nodes, actions):
+    assert plan(desired, nodes) == actions
 
 
 def test_a_node_that_an_operator_drains_goes_and_another_comes():

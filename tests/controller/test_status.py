@@ -1,8 +1,9 @@
 import pytest
+from flume_common.reasons import Reason
 from flume_controller.plan import NodeView, Phase
 from flume_controller.progress import Progress
-from flume_controller.spec import AttentionSpec, ConditionStatus, GaveUp
-from flume_controller.status import Crash, report
+from flume_controller.spec import AttentionSpec, ConditionStatus, GaveUp, Unready
+from flume_controller.status import Crash, Service, WeightView, report
 
 SPEC = AttentionSpec(desired=2, generation=7)
 
@@ -18,8 +19,78 @@ def conditions(status):
 FINE = Progress(last_good=2, at_s=0.5, gave_up=None)
 
 
-def make(*phases, spec=SPEC, crashes=(), failures=(), state=FINE, previous=None, now_s=1.0):
-    return report(spec, nodes(*phases), crashes, failures, state, previous, now_s)
+def make(*phases, spec=SPEC, crashes=(), failures=(), state=FINE, previous=None, now_s=1.0, **more):
+    return report(spec, nodes(*phases), crashes, failures, state, previous, now_s, **more)
+
+
+def available(*phases, weights=(), canaries=None, spec=SPEC):
+    """Reason and message of Available, with these weight nodes."""
+    status = make(*phases, spec=spec, service=Service(weights, canaries or {}))
+    (found,) = (item for item in status.conditions if item.type == "Available")
+    assert (found.status == "True") == (found.reason == "EnoughNodes")
+    return found.reason, found.message
+
+
+SERVES = WeightView("weight-1", True)
+CUT_OFF = WeightView("weight-1", False, Reason.NO_LANE)
+LOADS = WeightView("weight-2", False, Reason.LOADING)
+
+
+@pytest.mark.parametrize(
+    "phases, weights, reason, says",
+    [
+        ((Phase.READY,), [SERVES], "EnoughNodes", "1 ready"),
+        ((Phase.READY,), [SERVES, LOADS], "EnoughNodes", "1 ready"),
+        ((Phase.READY,), [], "NoWeightNode", "no weight node is registered"),
+        ((Phase.READY,), [LOADS], "NoWeightNode", "weight-2 is loading its model"),
+        ((Phase.READY,), [CUT_OFF], "NoLane", "weight-1 has no lane to an attention node"),
+        ((Phase.READY,), [CUT_OFF, LOADS], "NoWeightNode", "weight-1 has no lane"),
+        ((Phase.UNREACHABLE,), [SERVES], "NoLane", "no lane leads to attention-1"),
+        ((Phase.UNREACHABLE,), [CUT_OFF], "NoLane", "weight-1 has no lane to an attention node"),
+        ((Phase.STARTING,), [CUT_OFF], "TooFewNodes", "0 ready"),
+        ((), [SERVES], "TooFewNodes", "0 ready"),
+    ],
+)
+def test_requests_can_be_served_only_by_a_weight_node_that_has_a_lane(phases, weights, reason, says):
+    found, message = available(*phases, weights=weights)
+    assert found == reason and says in message
+
+
+def test_a_path_that_no_canary_comes_through_is_not_available():
+    canaries = {"router-1": "weight-1: no token within 10 s"}
+    reason, message = available(Phase.READY, weights=[SERVES], canaries=canaries)
+    assert reason == "CanaryFailed" and "router-1: weight-1: no token" in message
+
+
+def test_none_wanted_is_the_first_reason():
+    assert available(spec=AttentionSpec(desired=0))[0] == "ScaledToZero"
+
+
+def test_a_node_that_no_weight_node_reaches_is_named_and_does_not_count():
+    status = make(Phase.READY, Phase.UNREACHABLE)
+    assert status.ready == 1
+    (degraded,) = (item for item in status.conditions if item.type == "Degraded")
+    assert degraded.reason == "NodeUnreachable"
+    assert degraded.message == "registered, but no weight node has a lane there: attention-2"
+
+
+def test_nodes_whose_ready_is_only_a_claim_are_listed():
+    views = [
+        NodeView("attention-1", Phase.READY),
+        NodeView("attention-2", Phase.UNREACHABLE, reached=False),
+        NodeView("attention-3", Phase.PREPARING, reached=False),
+        NodeView("attention-4", Phase.PREPARING),
+    ]
+    status = report(SPEC, views, (), (), FINE, None, 1.0)
+    assert status.unready == {
+        "attention-2": Unready("UNREACHABLE", "NoLane"),
+        "attention-3": Unready("PREPARING", "NoLane"),
+    }
+
+
+def test_a_spec_that_cannot_be_read_is_said_before_all_else():
+    status = make(Phase.READY, Phase.LOST, invalid="spec/attention is not valid", failures=["x"])
+    assert conditions(status)["Degraded"] == ("True", "InvalidSpec")
 
 
 def test_no_progress_within_the_deadline_is_said():

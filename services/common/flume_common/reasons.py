@@ -11,12 +11,14 @@ class Reason(StrEnum):
     LOADING = "Loading"
     NO_LANE = "NoLane"
     ONLY_DRAINING = "OnlyDraining"
+    NO_ANSWER = "NoAnswer"
 
 
 _TEXT = {
     Reason.LOADING: "is loading its model",
     Reason.NO_LANE: "has no lane to an attention node",
     Reason.ONLY_DRAINING: "has lanes only to attention nodes that are draining",
+    Reason.NO_ANSWER: "does not answer",
 }
 
 

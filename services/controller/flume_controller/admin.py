@@ -11,18 +11,20 @@ from flume_common import config_store
 from flume_common.membership import Member, Role, State
 from flume_common.route_store import decode_route
 from flume_common.serving import status_errors
+from flume_common.store import KeyValue
 from flume_protos.v1 import admin_pb2 as pb
 from flume_protos.v1 import admin_pb2_grpc as rpc
-from flume_protos.v1 import attention_pb2
+from flume_protos.v1 import attention_pb2, common_pb2
 
 from flume_controller import desired
 from flume_controller.admin_sources import SPEC_STATUS_OF, Context, Sources
 from flume_controller.config_admin import ConfigRpcs, setting_message
 from flume_controller.describe import Everything, NoSuchThing, NotKnown, UnknownKind, describe
+from flume_controller.desired import InvalidSpec
 from flume_controller.event_admin import EventRpcs, event_message
 from flume_controller.observe import Held
 from flume_controller.providers.base import Instance
-from flume_controller.spec import AttentionSpec, AttentionStatus, Autoscale, Condition
+from flume_controller.spec import AttentionSpec, AttentionStatus, Autoscale, Condition, Unready
 from flume_controller.spec_admin import SpecRpcs, autoscale_message
 
 __all__ = ["AdminServicer", "Sources"]
@@ -35,6 +37,7 @@ STATUS_OF: dict[type[Exception], grpc.StatusCode] = {
 }
 """The first entry that an error is an instance of counts."""
 
+_REASON_CHARS = 200
 STORE_TICK_S = 1.0
 """Whether etcd answers changes without any view changing."""
 
@@ -60,7 +63,17 @@ class AdminServicer(SpecRpcs, ConfigRpcs, EventRpcs, rpc.AdminServicer):
         members = [m for m in self._from.members.current.values() if m.id not in ended]
         held = await self._from.nodes.held(m for m in members if m.role is Role.ATTENTION)
         now_s = time.time()
-        nodes = [node_message(member, held.get(member.id), now_s) for member in members]
+        status = self._from.report.status
+        unready = status.unready if status else {}
+        nodes = [
+            node_message(
+                member,
+                held.get(member.id),
+                now_s,
+                unready.get(member.id) if member.role is Role.ATTENTION else None,
+            )
+            for member in members
+        ]
         unregistered = instances.keys() - ended - {member.id for member in members}
         nodes += [unregistered_message(instances[id], now_s) for id in unregistered]
         return pb.ListNodesReply(nodes=in_order(nodes), revision=self._from.members.revision)
@@ -68,9 +81,12 @@ class AdminServicer(SpecRpcs, ConfigRpcs, EventRpcs, rpc.AdminServicer):
     async def ListRoutes(self, request: pb.ListRoutesRequest, context: Context) -> pb.ListRoutesReply:
         async with status_errors(context, STATUS_OF):
             snapshot = await self._from.store.range(self._from.keys.routes)
-        routes = [decode_route(kv) for kv in snapshot.items.values()]
-        chosen = [route for route in routes if request.sequence in ("", route.sequence)]
-        return pb.ListRoutesReply(routes=[route.to_proto() for route in chosen], revision=snapshot.revision)
+        routes, unreadable = readable_routes(snapshot.items.values())
+        return pb.ListRoutesReply(
+            routes=[route for route in routes if request.sequence in ("", route.sequence)],
+            revision=snapshot.revision,
+            unreadable=unreadable,
+        )
 
     async def ListRequests(self, request: pb.ListRequestsRequest, context: Context) -> pb.ListRequestsReply:
         weights = self._from.members.of(Role.WEIGHT)
@@ -96,11 +112,18 @@ class AdminServicer(SpecRpcs, ConfigRpcs, EventRpcs, rpc.AdminServicer):
             if request.kind == "node":
                 reply.lanes.extend(await self._lanes(request.name))
             if request.kind == "cluster":
-                _, reply.spec_revision = await desired.read(self._from.store, self._from.keys)
+                reply.spec_revision = await self._spec_revision()
                 entries = await config_store.read(self._from.store, self._from.keys)
                 reply.settings.extend(setting_message(item) for item in entries if item.text is not None)
                 reply.status.CopyFrom(self._status())
         return reply
+
+    async def _spec_revision(self) -> int:
+        try:
+            _, revision = await desired.read(self._from.store, self._from.keys)
+        except InvalidSpec as error:
+            return error.revision
+        return revision
 
     async def _everything(self, context: Context) -> Everything:
         nodes, routes, requests = await asyncio.gather(
@@ -142,6 +165,17 @@ class AdminServicer(SpecRpcs, ConfigRpcs, EventRpcs, rpc.AdminServicer):
         return self._versions()
 
 
+def readable_routes(items: Iterable[KeyValue]) -> tuple[list[common_pb2.Route], list[str]]:
+    """The routes, and of values that are none the keys and what is wrong with them. Pure."""
+    routes, unreadable = [], []
+    for kv in items:
+        try:
+            routes.append(decode_route(kv).to_proto())
+        except (ValueError, TypeError, RecursionError) as error:
+            unreadable.append(f"{kv.key}: {str(error)[:_REASON_CHARS]}")
+    return routes, unreadable
+
+
 def status_message(
     cluster: str,
     spec: AttentionSpec | None,
@@ -154,17 +188,18 @@ def status_message(
     ready = [member for member in members if member.state is State.READY]
     return pb.StatusReply(
         cluster=cluster,
-        desired=spec.desired if spec else 0,
+        # One that can't be read wants nothing else than the last one that could.
+        desired=spec.desired if spec else status.desired if status else 0,
         ready=status.ready if status else 0,
         preparing=status.preparing if status else 0,
         draining=status.draining if status else 0,
-        generation=spec.generation if spec else 0,
+        generation=spec.generation if spec else status.observed_generation if status else 0,
         observed_generation=status.observed_generation if status else 0,
         conditions=[_condition(item) for item in status.conditions] if status else (),
         weight_nodes=sum(member.role is Role.WEIGHT for member in ready),
         routers=sum(member.role is Role.ROUTER for member in ready),
         store_connected=store_connected,
-        model=next((member.model for member in ready if member.role is Role.WEIGHT), ""),
+        model=next((member.model for member in (*ready, *members) if member.role is Role.WEIGHT), ""),
         set_by=spec.set_by if spec else "",
         min=spec.min if spec else 0,
         max=spec.max if spec else 0,
@@ -190,12 +225,14 @@ def _condition(item: Condition) -> pb.Condition:
     )
 
 
-def node_message(member: Member, held: Held | None, now_s: float) -> pb.Node:
-    """A registered node; `held` is fresher than its own record."""
+def node_message(member: Member, held: Held | None, now_s: float, unready: Unready | None = None) -> pb.Node:
+    """A registered node; `held` is fresher than its own record, `unready` says that READY is only claimed."""
+    claimed = unready is not None and member.state is State.READY
     return pb.Node(
         id=member.id,
         role=member.role,
-        state=member.state,
+        state=unready.state if claimed and unready else member.state,
+        reason=unready.reason if claimed and unready else member.reason,
         pid=member.pid,
         host=member.host,
         address=member.address,

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import replace
 from typing import NoReturn, Protocol
 
@@ -58,10 +58,14 @@ class Autoscaler:
         settings: Callable[[], Settings],
         *,
         prepare_s: Callable[[], float | None] = lambda: None,
+        unready: Callable[[], Collection[str]] = tuple,
         tell: Callable[..., None] = lambda *happenings: None,
         clock: Callable[[], float] = time.time,
     ) -> None:
-        """`settings` are asked for each time, `prepare_s` is what starts took of late."""
+        """`settings` are asked for each time, `prepare_s` is what starts took of late.
+
+        `unready`: attention nodes that say READY and do not count.
+        """
         self._store = store
         self._keys = keys
         self._fenced = fenced
@@ -69,11 +73,13 @@ class Autoscaler:
         self._nodes = nodes
         self._settings = settings
         self._prepare_s = prepare_s
+        self._unready = unready
         self._tell = tell
         self._clock = clock
         self._pace = Pace()
         self._readings = Readings()
         self._low_since_s: float | None = None
+        self._failed = ""  # the last failure, logged once
         self._last_sequences: dict[str, list[weight_pb2.SequenceInfo]] = {}
 
     async def run(self) -> NoReturn:
@@ -82,8 +88,11 @@ class Autoscaler:
             await asyncio.sleep(INTERVAL_S)
             try:
                 await self.step()
+                self._failed = ""
             except (StoreError, SpecError) as error:
-                log.warning("autoscale_failed", error=str(error))
+                if str(error) != self._failed:
+                    log.warning("autoscale_failed", error=str(error))
+                self._failed = str(error)
 
     async def step(self) -> Decision | None:
         """One decision; None while it is off. Raises StoreError, InvalidSpec, Deposed."""
@@ -101,6 +110,8 @@ class Autoscaler:
 
     async def _load(self, spec: AttentionSpec) -> FleetLoad:
         attention, weight = (_ready(self._members.of(role)) for role in (Role.ATTENTION, Role.WEIGHT))
+        unready = self._unready()
+        attention = [member for member in attention if member.id not in unready]
         replies = await asyncio.gather(*(self._nodes.stats(member) for member in attention))
         answered, sequences = await self._sequences(weight)
         stats = list(map(_or_last_word, attention, replies))

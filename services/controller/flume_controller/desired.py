@@ -53,10 +53,15 @@ class SpecConflict(SpecError):
 
 
 class InvalidSpec(SpecError):
-    def __init__(self, key: str, reason: str) -> None:
-        super().__init__(f"{key} is not a valid spec: {reason}")
+    def __init__(self, key: str, reason: str, value: bytes = b"", revision: int = 0) -> None:
+        """`value`: as it is in etcd, last written at `revision`."""
+        super().__init__(
+            f"{key} is not a valid spec: {reason}; `flumectl scale attention --replicas N` writes it anew"
+        )
         self.key = key
         self.reason = reason
+        self.value = value
+        self.revision = revision
 
 
 async def read(store: Store, keys: Keys) -> tuple[AttentionSpec | None, int]:
@@ -64,7 +69,10 @@ async def read(store: Store, keys: Keys) -> tuple[AttentionSpec | None, int]:
     found = await store.get(keys.spec_attention)
     if found is None:
         return None, 0
-    return _decode(keys, found.value), found.mod_revision
+    try:
+        return decode_spec(found.value), found.mod_revision
+    except (msgspec.DecodeError, ValueError, RecursionError) as error:
+        raise InvalidSpec(keys.spec_attention, str(error), found.value, found.mod_revision) from error
 
 
 async def set_desired(
@@ -112,16 +120,30 @@ async def edit(
     change: Callable[[AttentionSpec], AttentionSpec],
     *,
     revision: int | None = None,
+    repair: Callable[[InvalidSpec], AttentionSpec] | None = None,
+    dry_run: bool = False,
 ) -> tuple[AttentionSpec, AttentionSpec]:
-    """Replace the spec by what `change` makes of it; before and after. `change` may run several times."""
+    """Replace the spec by what `change` makes of it; before and after. `change` may run several times.
+
+    `repair` gives the spec to begin from where the one in etcd can't be read; what follows is written
+    even if it asks for nothing new. With `dry_run` nothing is.
+    """
     for _ in range(_ATTEMPTS):
-        before, found = await read(store, keys)
+        broken = False
+        try:
+            before, found = await read(store, keys)
+        except InvalidSpec as error:
+            if repair is None:
+                raise
+            before, found, broken = repair(error), error.revision, True
         if revision is not None and revision != found:
             raise RevisionChanged(revision, found)
         before = before or AttentionSpec(desired=0, generation=1)
         after = change(before)
-        if after == before:
-            return before, before
+        if broken and after == before:
+            after = msgspec.structs.replace(before, generation=before.generation + 1)
+        if dry_run or after == before:
+            return before, after
         write = Put(keys.spec_attention, encode(after))
         result = await store.txn([mod_revision(keys.spec_attention, found)], [write])
         if result.succeeded:
@@ -178,10 +200,3 @@ def with_autoscale(spec: AttentionSpec, autoscale: Autoscale, *, now_s: float) -
 def _pinned(autoscale: Autoscale) -> Autoscale:
     """A count set by hand stays: the autoscaler pauses until it is turned on again."""
     return msgspec.structs.replace(autoscale, paused=True) if autoscale.active else autoscale
-
-
-def _decode(keys: Keys, value: bytes) -> AttentionSpec:
-    try:
-        return decode_spec(value)
-    except (msgspec.DecodeError, ValueError) as error:
-        raise InvalidSpec(keys.spec_attention, str(error)) from error

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Coroutine, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -18,10 +18,12 @@ import msgspec
 import structlog
 from flume_common.election import Fenced
 from flume_common.keys import Keys
-from flume_common.membership import Member, Role
+from flume_common.membership import Member, Role, State
+from flume_common.reasons import Reason
 from flume_common.store import KeyValue, Put, Store, mod_revision
 
 from flume_controller import desired, happenings
+from flume_controller.desired import InvalidSpec
 from flume_controller.events import Happening
 from flume_controller.leaving import with_deadline
 from flume_controller.memory import Memory
@@ -30,8 +32,10 @@ from flume_controller.observe import Patience, free_ids, observe
 from flume_controller.plan import Action, Drain, NodeView, Phase, Start, Stop, Undrain, plan
 from flume_controller.progress import Progress, progress, returned
 from flume_controller.providers.base import Instance, Provider
+from flume_controller.reach import Answer, Evidence
+from flume_controller.salvage import salvaged
 from flume_controller.spec import AttentionSpec, AttentionStatus, decode_status, encode
-from flume_controller.status import report
+from flume_controller.status import Service, WeightView, report
 
 log = structlog.get_logger()
 
@@ -90,6 +94,9 @@ class AttentionFleet:
         self._progress_deadline_s = progress_deadline_s
         self._clock = clock
         self._memory = Memory()
+        self._unreadable: dict[str, int] = {}  # member keys, at the revision that was logged
+        self.unready: frozenset[str] = frozenset()
+        """Attention nodes that say READY and did not count in the last pass."""
 
     @property
     def prepare_s(self) -> float | None:
@@ -97,35 +104,61 @@ class AttentionFleet:
         return self._memory.prepare_s
 
     async def reconcile(self) -> float | None:
-        """One pass; seconds after which it wants another. Raises StoreError, InvalidSpec, ActionsFailed,
-        SpecMoved, Deposed."""
-        spec, revision = await self._spec()
+        """One pass; seconds after which it wants another.
+
+        A spec that can't be read changes nothing: the nodes are kept as the last one wanted them.
+        Raises StoreError, ActionsFailed, SpecMoved, Deposed.
+        """
         previous = await self._previous()
-        members = await self._members()
+        spec, revision, invalid = await self._spec(previous)
+        members = await self._members(Role.ATTENTION)
+        weights = await self._members(Role.WEIGHT)
+        answers = await self._nodes.answers(_worth_asking(weights.values()))
         instances = await self._instances(members)
-        views = await self._observe(spec, members, instances)
+        views = await self._observe(spec, members, instances, Evidence.of(weights.values(), answers))
         ready = sum(view.phase is Phase.READY for view in views)
         state = progress(spec, ready, previous, self._clock(), self._progress_deadline_s)
-        spec, state = await self._give_up(spec, revision, state, previous)
+        if not invalid:
+            spec, state = await self._give_up(spec, revision, state, previous)
         if ready >= spec.desired:
             self._memory.all_ready(self._clock())
         failures = await self._act(plan(spec.desired, views), spec, members)
-        await self._report(spec, views, failures, state, previous)
-        self._tell(*self._news(spec, views, previous))
+        service = Service(weight_views(weights.values(), answers))
+        status = report(
+            spec, views, self._memory.crashes, failures, state, previous, self._clock(),
+            service=service, invalid=invalid,
+        )  # fmt: skip
+        self.unready = frozenset(status.unready)
+        await self._write(status, previous)
+        self._tell(*self._news(spec, views, previous, status))
         if failures:
             raise ActionsFailed(failures)
         return self._wish_s(spec, views)
 
-    async def _spec(self) -> tuple[AttentionSpec, int]:
-        """The spec and its revision, created where there is none yet."""
-        spec, revision = await desired.read(self._store, self._keys)
+    async def _spec(self, previous: AttentionStatus | None) -> tuple[AttentionSpec, int, str]:
+        """The spec and its revision, created where there is none yet; and why it is not the one in etcd."""
+        try:
+            spec, revision = await desired.read(self._store, self._keys)
+        except InvalidSpec as error:
+            spec = self._memory.last_spec or salvaged(error.value, previous, await self._num_running())
+            return spec, error.revision, str(error)
         if spec is not None:
-            return spec, revision
+            self._memory.last_spec = spec
+            return spec, revision, ""
         key = self._keys.spec_attention
-        result = await self._fenced.txn([mod_revision(key, 0)], [Put(key, encode(self._initial))])
+        spec = self._first_spec()
+        result = await self._fenced.txn([mod_revision(key, 0)], [Put(key, encode(spec))])
         if not result.succeeded:
             raise SpecMoved
-        return self._initial, result.revision
+        return spec, result.revision, ""
+
+    def _first_spec(self) -> AttentionSpec:
+        """That there is none is no wish: one that was lost is written again."""
+        last = self._memory.last_spec
+        return msgspec.structs.replace(last, generation=last.generation + 1) if last else self._initial
+
+    async def _num_running(self) -> int:
+        return sum(item.running and not item.stopping for item in await self._provider.instances())
 
     async def _previous(self) -> AttentionStatus | None:
         found = await self._store.get(self._keys.status_attention)
@@ -153,11 +186,24 @@ class AttentionFleet:
         self._tell(happenings.of_giving_up(gave_up, self._progress_deadline_s))
         return after, replace(state, gave_up=gave_up, overdue=False, at_s=self._clock())
 
-    async def _members(self) -> dict[str, Member]:
+    async def _members(self, role: Role) -> dict[str, Member]:
         # Read, not taken from a cached view: nothing is stopped on the strength of what was true once.
-        found = await self._store.range(f"{self._keys.members}{Role.ATTENTION}/")
-        members = (_member_or_none(kv) for kv in found.items.values())
+        found = await self._store.range(f"{self._keys.members}{role}/")
+        members = (self._member_or_none(kv) for kv in found.items.values())
         return {member.id: member for member in members if member is not None}
+
+    def _member_or_none(self, kv: KeyValue) -> Member | None:
+        try:
+            member = Member.decode(kv)
+            if not kv.key.endswith(f"/{member.role}/{member.id}"):
+                raise ValueError(f"the value is of {member.role}/{member.id}")
+        except ValueError as error:
+            if self._unreadable.get(kv.key) != kv.mod_revision:
+                self._unreadable[kv.key] = kv.mod_revision
+                log.warning("member_unreadable", key=kv.key, error=str(error))
+            return None
+        self._unreadable.pop(kv.key, None)
+        return member
 
     async def _instances(self, members: Members) -> Sequence[Instance]:
         """What the provider has, after dropping what has ended and whose registration is gone, too."""
@@ -170,13 +216,15 @@ class AttentionFleet:
         return await self._provider.instances()
 
     async def _observe(
-        self, spec: AttentionSpec, members: Members, instances: Sequence[Instance]
+        self, spec: AttentionSpec, members: Members, instances: Sequence[Instance], evidence: Evidence
     ) -> list[NodeView]:
         now_s = self._clock()
         self._memory.note_members(members, now_s)
         held = await self._nodes.held(members.values())
         seen_s = self._memory.last_seen_s
-        views = observe(members.values(), instances, held, seen_s, now_s, self._patience)
+        answers = {node: item.answer for node, item in held.items()}
+        reach = self._memory.reach.look(members.keys(), evidence, answers, now_s)
+        views = observe(members.values(), instances, held, seen_s, now_s, self._patience, reach)
         self._memory.note_ready((view.id for view in views if view.phase is Phase.READY), instances, now_s)
         told_s = {member.id: member.leave_by_s for member in members.values()}
         return [with_deadline(view, spec, told_s.get(view.id, 0.0), now_s) for view in views]
@@ -219,29 +267,24 @@ class AttentionFleet:
             return  # registered since the members were read; the next pass decides about it
         await self._provider.stop(node)
 
-    async def _report(
+    async def _write(self, status: AttentionStatus, previous: AttentionStatus | None) -> None:
+        """Write the status where it differs from what is there. `status/attention` is only ours to write."""
+        signed = msgspec.structs.replace(status, leader=self._leader, epoch=self._fenced.term.epoch)
+        if signed != previous:
+            await self._fenced.put(self._keys.status_attention, encode(signed))
+
+    def _news(
         self,
         spec: AttentionSpec,
         views: Sequence[NodeView],
-        failures: Sequence[str],
-        state: Progress,
         previous: AttentionStatus | None,
-    ) -> None:
-        """Write the status where it differs from what is there. `status/attention` is only ours to write."""
-        status = msgspec.structs.replace(
-            report(spec, views, self._memory.crashes, failures, state, previous, self._clock()),
-            leader=self._leader,
-            epoch=self._fenced.term.epoch,
-        )
-        if status != previous:
-            await self._fenced.put(self._keys.status_attention, encode(status))
-
-    def _news(
-        self, spec: AttentionSpec, views: Sequence[NodeView], previous: AttentionStatus | None
+        status: AttentionStatus,
     ) -> list[Happening]:
         phases = {view.id: view.phase for view in views}
         before = self._memory.exchange_phases(phases)
         told = happenings.of_scale(previous.desired if previous else 0, spec)
+        if previous is not None:
+            told += happenings.of_conditions(previous.conditions, status.conditions)
         # A new leader does not know what was before: it begins with what it finds.
         return told + (happenings.of_nodes(before, phases) if before is not None else [])
 
@@ -251,6 +294,8 @@ class AttentionFleet:
             waits_s.append(LEAVING_POLL_S)
         if (wait_s := self._memory.backoff.wait_s(self._clock())) > 0:
             waits_s.append(wait_s)
+        if (change_s := self._memory.reach.next_change_s(self._clock())) is not None:
+            waits_s.append(change_s)
         return min(waits_s, default=None)
 
 
@@ -264,12 +309,22 @@ async def _to_the_end(work: Coroutine[Any, Any, None]) -> None:
         raise
 
 
-def _member_or_none(kv: KeyValue) -> Member | None:
-    try:
-        return Member.decode(kv)
-    except ValueError as error:
-        log.warning("member_unreadable", key=kv.key, error=str(error))
-        return None
+def _worth_asking(weights: Iterable[Member]) -> list[Member]:
+    """Weight nodes whose word would count; one that loads its model has not said anything yet."""
+    return [member for member in weights if member.state is State.READY or member.lanes is not None]
+
+
+def weight_views(weights: Iterable[Member], answers: Mapping[str, Answer]) -> list[WeightView]:
+    """The weight nodes that are what their records say. Pure."""
+    views = []
+    for member in weights:
+        answer = answers.get(member.id, Answer.YES)
+        if answer is Answer.OTHER:
+            continue
+        gone = answer is Answer.REFUSED
+        ready = member.state is State.READY and not gone
+        views.append(WeightView(member.id, ready, Reason.NO_ANSWER if gone else member.reason))
+    return views
 
 
 def _status_or_none(value: bytes) -> AttentionStatus | None:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 from flume_controller.events import EventType, Happening
 from flume_controller.plan import Phase
-from flume_controller.spec import AttentionSpec, GaveUp
+from flume_controller.spec import AttentionSpec, Condition, ConditionStatus, GaveUp
+from flume_controller.status import INVALID_SPEC
 
 FLEET = "fleet/attention"
 
@@ -21,6 +22,27 @@ def of_scale(before: int, spec: AttentionSpec) -> list[Happening]:
     reason = "ScalingUp" if spec.desired > before else "ScalingDown"
     message = f"from {before} to {spec.desired} attention nodes, set by {spec.set_by}"
     return [Happening(FLEET, EventType.NORMAL, reason, message)]
+
+
+def of_conditions(before: Iterable[Condition], after: Iterable[Condition]) -> list[Happening]:
+    """What turned for the worse or the better: requests can(not) be served, the spec can(not) be read."""
+    earlier = {condition.type: condition for condition in before}
+    found = (_of_condition(earlier.get(item.type), item) for item in after)
+    return [happening for happening in found if happening is not None]
+
+
+def _of_condition(before: Condition | None, after: Condition) -> Happening | None:
+    if before is None or (before.status, before.reason) == (after.status, after.reason):
+        return None
+    if after.type == "Available" and after.status is ConditionStatus.TRUE:
+        return Happening(FLEET, EventType.NORMAL, "Available", "requests can be served")
+    if after.type == "Available" and after.reason != "ScaledToZero":
+        return Happening(FLEET, EventType.WARNING, "Unavailable", f"{after.reason}: {after.message}")
+    if after.type == "Degraded" and after.reason == INVALID_SPEC:
+        return Happening(FLEET, EventType.WARNING, INVALID_SPEC, after.message)
+    if after.type == "Degraded" and before.reason == INVALID_SPEC:
+        return Happening(FLEET, EventType.NORMAL, "ValidSpec", "the spec can be read again")
+    return None
 
 
 def of_giving_up(gave_up: GaveUp, deadline_s: float) -> Happening:
@@ -55,10 +77,16 @@ def _of_node(node: str, before: Phase | None, after: Phase | None) -> Happening 
     if after is before:
         return None
     if after is Phase.READY:
-        how = {Phase.DRAINING: "takes tails again", Phase.LOST: "is registered again"}
+        how = {
+            Phase.DRAINING: "takes tails again",
+            Phase.LOST: "is registered again",
+            Phase.UNREACHABLE: "is reached again",
+        }
         return Happening(name, EventType.NORMAL, "NodeReady", how.get(before or after, "is ready"))
     if after is Phase.DRAINING:
         return Happening(name, EventType.NORMAL, "NodeDraining", "takes no more tails")
+    if after is Phase.UNREACHABLE:
+        return Happening(name, EventType.WARNING, "NodeUnreachable", "no weight node has a lane to it")
     if after in _LOST and before not in _LOST:
         return _ended(name, before, after)
     if after is None:

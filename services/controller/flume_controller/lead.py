@@ -21,7 +21,6 @@ from flume_common.tasks import background
 from flume_controller import happenings
 from flume_controller.autoscaler import Autoscaler
 from flume_controller.config import STANDARD_COMMAND, ControllerConfig
-from flume_controller.desired import InvalidSpec
 from flume_controller.event_writer import EventWriter, event_writer
 from flume_controller.events import Correlator
 from flume_controller.fleet import ActionsFailed, AttentionFleet, SpecMoved
@@ -29,9 +28,9 @@ from flume_controller.nodes import GrpcNodes
 from flume_controller.processes import RecordDir
 from flume_controller.providers.base import Instance, Provider
 from flume_controller.providers.local import RECORDS, local_provider, recorded
-from flume_controller.reconcile import Reconciler, Result, TerminalError
+from flume_controller.reconcile import Reconciler, Result
 from flume_controller.spec import AttentionSpec
-from flume_controller.views import Wish
+from flume_controller.views import Report, Wish
 
 KEY = "attention"
 """The one key of the work queue."""
@@ -45,6 +44,7 @@ class Surroundings:
     keys: Keys
     members: Members
     wish: Wish
+    report: Report
     nodes: GrpcNodes
 
 
@@ -115,6 +115,7 @@ class Leader:
                         autoscale=self._autoscaler(fenced, fleet, events).run(),
                         wake_on_members=_forward(self._around.members.changed, poke),
                         wake_on_spec=_forward(self._around.wish.changed, poke),
+                        wake_on_status=_when_lost(self._around.report, poke),
                         wake_on_process=_forward(provider.changed, poke),
                     ):
                         await asyncio.get_running_loop().create_future()
@@ -146,15 +147,13 @@ class Leader:
             around.nodes,
             lambda: self.settings(),
             prepare_s=lambda: fleet.prepare_s,
+            unready=lambda: fleet.unready,
             tell=events.tell,
         )
 
     def _reconciler(self, fleet: AttentionFleet) -> Reconciler:
         async def reconcile(key: str) -> Result:
-            try:
-                return Result(await fleet.reconcile())
-            except InvalidSpec as error:
-                raise TerminalError(str(error)) from error
+            return Result(await fleet.reconcile())
 
         return Reconciler(
             reconcile,
@@ -193,6 +192,15 @@ def attention_device(config: ControllerConfig) -> str:
         return str(parser.parse_known_args(config.attention_args)[0].device)
     except argparse.ArgumentError:
         return "cpu"  # the nodes say what is wrong with it
+
+
+async def _when_lost(report: Report, poke: Callable[[], None]) -> NoReturn:
+    """A status that others deleted or overwrote is written again. Our own writes need no look."""
+    version = 0
+    while True:
+        version = await report.wait_newer(version)
+        if report.status is None:
+            poke()
 
 
 async def _forward(changed: Callable[[], Awaitable[None]], poke: Callable[[], None]) -> NoReturn:

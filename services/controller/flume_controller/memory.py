@@ -12,6 +12,8 @@ import structlog
 
 from flume_controller.plan import Phase
 from flume_controller.providers.base import Instance
+from flume_controller.reach import ReachMemory
+from flume_controller.spec import AttentionSpec
 from flume_controller.status import Crash
 
 log = structlog.get_logger()
@@ -55,6 +57,8 @@ class Memory:
 
     last_seen_s: dict[str, float] = field(default_factory=dict)  # Unix time, by node id
     backoff: StartBackoff = field(default_factory=StartBackoff)
+    reach: ReachMemory = field(default_factory=ReachMemory)
+    last_spec: AttentionSpec | None = None  # the last one that could be read
     prepare_s: float | None = None
     """The longest of the last few times from a node's start to READY."""
     _prepared_s: dict[tuple[str, int], float] = field(default_factory=dict)  # by node id and pid

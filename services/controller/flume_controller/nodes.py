@@ -12,6 +12,7 @@ from flume_common.membership import Member
 from flume_protos.v1 import attention_pb2, attention_pb2_grpc, weight_pb2, weight_pb2_grpc
 
 from flume_controller.observe import Held
+from flume_controller.reach import Answer
 
 STATS_DEADLINE_S = 0.5
 LIST_DEADLINE_S = 2.0
@@ -24,6 +25,9 @@ class Nodes(Protocol):
 
     async def held(self, members: Iterable[Member]) -> dict[str, Held]:
         """What each attention node holds, by id; a node that does not answer in time is left out."""
+
+    async def answers(self, weights: Iterable[Member]) -> dict[str, Answer]:
+        """What calling each of these weight nodes shows, by id."""
 
     async def drain(self, member: Member, deadline_s: float = 0.0) -> None:
         """`deadline_s`: from now; 0: none."""
@@ -42,12 +46,18 @@ class GrpcNodes:
         answers = await asyncio.gather(*(self._held(member) for member in asked))
         return {m.id: held for m, held in zip(asked, answers, strict=True) if held is not None}
 
+    async def answers(self, weights: Iterable[Member]) -> dict[str, Answer]:
+        asked = list(weights)
+        found = await asyncio.gather(*(self._answer(member) for member in asked))
+        return {member.id: answer for member, answer in zip(asked, found, strict=True)}
+
     async def drain(self, member: Member, deadline_s: float = 0.0) -> None:
-        request = attention_pb2.DrainRequest(deadline_s=deadline_s)
+        request = attention_pb2.DrainRequest(deadline_s=deadline_s, node=member.id)
         await self._attention(member).Drain(request, timeout=CALL_DEADLINE_S)
 
     async def undrain(self, member: Member) -> None:
-        await self._attention(member).Undrain(attention_pb2.UndrainRequest(), timeout=CALL_DEADLINE_S)
+        request = attention_pb2.UndrainRequest(node=member.id)
+        await self._attention(member).Undrain(request, timeout=CALL_DEADLINE_S)
 
     async def stats(self, member: Member) -> attention_pb2.StatsReply | None:
         """What an attention node says of itself; None when it does not answer in time."""
@@ -86,7 +96,17 @@ class GrpcNodes:
             # Nothing listens there any more: its record is the last word. Slowness alone is not enough.
             gone = error.code() is grpc.StatusCode.UNAVAILABLE
             return Held.of_member(member) if gone else None
+        if stats.node not in ("", member.id):
+            return Held(0, 0, answer=Answer.OTHER)
         return Held(stats.used_tokens, sum(lane.sequences for lane in stats.lanes), stats.safe_to_delete)
+
+    async def _answer(self, member: Member) -> Answer:
+        stub = weight_pb2_grpc.WeightStub(self._channel(member))  # type: ignore[no-untyped-call]
+        try:
+            reply = await stub.Describe(weight_pb2.DescribeRequest(), timeout=STATS_DEADLINE_S)
+        except grpc.aio.AioRpcError as error:
+            return Answer.REFUSED if error.code() is grpc.StatusCode.UNAVAILABLE else Answer.SILENT
+        return Answer.YES if reply.node in ("", member.id) else Answer.OTHER
 
     def _attention(self, member: Member) -> Any:
         return attention_pb2_grpc.AttentionStub(self._channel(member))  # type: ignore[no-untyped-call]

@@ -1,5 +1,7 @@
 """What is there: members, processes and node statistics put together. Pure.
 
+A READY node that no weight node reaches is PREPARING while it joins, then UNREACHABLE (`reach.py`).
+
 registered?  process?   ->  phase
 yes          ended          DEAD: its lease has yet to run out
 yes          told to end    STOPPING
@@ -11,12 +13,14 @@ no           running        STARTING, or LOST once it had been registered; STUCK
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from types import MappingProxyType
 
 from flume_common.membership import Member, State
 
 from flume_controller.plan import NodeView, Phase
 from flume_controller.providers.base import Instance
+from flume_controller.reach import Answer, Reach
 
 _PHASE = {State.PREPARING: Phase.PREPARING, State.READY: Phase.READY, State.DRAINING: Phase.DRAINING}
 
@@ -28,14 +32,16 @@ class Held:
     used_tokens: int
     sequences: int
     safe_to_delete: bool = False
+    answer: Answer = Answer.YES
 
     @classmethod
     def of_member(cls, member: Member) -> Held:
-        """From the member's own record, which may lag; for a node that no longer answers."""
+        """From the member's own record, which may lag; for a node at whose address nothing listens."""
         return cls(
             member.kv_used_tokens,
             member.sequences,
             member.state is State.DRAINING and member.kv_used_tokens == 0 and member.sequences == 0,
+            Answer.REFUSED,
         )
 
 
@@ -56,8 +62,12 @@ def observe(
     last_seen_s: Mapping[str, float],
     now_s: float,
     patience: Patience,
+    reach: Mapping[str, Reach] = MappingProxyType({}),
 ) -> list[NodeView]:
-    """One view per node, by id. `last_seen_s`: Unix time at which a node was last registered."""
+    """One view per node, by id. `last_seen_s`: Unix time at which a node was last registered.
+
+    `reach`: of registered nodes; one that is missing there counts as reached.
+    """
     by_id = {member.id: member for member in members}
     processes = {instance.id: instance for instance in instances}
     views = []
@@ -67,8 +77,20 @@ def observe(
             continue  # nothing is left of it
         phase = _phase(member, process, last_seen_s.get(node), now_s, patience)
         load = held.get(node) or _last_word(member)
-        views.append(NodeView(node, phase, load.used_tokens, load.safe_to_delete, process is not None))
+        view = NodeView(node, phase, load.used_tokens, load.safe_to_delete, process is not None)
+        views.append(_as_reached(view, reach.get(node, Reach.YES)))
     return views
+
+
+def _as_reached(view: NodeView, reach: Reach) -> NodeView:
+    """A node that nobody reaches is not READY, and its drain is not taken back."""
+    if reach is Reach.YES:
+        return view
+    phase = view.phase
+    if phase is Phase.READY:
+        phase = Phase.PREPARING if reach is Reach.JOINING else Phase.UNREACHABLE
+    replaceable = phase is Phase.UNREACHABLE and reach is Reach.OVERDUE
+    return replace(view, phase=phase, reached=False, replaceable=replaceable)
 
 
 def _last_word(member: Member | None) -> Held:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -12,6 +12,7 @@ class Phase(StrEnum):
 
     STARTING -> PREPARING -> READY <-> DRAINING -> STOPPING -> (gone)
                                LOST: runs, but its registration has lapsed
+                               UNREACHABLE: READY by its own word, but no weight node has a lane to it
     STUCK: started or lost too long ago    DEAD: the process has ended, its registration lingers
     """
 
@@ -21,6 +22,7 @@ class Phase(StrEnum):
     DRAINING = "DRAINING"
     STOPPING = "STOPPING"  # told to end, not gone yet
     LOST = "LOST"
+    UNREACHABLE = "UNREACHABLE"
     STUCK = "STUCK"
     DEAD = "DEAD"
 
@@ -42,6 +44,8 @@ class NodeView:
     leave_by_s: float = 0.0  # Unix time at which it is to be gone if it leaves; 0: once it is empty
     told: bool = True  # a DRAINING one knows of `leave_by_s`
     overdue: bool = False  # DRAINING, and that time has passed
+    reached: bool = True  # as far as is known
+    replaceable: bool = False  # UNREACHABLE for so long that another one should take its place
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,12 +82,18 @@ def plan(desired: int, nodes: Sequence[NodeView]) -> list[Action]:
     """
     present = [node for node in nodes if node.phase in _STAYING and _counts(node)]
     staying = [node for node in present if not node.drained]
-    # A lost node is likely to be back with its KV: nothing is started in its place, but neither does
-    # it let a ready node go. Once it is STUCK it no longer counts.
+    # A lost node is likely to be back with its KV, and one without a lane may get one: nothing is started
+    # in its place, but neither does it let a ready node go. Once it is STUCK it no longer counts.
     lost = sum(node.phase is Phase.LOST and not node.drained for node in nodes)
-    wanted = _more(desired - len(staying) - lost, nodes)
+    cut_off = [node for node in nodes if node.phase is Phase.UNREACHABLE and node.managed]
+    awaited = [node for node in cut_off if not node.drained]
+    # One at a time: should the fault be the weight nodes', the next one will not be reached either.
+    replaced = min(len([node for node in awaited if node.replaceable]), 1)
+    wanted = _more(desired - len(staying) - lost - len(awaited) + replaced, nodes)
     wanted += [_leave(node) for node in present if node.drained]
     wanted += [_leave(node) for node in _victims(len(staying) - desired, staying)]
+    surplus = len(staying) + len(awaited) - desired
+    wanted += _cut_off_stops(cut_off, surplus, nodes, wanted)
     wanted += _stops(nodes, wanted)
     return [*wanted, *_reminders(nodes, wanted)]
 
@@ -98,7 +108,7 @@ def _more(missing: int, nodes: Iterable[NodeView]) -> list[Action]:
         return []
     # Taking a drain back is instant and keeps KV where it is; the fullest node is the one worth keeping.
     draining = sorted(
-        (node for node in nodes if node.phase is Phase.DRAINING and not node.drained),
+        (node for node in nodes if node.phase is Phase.DRAINING and not node.drained and node.reached),
         key=lambda node: (-node.held_tokens, node.id),
     )[:missing]
     taken_back: list[Action] = [Undrain(node.id) for node in draining]
@@ -115,6 +125,22 @@ def _victims(surplus: int, staying: Iterable[NodeView]) -> list[NodeView]:
     return order[: max(surplus, 0)]
 
 
+def _cut_off_stops(
+    cut_off: Sequence[NodeView], surplus: int, nodes: Iterable[NodeView], wanted: Sequence[Action]
+) -> list[Action]:
+    """Nodes that no weight node reaches, where they are too many or an operator wants them gone.
+
+    What they hold nobody can use. But while no other node serves, the fault may lie elsewhere.
+    """
+    if not _heir(nodes, _named(wanted)):
+        return []
+    newest_first = sorted(cut_off, key=lambda node: (len(node.id), node.id), reverse=True)
+    awaited = [node for node in newest_first if not node.drained]
+    awaited.sort(key=lambda node: not node.replaceable)
+    gone = [node for node in newest_first if node.drained] + awaited[: max(surplus, 0)]
+    return [Stop(node.id) for node in gone]
+
+
 def _leave(node: NodeView) -> Action:
     """A process that has not registered holds nothing and has no address to be drained at."""
     return Stop(node.id) if node.phase is Phase.STARTING else Drain(node.id, node.leave_by_s)
@@ -123,7 +149,7 @@ def _leave(node: NodeView) -> Action:
 def _stops(nodes: Iterable[NodeView], wanted: Sequence[Action]) -> list[Action]:
     ordered = _named(wanted)
     # What a node held past its deadline is computed again, which needs somebody to hold it.
-    heir = any(node.phase is Phase.READY and node.id not in ordered for node in nodes)
+    heir = _heir(nodes, ordered)
     return [
         Stop(node.id, node.held_tokens if node.overdue and not node.safe_to_delete else 0)
         for node in nodes
@@ -131,6 +157,11 @@ def _stops(nodes: Iterable[NodeView], wanted: Sequence[Action]) -> list[Action]:
         and node.id not in ordered
         and (_is_empty(node) or node.phase is Phase.STUCK or (node.overdue and heir))
     ]
+
+
+def _heir(nodes: Iterable[NodeView], ordered: Collection[str]) -> bool:
+    """Whether a node serves that is not about to leave."""
+    return any(node.phase is Phase.READY and node.id not in ordered for node in nodes)
 
 
 def _reminders(nodes: Iterable[NodeView], wanted: Sequence[Action]) -> list[Action]:

@@ -49,7 +49,7 @@ async def run(config: ControllerConfig) -> NoReturn:
         node_calls() as nodes,
     ):
         candidate = Candidate(store, keys.election, config.node, config.election)
-        leader = Leader(config, Surroundings(store, keys, members, wish, nodes), candidate)
+        leader = Leader(config, Surroundings(store, keys, members, wish, report, nodes), candidate)
         leader.settings = lambda: with_settings(autoscale_settings(config), settings.current)
         sources = Sources(store, keys, members, wish, report, leader.provider, nodes, events)
         async with (

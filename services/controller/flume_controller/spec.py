@@ -11,7 +11,8 @@ from typing import Annotated
 
 import msgspec
 
-Count = Annotated[int, msgspec.Meta(ge=0)]
+Count = Annotated[int, msgspec.Meta(ge=0, le=2**31 - 1)]
+Revision = Annotated[int, msgspec.Meta(ge=0, le=2**53)]
 
 MAX_ATTENTION_NODES = 64
 """Upper bound of a new spec: a typing error in a scale should not start ten thousand processes."""
@@ -60,7 +61,7 @@ class AttentionSpec(msgspec.Struct, frozen=True, kw_only=True):
     min: Count = 0
     max: Count = MAX_ATTENTION_NODES
     set_by: Actor = Actor.DEFAULT
-    generation: Annotated[int, msgspec.Meta(ge=1)] = 1
+    generation: Annotated[int, msgspec.Meta(ge=1, le=2**53)] = 1
     """Goes up by one with every change of the wish, and only then."""
     updated_at_s: float = 0.0
     """Unix time of that change."""
@@ -94,23 +95,30 @@ class Condition(msgspec.Struct, frozen=True, kw_only=True):
     message: str
     last_transition_time_s: float
     """Unix time at which `status` last changed; a new reason or message alone leaves it."""
-    observed_generation: int = 0
+    observed_generation: Revision = 0
     """The spec generation this statement is about."""
 
 
 class GaveUp(msgspec.Struct, frozen=True, kw_only=True):
     """A scale that could not complete in time; kept until somebody sets another count."""
 
-    generation: int  # of the spec that asked for it
+    generation: Revision  # of the spec that asked for it
     wanted: Count
     returned_to: Count
     at_s: float  # Unix time
 
 
+class Unready(msgspec.Struct, frozen=True):
+    """Why a node that says READY is none."""
+
+    state: str  # PREPARING or UNREACHABLE
+    reason: str  # one CamelCase word
+
+
 class AttentionStatus(msgspec.Struct, frozen=True, kw_only=True):
     """What the controller saw at the end of its last pass."""
 
-    observed_generation: int
+    observed_generation: Revision
     """The spec generation that pass acted on; older than the spec's means this status is stale."""
     desired: Count
     ready: Count
@@ -122,9 +130,11 @@ class AttentionStatus(msgspec.Struct, frozen=True, kw_only=True):
     progressed_at_s: float = 0.0
     """Unix time of the last progress towards the desired count: a new generation, or one more ready node."""
     gave_up: GaveUp | None = None
+    unready: dict[str, Unready] = {}
+    """Attention nodes whose own record says READY and that do not count, by id."""
     leader: str = ""
     """Id of the controller that wrote this."""
-    epoch: int = 0
+    epoch: Revision = 0
     """Its fencing number: the create revision of its election key."""
 
 

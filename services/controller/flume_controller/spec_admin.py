@@ -20,7 +20,8 @@ from flume_protos.v1 import admin_pb2 as pb
 
 from flume_controller import desired
 from flume_controller.admin_sources import SPEC_STATUS_OF, Context, Sources
-from flume_controller.desired import RevisionChanged
+from flume_controller.desired import InvalidSpec
+from flume_controller.salvage import salvaged
 from flume_controller.spec import Actor, AttentionSpec, Autoscale, Deadline
 
 TPOT_SLO = Path(Scope.CONTROLLER, "tpot_slo_ms")
@@ -94,6 +95,7 @@ class SpecRpcs:
                 ),
                 revision=request.revision if request.HasField("revision") else None,
                 dry_run=request.dry_run,
+                repair=lambda error: salvaged(error.value, self._from.report.status),
             )
         return pb.ScaleReply(previous=before.desired, replicas=after.desired, generation=after.generation)
 
@@ -140,16 +142,16 @@ class SpecRpcs:
         )
 
     async def _edit(
-        self, change: SpecEdit, *, revision: int | None = None, dry_run: bool
+        self,
+        change: SpecEdit,
+        *,
+        revision: int | None = None,
+        dry_run: bool,
+        repair: Callable[[InvalidSpec], AttentionSpec] | None = None,
     ) -> tuple[AttentionSpec, AttentionSpec]:
-        store, keys = self._from.store, self._from.keys
-        if not dry_run:
-            return await desired.edit(store, keys, change, revision=revision)
-        spec, found = await desired.read(store, keys)
-        if revision not in (None, found):
-            raise RevisionChanged(revision or 0, found)
-        spec = spec or AttentionSpec(desired=0, generation=1)
-        return spec, change(spec)
+        return await desired.edit(
+            self._from.store, self._from.keys, change, revision=revision, repair=repair, dry_run=dry_run
+        )
 
     async def _require(self, node: str) -> None:
         """Raises UnknownNode."""

@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from flume_common.reasons import Reason, sentence
 
 from flume_controller.plan import NodeView, Phase
 from flume_controller.progress import Progress
-from flume_controller.spec import AttentionSpec, AttentionStatus, Condition, ConditionStatus
+from flume_controller.spec import AttentionSpec, AttentionStatus, Condition, ConditionStatus, Unready
 
+INVALID_SPEC = "InvalidSpec"
+"""Reason of `Degraded`."""
+NO_WEIGHT_NODE = "NoWeightNode"
+"""Reason of `Available`."""
 NODE_CRASHED = "NodeCrashed"
 """Reason of `Degraded`."""
 DEADLINE_EXCEEDED = "ProgressDeadlineExceeded"
 """Reason of `Progressing`."""
+_LANE_REASONS = (Reason.NO_LANE, Reason.ONLY_DRAINING)
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +35,24 @@ class Crash:
         how = "ended" if self.exit_code is None else f"exited with {self.exit_code}"
         often = f", {self.times} times so far" if self.times > 1 else ""
         return f"{self.node} {how}{often}" + (f" (log: {self.log})" if self.log else "")
+
+
+@dataclass(frozen=True, slots=True)
+class WeightView:
+    """A registered weight node: `reason` as in Member, empty while it serves."""
+
+    node: str
+    ready: bool
+    reason: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Service:
+    """What else serving takes."""
+
+    weights: Sequence[WeightView] = ()
+    failed_canaries: Mapping[str, str] = field(default_factory=dict)
+    """What routers saw, by id; empty while one of them sees none fail."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,16 +73,20 @@ def report(
     state: Progress,
     previous: AttentionStatus | None,
     now_s: float,
+    *,
+    service: Service | None = None,
+    invalid: str = "",
 ) -> AttentionStatus:
     """The status after a pass that acted on `spec`.
 
-    `crashes` are those not made good yet, `failures` the actions of this pass that failed.
+    `crashes` are those not made good yet, `failures` the actions of this pass that failed. `service` is
+    None where nothing but attention nodes matters. `invalid`: why `spec` is not the one in etcd.
     """
     count = Counts.of(nodes)
     findings = (
-        _available(spec, count),
+        _available(spec, count, service),
         _progressing(spec, count, state),
-        _degraded(count, crashes, failures),
+        _degraded(count, crashes, failures, invalid),
     )
     return AttentionStatus(
         observed_generation=spec.generation,
@@ -69,7 +98,14 @@ def report(
         last_good=state.last_good,
         progressed_at_s=state.at_s,
         gave_up=state.gave_up,
+        unready={node.id: unready for node in nodes if (unready := _unready(node)) is not None},
     )
+
+
+def _unready(node: NodeView) -> Unready | None:
+    if node.reached or node.phase not in (Phase.PREPARING, Phase.UNREACHABLE):
+        return None
+    return Unready(node.phase, Reason.NO_LANE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,28 +113,48 @@ class Counts:
     ready: int
     preparing: int
     draining: int
+    unregistered: tuple[str, ...]
     unreachable: tuple[str, ...]
+    joining: tuple[str, ...]
 
     @classmethod
     def of(cls, nodes: Iterable[NodeView]) -> Counts:
         by_phase: dict[Phase, list[str]] = {phase: [] for phase in Phase}
+        joining = []
         for node in nodes:
             by_phase[node.phase].append(node.id)
+            if node.phase is Phase.PREPARING and not node.reached:
+                joining.append(node.id)
         return cls(
             ready=len(by_phase[Phase.READY]),
             preparing=len(by_phase[Phase.STARTING]) + len(by_phase[Phase.PREPARING]),
             draining=len(by_phase[Phase.DRAINING]) + len(by_phase[Phase.STOPPING]),
-            unreachable=tuple(by_phase[Phase.LOST] + by_phase[Phase.STUCK]),
+            unregistered=tuple(by_phase[Phase.LOST] + by_phase[Phase.STUCK]),
+            unreachable=tuple(by_phase[Phase.UNREACHABLE]),
+            joining=tuple(joining),
         )
 
 
-def _available(spec: AttentionSpec, count: Counts) -> Finding:
+def _available(spec: AttentionSpec, count: Counts, service: Service | None) -> Finding:
     least = max(spec.min, 1)
+    message = f"{count.ready} ready, at least {least} needed"
     if spec.desired == 0:
         return Finding("Available", False, "ScaledToZero", "no attention node is wanted")
+    if service is not None and not service.weights:
+        return Finding("Available", False, NO_WEIGHT_NODE, "no weight node is registered")
+    if count.ready < least and not count.unreachable and not count.joining:
+        return Finding("Available", False, "TooFewNodes", message)
+    if service is not None and not any(weight.ready for weight in service.weights):
+        lacks_lane = all(weight.reason in _LANE_REASONS for weight in service.weights)
+        why = "; ".join(sentence(weight.node, weight.reason) for weight in service.weights)
+        return Finding("Available", False, Reason.NO_LANE if lacks_lane else NO_WEIGHT_NODE, why)
     if count.ready < least:
-        return Finding("Available", False, "TooFewNodes", f"{count.ready} ready, at least {least} needed")
-    return Finding("Available", True, "EnoughNodes", f"{count.ready} ready, at least {least} needed")
+        cut_off = ", ".join(count.unreachable + count.joining)
+        return Finding("Available", False, Reason.NO_LANE, f"{message}; no lane leads to {cut_off}")
+    if service is not None and service.failed_canaries:
+        why = "; ".join(f"{router}: {what}" for router, what in sorted(service.failed_canaries.items()))
+        return Finding("Available", False, "CanaryFailed", why)
+    return Finding("Available", True, "EnoughNodes", message)
 
 
 def _progressing(spec: AttentionSpec, count: Counts, state: Progress) -> Finding:
@@ -120,13 +176,19 @@ def _progressing(spec: AttentionSpec, count: Counts, state: Progress) -> Finding
     return Finding("Progressing", False, "AsDesired", f"{count.ready} of {spec.desired} ready")
 
 
-def _degraded(count: Counts, crashes: Sequence[Crash], failures: Sequence[str]) -> Finding:
+def _degraded(count: Counts, crashes: Sequence[Crash], failures: Sequence[str], invalid: str) -> Finding:
+    if invalid:
+        return Finding("Degraded", True, INVALID_SPEC, invalid)
     if failures:
         return Finding("Degraded", True, "ActionFailed", "; ".join(failures))
     if crashes:
         return Finding("Degraded", True, NODE_CRASHED, "; ".join(map(str, crashes)))
-    if count.unreachable:
-        message = f"running but not registered: {', '.join(count.unreachable)}"
+    if count.unregistered or count.unreachable:
+        parts = (
+            ("running but not registered", count.unregistered),
+            ("registered, but no weight node has a lane there", count.unreachable),
+        )
+        message = "; ".join(f"{what}: {', '.join(nodes)}" for what, nodes in parts if nodes)
         return Finding("Degraded", True, "NodeUnreachable", message)
     return Finding("Degraded", False, "AsExpected", "")
 

@@ -133,7 +133,7 @@ def _node(row: Row, now_s: float) -> list[str]:
     fields = {
         "Name": node["id"],
         "Role": node["role"],
-        "State": node["state"],
+        "State": f"{node['state']} ({node['reason']})" if node["reason"] else node["state"],
         "Address": node["address"] or "<none>",
         "Metrics": f"http://{node['metrics_address']}/metrics" if node["metrics_address"] else "<none>",
         "Host": f"{node['host'] or '<unknown>'}, pid {node['pid']}",

@@ -43,6 +43,8 @@ class Listing:
 
     rows: list[Row]
     unanswered: Sequence[str] = ()
+    unreadable: Sequence[str] = ()
+    """Keys of values in etcd that could not be read, and why; they are left out."""
 
 
 def _nodes(stub: Any) -> Listing:
@@ -52,7 +54,7 @@ def _nodes(stub: Any) -> Listing:
 
 def _routes(stub: Any) -> Listing:
     reply = stub.ListRoutes(admin_pb2.ListRoutesRequest(), timeout=CALL_DEADLINE_S)
-    return Listing([route_row(route) for route in reply.routes])
+    return Listing([route_row(route) for route in reply.routes], unreadable=reply.unreadable)
 
 
 def _requests(stub: Any) -> Listing:
@@ -109,6 +111,8 @@ def get(target: Target, kind: Kind, id: str | None, fmt: str, watch: bool) -> No
     """
     with admin(target) as stub:
         listing = kind.fetch(stub)
+        for what in listing.unreadable:
+            click.echo(f"Warning: left out, as it is not a {kind.name[:-1]}: {what}", err=True)
         rows = _select(kind, listing, id)
         if watch:
             _watch(kind, stub, rows, id, fmt)

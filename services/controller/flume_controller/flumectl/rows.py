@@ -19,6 +19,7 @@ def node_row(node: admin_pb2.Node) -> Row:
         "id": node.id,
         "role": node.role,
         "state": node.state,
+        "reason": node.reason or None,
         "pid": node.pid,
         "host": node.host,
         "address": node.address,
@@ -190,6 +191,10 @@ def _ranges(row: Row) -> str:
     )
 
 
+def _state(row: Row) -> str:
+    return f"{row['state']} ({row['reason']})" if row["reason"] else str(row["state"])
+
+
 def _kv(row: Row) -> str:
     if row["role"] != "attention":
         return "-"
@@ -212,7 +217,7 @@ def _leaves_in(row: Row) -> str:
 NODE_COLUMNS: Sequence[Column] = (
     column("ID", "id"),
     column("ROLE", "role"),
-    column("STATE", "state"),
+    Column("STATE", _state),
     Column("KV-TOKENS", _kv),
     column("SEQUENCES", "sequences"),
     Column("AGE", _age),
