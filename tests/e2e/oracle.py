@@ -62,9 +62,15 @@ def _model():
 
 @cache
 def tokenizer():
+    """As transformers reads it, but for the digits: SmolLM cuts them off one by one before GPT-2's rule."""
+    from tokenizers import pre_tokenizers
     from transformers import AutoTokenizer
 
-    return AutoTokenizer.from_pretrained(PACKAGE, gguf_file=GGUF.name)
+    made = AutoTokenizer.from_pretrained(PACKAGE, gguf_file=GGUF.name)
+    made.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    return made
 
 
 def prompt_ids(prompt: str | list[dict]) -> list[int]:

@@ -194,13 +194,16 @@ def gguf_reader():
 
 @pytest.fixture(scope="session")
 def reference(gguf_reader):
-    """The same GGUF as transformers reads it."""
+    """The same GGUF as transformers reads it, but for its pre-tokenizer, which is SmolLM's own here."""
+    from published_tokenizers import digits_then_gpt2
     from transformers import AutoTokenizer
 
     path = resolve_model(MODEL).path
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("gguf.GGUFReader", lambda _path: gguf_reader)
-        return AutoTokenizer.from_pretrained(str(path.parent), gguf_file=path.name)
+        tokenizer = AutoTokenizer.from_pretrained(str(path.parent), gguf_file=path.name)
+    tokenizer.backend_tokenizer.pre_tokenizer = digits_then_gpt2()
+    return tokenizer
 
 
 class Router:

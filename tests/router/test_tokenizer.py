@@ -213,3 +213,14 @@ def test_a_directory_may_have_no_chat_template(hf_directory, tmp_path):
     (tmp_path / "config.json").write_text("{}")
     (tmp_path / "tokenizer.json").write_bytes((hf_directory / "tokenizer.json").read_bytes())
     assert load_text_model(resolve_model(str(tmp_path))).chat_template is None
+
+
+@pytest.mark.parametrize("name", ["bos", "eos"])
+def test_an_end_that_is_in_no_vocabulary_is_refused_by_name(hf_directory, tmp_path, name):
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "tokenizer.json").write_bytes((hf_directory / "tokenizer.json").read_bytes())
+    (tmp_path / "tokenizer_config.json").write_text(
+        f'{{"{name}_token": "<nowhere>", "add_{name}_token": true}}'
+    )
+    with pytest.raises(TokenizerError, match=f"{name}_token '<nowhere>' is not in the vocabulary"):
+        load_text_model(resolve_model(str(tmp_path)))

@@ -1,10 +1,9 @@
 """A tokenizer out of GGUF metadata: `tokenizer.ggml.*`, as llama.cpp writes it.
 
-Two families: `gpt2`, byte-level BPE whose text is first cut by a regular expression named in `pre`, and
-`llama`, SentencePiece BPE with byte fallback, whose merges follow from the scores. Ids are those of
-`transformers` for the same file. Two consequences: `smollm` cuts as GPT-2 does (the original splits
-digits off too, which differs only in a run of spaces before a digit); Llama 3 and Tekken look whole
-words up first (`ignore_merges`), as their own tokenizer.json says though a GGUF does not.
+Two families: `gpt2`, byte-level BPE whose text is first cut by the rules that `pre` names
+(`pre_tokenizers.py`), and `llama`, SentencePiece BPE with byte fallback, whose merges follow from the
+scores. Ids are those of the models' own tokenizer.json. Normal tokens of a byte-level vocabulary are
+spelled in GPT-2's table of bytes; control and user-defined ones are written as the text they stand for.
 """
 
 from __future__ import annotations
@@ -12,12 +11,15 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-import msgspec
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors
+import structlog
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, processors
 
+from flume_router.pre_tokenizers import PRE_TOKENIZERS, PreTokenizer
 from flume_router.tokenizer import TokenizerError, character_of_byte
 
-_CONTROL, _USER_DEFINED = 3, 4  # values of tokenizer.ggml.token_type
+log = structlog.get_logger(__name__)
+
+_NORMAL, _CONTROL, _USER_DEFINED = 1, 3, 4  # values of tokenizer.ggml.token_type
 _SPECIAL_TOKENS = {
     "bos_token": "bos_token_id",
     "eos_token": "eos_token_id",
@@ -25,42 +27,6 @@ _SPECIAL_TOKENS = {
     "pad_token": "padding_token_id",
 }
 _ALPHABET = frozenset(character_of_byte().values())
-_LLAMA3 = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
-    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-_QWEN2 = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
-    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-_TEKKEN = (
-    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"
-    r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
-    r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-
-
-class Cut(msgspec.Struct, frozen=True):
-    """How one value of `tokenizer.ggml.pre` cuts text, and what else its models share."""
-
-    regex: str | None = None  # None: GPT-2's own
-    whole_words: bool = False
-    add_bos: bool = False  # where the file does not say
-
-
-_GPT2_CUT = Cut()
-_LLAMA3_CUT = Cut(_LLAMA3, whole_words=True, add_bos=True)
-CUTS: Mapping[str, Cut] = {
-    "default": _GPT2_CUT,
-    "gpt-2": _GPT2_CUT,
-    "smollm": _GPT2_CUT,
-    "llama-bpe": _LLAMA3_CUT,
-    "llama3": _LLAMA3_CUT,
-    "llama-v3": _LLAMA3_CUT,
-    "qwen2": Cut(_QWEN2),
-    "deepseek-r1-qwen": Cut(_QWEN2),
-    "tekken": Cut(_TEKKEN, whole_words=True, add_bos=True),
-}
 
 
 def build(metadata: Mapping[str, Any]) -> Tokenizer:
@@ -73,11 +39,8 @@ def build(metadata: Mapping[str, Any]) -> Tokenizer:
         backend, add_bos = _sentencepiece(metadata, tokens), True
     else:
         raise TokenizerError(f"tokenizer.ggml.model {model!r} is not supported; gpt2 and llama are")
-    _add_marked_tokens(
-        backend, tokens, metadata.get("tokenizer.ggml.token_type", ()), byte_level=model == "gpt2"
-    )
+    _add_written_tokens(backend, metadata)
     named = special_tokens(metadata)
-    backend.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in named.values()])
     backend.post_processor = ends_template(
         backend,
         bos=named.get("bos_token") if metadata.get("tokenizer.ggml.add_bos_token", add_bos) else None,
@@ -87,13 +50,10 @@ def build(metadata: Mapping[str, Any]) -> Tokenizer:
 
 
 def special_tokens(metadata: Mapping[str, Any]) -> dict[str, str]:
-    """bos_token, eos_token, unk_token and pad_token, those the file names."""
+    """bos_token, eos_token, unk_token and pad_token, those the file names. Raises TokenizerError."""
     tokens = _required(metadata, "tokenizer.ggml.tokens")
-    ids = {name: metadata.get(f"tokenizer.ggml.{key}") for name, key in _SPECIAL_TOKENS.items()}
-    for name, token_id in ids.items():
-        if token_id is not None and not 0 <= token_id < len(tokens):
-            raise TokenizerError(f"{name} is {token_id}, outside the {len(tokens)} tokens of the file")
-    return {name: tokens[token_id] for name, token_id in ids.items() if token_id is not None}
+    ids = {name: _named_ids(metadata, (key,)) for name, key in _SPECIAL_TOKENS.items()}
+    return {name: tokens[found[0]] for name, found in ids.items() if found}
 
 
 def ends_template(backend: Tokenizer, *, bos: str | None, eos: str | None) -> processors.TemplateProcessing:
@@ -105,31 +65,40 @@ def ends_template(backend: Tokenizer, *, bos: str | None, eos: str | None) -> pr
 
 
 def _byte_level(metadata: Mapping[str, Any], tokens: list[str]) -> tuple[Tokenizer, bool]:
-    pre = metadata.get("tokenizer.ggml.pre", "default")
-    cut = CUTS.get(pre)
-    if cut is None:
-        raise TokenizerError(f"tokenizer.ggml.pre {pre!r} is not supported; {', '.join(CUTS)} are")
+    rules = _pre_tokenizer(metadata)
     merges = [tuple(merge.split(" ")) for merge in _required(metadata, "tokenizer.ggml.merges")]
-    vocab = {_in_byte_alphabet(token): token_id for token_id, token in enumerate(tokens)}
-    backend = Tokenizer(models.BPE(vocab=vocab, merges=merges, ignore_merges=cut.whole_words))
-    backend.pre_tokenizer = _cutter(cut)
-    backend.decoder = decoders.ByteLevel()
-    return backend, cut.add_bos
-
-
-def _cutter(cut: Cut) -> pre_tokenizers.PreTokenizer:
-    if cut.regex is None:
-        return pre_tokenizers.ByteLevel(add_prefix_space=False)
-    return pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(cut.regex), behavior="isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
+    backend = Tokenizer(
+        models.BPE(
+            vocab=_byte_level_vocab(tokens, written_tokens(metadata)),
+            merges=merges,
+            ignore_merges=rules.ignore_merges,
+        )
     )
+    rules.apply_to(backend)
+    backend.decoder = decoders.ByteLevel()
+    return backend, rules.add_bos
+
+
+def _pre_tokenizer(metadata: Mapping[str, Any]) -> PreTokenizer:
+    kind = metadata.get("tokenizer.ggml.pre")
+    if kind is None:
+        log.warning("pre_tokenizer_unnamed", used="default", detail="tokenizer.ggml.pre is missing")
+        kind = "default"
+    if kind not in PRE_TOKENIZERS:
+        raise TokenizerError(f"tokenizer.ggml.pre {kind!r} is not supported; {', '.join(PRE_TOKENIZERS)} are")
+    return PRE_TOKENIZERS[kind]
+
+
+def _byte_level_vocab(tokens: list[str], written: Mapping[int, str]) -> dict[str, int]:
+    """Every id has an entry. A written token that reads like a spelled one gives way to it."""
+    vocab = {_in_byte_alphabet(token): i for i, token in enumerate(tokens) if i not in written}
+    for token_id, token in written.items():
+        vocab[f"{token}\0{token_id}" if token in vocab else token] = token_id
+    return vocab
 
 
 def _in_byte_alphabet(token: str) -> str:
-    """Tokens written plainly (some added ones are) are spelled like the others."""
+    """Spell like the others a normal token that is written plainly, as some files have it."""
     if set(token) <= _ALPHABET:
         return token
     table = character_of_byte()
@@ -137,15 +106,18 @@ def _in_byte_alphabet(token: str) -> str:
 
 
 def _sentencepiece(metadata: Mapping[str, Any], tokens: list[str]) -> Tokenizer:
+    for key in ("remove_extra_whitespaces", "precompiled_charsmap"):
+        if metadata.get(f"tokenizer.ggml.{key}"):
+            raise TokenizerError(f"tokenizer.ggml.{key} of a llama tokenizer is not supported")
     scores = _required(metadata, "tokenizer.ggml.scores")
     vocab = {token: token_id for token_id, token in enumerate(tokens)}
     backend = Tokenizer(
         models.BPE(vocab=vocab, merges=merges_of_scores(vocab, scores), fuse_unk=True, byte_fallback=True)
     )
+    # As in Llama 2's tokenizer.json: text at the start, or after an added token, gets a space.
+    spaces = normalizers.Replace(" ", "▁")
     prefix = metadata.get("tokenizer.ggml.add_space_prefix", True)
-    backend.pre_tokenizer = pre_tokenizers.Metaspace(
-        replacement="▁", prepend_scheme="first" if prefix else "never", split=False
-    )
+    backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), spaces]) if prefix else spaces
     backend.decoder = decoders.Sequence(
         [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
     )
@@ -173,14 +145,57 @@ def _halves(token: str, vocab: Mapping[str, int]) -> Iterable[tuple[str, str]]:
             yield left, right
 
 
-def _add_marked_tokens(backend: Tokenizer, tokens: list[str], types: list[int], *, byte_level: bool) -> None:
+def written_tokens(metadata: Mapping[str, Any]) -> dict[int, str]:
+    """Control and user-defined tokens by id: they are matched and shown as they are written."""
+    tokens, types = _required(metadata, "tokenizer.ggml.tokens"), _types(metadata)
+    marked = {i for i, kind in enumerate(types[: len(tokens)]) if kind in (_CONTROL, _USER_DEFINED)}
+    return {token_id: tokens[token_id] for token_id in sorted(marked | _special_ids(metadata))}
+
+
+def end_token_ids(metadata: Mapping[str, Any]) -> tuple[int, ...]:
+    """End of text, of a turn and of a message to a tool, those the file names."""
+    return tuple(_named_ids(metadata, ("eos_token_id", "eot_token_id", "eom_token_id")))
+
+
+def _special_ids(metadata: Mapping[str, Any]) -> set[int]:
+    types, tokens = _types(metadata), _required(metadata, "tokenizer.ggml.tokens")
+    control = {i for i, kind in enumerate(types[: len(tokens)]) if kind == _CONTROL}
+    fillers = _named_ids(metadata, ("unknown_token_id", "padding_token_id"))
+    return (
+        control
+        | set(_named_ids(metadata, ("bos_token_id",)))
+        | set(end_token_ids(metadata))
+        # Some files name an ordinary word here.
+        | {i for i in fillers if i >= len(types) or types[i] != _NORMAL}
+    )
+
+
+def _named_ids(metadata: Mapping[str, Any], keys: Iterable[str]) -> list[int]:
+    """Raises TokenizerError for an id that has no token."""
+    ids = {key: metadata[f"tokenizer.ggml.{key}"] for key in keys if f"tokenizer.ggml.{key}" in metadata}
+    num_tokens = len(_required(metadata, "tokenizer.ggml.tokens"))
+    for key, token_id in ids.items():
+        if not 0 <= token_id < num_tokens:
+            raise TokenizerError(
+                f"tokenizer.ggml.{key} is {token_id}, outside the {num_tokens} tokens of the file"
+            )
+    return list(ids.values())
+
+
+def _types(metadata: Mapping[str, Any]) -> list[int]:
+    return list(metadata.get("tokenizer.ggml.token_type", ()))
+
+
+def _add_written_tokens(backend: Tokenizer, metadata: Mapping[str, Any]) -> None:
     """Control tokens are special, user-defined ones only kept whole; both are found in text."""
-    marked = list(zip(tokens, types, strict=False))
-    # A control token outside the byte alphabet is a mislabelled one: it is in no such vocabulary as written.
-    control = [t for t, kind in marked if kind == _CONTROL and not (byte_level and set(t) - _ALPHABET)]
-    backend.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in control])
-    own = [t for t, kind in marked if kind == _USER_DEFINED and backend.token_to_id(t) is not None]
-    backend.add_tokens([AddedToken(t, special=False, normalized=False) for t in own])
+    special = _special_ids(metadata)
+    for token_id, token in written_tokens(metadata).items():
+        if not token or backend.token_to_id(token) != token_id:
+            continue  # another token is written alike, and is the one that text is read as
+        if token_id in special:
+            backend.add_special_tokens([AddedToken(token, special=True, normalized=False)])
+        else:
+            backend.add_tokens([AddedToken(token, special=False, normalized=False)])
 
 
 def _required(metadata: Mapping[str, Any], key: str) -> Any:

@@ -40,17 +40,22 @@ def _set_ends(backend: Tokenizer, config: Mapping[str, Any], named: Mapping[str,
     """BOS and EOS as `tokenizer_config.json` says, where it says; else tokenizer.json's post-processor."""
     if "add_bos_token" not in config and "add_eos_token" not in config:
         return
-    backend.post_processor = ends_template(
-        backend,
-        bos=named.get("bos_token") if config.get("add_bos_token") else None,
-        eos=named.get("eos_token") if config.get("add_eos_token") else None,
-    )
+    ends = {
+        name: named.get(f"{name}_token") if config.get(f"add_{name}_token") else None
+        for name in ("bos", "eos")
+    }
+    for name, token in ends.items():
+        if token is not None and backend.token_to_id(token) is None:
+            raise TokenizerError(
+                f"tokenizer_config.json: {name}_token {token!r} is not in the vocabulary of tokenizer.json"
+            )
+    backend.post_processor = ends_template(backend, **ends)
 
 
 def special_tokens(directory: Path) -> dict[str, str]:
     """bos_token, eos_token, unk_token and pad_token, those the directory names."""
-    listed = {**_json(directory / "special_tokens_map.json"), **tokenizer_config(directory)}
-    contents = {name: _content(listed.get(name)) for name in _NAMES}
+    places = (tokenizer_config(directory), _json(directory / "special_tokens_map.json"))
+    contents = {name: next(filter(None, (_content(p.get(name)) for p in places)), None) for name in _NAMES}
     return {name: content for name, content in contents.items() if content is not None}
 
 

@@ -31,7 +31,11 @@ def load_text_model(source: ModelSource) -> TextModel:
 def _from_gguf(source: ModelSource) -> TextModel:
     metadata = _metadata(source)
     try:
-        tokenizer = Tokenizer(gguf_tokenizer.build(metadata), gguf_tokenizer.special_tokens(metadata))
+        tokenizer = Tokenizer(
+            gguf_tokenizer.build(metadata),
+            gguf_tokenizer.special_tokens(metadata),
+            gguf_tokenizer.written_tokens(metadata),
+        )
     except TokenizerError as error:
         raise TokenizerError(f"{source.path}: {error}") from error
     return _text_model(tokenizer, metadata.get("tokenizer.chat_template"))

@@ -13,7 +13,7 @@ from __future__ import annotations
 import asyncio
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from enum import Enum
 from functools import cache
 from typing import Any
@@ -35,15 +35,50 @@ class Spelling(Enum):
     SENTENCEPIECE = "sentencepiece"  # "▁" is a space, <0xAB> a byte, all else is itself
 
 
+def written_tokens(backend: tokenizers.Tokenizer, spelling: Spelling) -> dict[int, str]:
+    """Added tokens by id: text is matched against them as they are written, so that is what they stand for.
+
+    Not the few in GPT-2's table of bytes that merges lead to as well: they are spelled like the others.
+    """
+    added = {i: token.content for i, token in backend.get_added_tokens_decoder().items()}
+    if spelling is Spelling.SENTENCEPIECE:
+        return added
+    doubtful = {
+        i for i, token in added.items() if not token.isascii() and set(token) <= set(byte_of_character())
+    }
+    if not doubtful & set(backend.get_vocab(with_added_tokens=False).values()):
+        return added
+    spelled = _merged(backend)
+    return {i: token for i, token in added.items() if i not in doubtful or token not in spelled}
+
+
+def _merged(backend: tokenizers.Tokenizer) -> set[str]:
+    """Tokens of one byte, and those that merges make."""
+    merges = json.loads(backend.to_str())["model"].get("merges", ())
+    pairs = (merge.split(" ") if isinstance(merge, str) else merge for merge in merges)
+    return {"".join(pair) for pair in pairs} | set(byte_of_character())
+
+
 class Tokenizer:
     """Encodes prompts and spells tokens. Safe to share between tasks."""
 
-    def __init__(self, backend: tokenizers.Tokenizer, special_tokens: dict[str, str]) -> None:
-        """`special_tokens`: bos_token, eos_token, unk_token, pad_token, those the model has."""
+    def __init__(
+        self,
+        backend: tokenizers.Tokenizer,
+        special_tokens: dict[str, str],
+        written: Mapping[int, str] | None = None,
+    ) -> None:
+        """`special_tokens`: bos_token, eos_token, unk_token, pad_token, those the model has.
+
+        `written`: tokens that stand for the text they are written as, beside the backend's added ones.
+        """
         self._backend = backend
         self._spelling = spelling_of(json.loads(backend.decoder.__getstate__()) if backend.decoder else None)
         self._special = frozenset(i for i, t in backend.get_added_tokens_decoder().items() if t.special)
-        self._bytes: dict[int, bytes] = {}
+        self._bytes = {
+            token_id: token.encode("utf-8")
+            for token_id, token in {**written_tokens(backend, self._spelling), **(written or {})}.items()
+        }
         self.special_tokens = special_tokens
         self.vocab_size = max(backend.get_vocab(with_added_tokens=True).values()) + 1
 
@@ -88,7 +123,7 @@ def _spell_byte_level(token: str) -> bytes:
     table = byte_of_character()
     if all(character in table for character in token):
         return bytes(table[character] for character in token)
-    return token.encode("utf-8")  # an added token, written plainly
+    return token.encode("utf-8")  # written plainly
 
 
 def _spell_sentencepiece(token: str) -> bytes:
