@@ -30,7 +30,12 @@ def test_its_flags_hold_where_nothing_is_set():
 
 def test_a_flag_without_a_setting_is_not_asked_for():
     args = argparse.Namespace(
-        log_level="info", tail_margin_tokens=1, mixed_prefill_tokens=2, step_timeout_s=3.0, microbatches="1"
+        log_level="info",
+        tail_margin_tokens=1,
+        mixed_prefill_tokens=2,
+        step_timeout_s=3.0,
+        microbatches="1",
+        step_target_ms=250.0,
     )
     assert base(args).mixed_prefill_tokens == 2
 
@@ -38,8 +43,8 @@ def test_a_flag_without_a_setting_is_not_asked_for():
 @pytest.mark.parametrize("wanted, told", [(100, 100), (128, 128), (5000, 128)])
 def test_a_step_never_becomes_larger_than_the_frames_that_carry_it(wanted, told):
     values = Values(mixed_prefill_tokens=wanted, tail_margin_tokens=9, step_timeout_s=4.0, microbatches="2")
-    message = configure(values, READY)
-    assert msgspec.structs.astuple(message) == (9, told, 4.0, "2")
+    message = configure(msgspec.structs.replace(values, step_target_ms=250.0), READY)
+    assert msgspec.structs.astuple(message) == (9, told, 4.0, "2", 250.0)
 
 
 async def test_an_engine_moves_tails_by_a_margin_it_was_told_while_it_runs():

@@ -118,6 +118,15 @@ class Values(msgspec.Struct, frozen=True, kw_only=True):
             extra=_read_by(Scope.WEIGHT, unit="tokens"),
         ),
     ] = 128
+    step_target_ms: Annotated[
+        float,
+        Meta(
+            ge=0,
+            le=60_000,
+            description="How long a step with prompt tokens should last, by measured speed; 0: any time.",
+            extra=_read_by(Scope.WEIGHT, unit="ms"),
+        ),
+    ] = 300.0
     microbatches: Annotated[
         Microbatches,
         Meta(

@@ -6,7 +6,7 @@ import argparse
 import os
 import socket
 
-from flume_common.config_schema import MICROBATCHES
+from flume_common.config_schema import MICROBATCHES, SETTINGS
 from flume_common.direct_region import HOP_HELP, HOPS
 from flume_common.etcd_flags import add_etcd_flags
 from flume_common.gpu.visible import NoGpu, visible_gpu
@@ -46,6 +46,13 @@ def supervisor_flags() -> argparse.ArgumentParser:
         default=15.0,
         help="an engine that makes no progress for so long is replaced, however long a step of one that does "
         "may last; default %(default)s",
+    )
+    flags.add_argument(
+        "--step-target-ms",
+        type=float,
+        default=SETTINGS["step_target_ms"].default,
+        help="how long a step with prompt tokens should last, by measured speed; 0: prompts are cut by "
+        "tokens alone; default %(default)s",
     )
     flags.add_argument("--log-level", default="info")
     add_engine_flags(flags)
@@ -124,6 +131,8 @@ def check(args: argparse.Namespace) -> None:
     for name in ("step_timeout_s", "engine_silence_s", "lease_ttl_s"):
         if getattr(args, name) <= 0:
             raise ConfigRefused(f"--{name.replace('_', '-')} must be positive, got {getattr(args, name)}")
+    if args.step_target_ms < 0:
+        raise ConfigRefused(f"--step-target-ms must not be negative, got {args.step_target_ms}")
     if args.device == "cpu" and args.microbatches == "2":
         raise ConfigRefused(
             "--microbatches 2 needs --device cuda: on a CPU a step runs whole, as auto and 1 have it"

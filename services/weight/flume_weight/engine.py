@@ -23,6 +23,7 @@ from flume_weight.errors import PeerLost, PeerSilent, RequestRefused
 from flume_weight.evacuation import Evacuation
 from flume_weight.fleet import Fleet
 from flume_weight.model import ModelConfig
+from flume_weight.pace import PaceEstimate
 from flume_weight.passes import Passes
 from flume_weight.peer import PATIENCE_S, Peer
 from flume_weight.placement import Balance
@@ -31,7 +32,7 @@ from flume_weight.reports import Reports
 from flume_weight.requests import new_sequence
 from flume_weight.roster import Roster
 from flume_weight.sampling import FinishReason
-from flume_weight.scheduler import StepLimits, schedule
+from flume_weight.scheduler import StepLimits, TimeBudget, schedule
 from flume_weight.scores import Scores
 from flume_weight.sequence import Cause, Recovery, Sequence
 from flume_weight.silence import Silence
@@ -61,6 +62,8 @@ class WeightEngine:
         self._passes = passes
         self._shape = shape
         self._limits = limits
+        self._step_target_s = 0.0  # of steps with prompt tokens, as told by the supervisor; 0: none
+        self._pace = PaceEstimate()
         self._fleet = Fleet(shape.layout, balance, node)
         self._attention = passes.attention
         self._roster = Roster(self._fleet, shape.layout.block_tokens)
@@ -158,6 +161,7 @@ class WeightEngine:
             self._fleet.unused_blocks(),
             self._shape.layout.block_tokens,
             self._limits,
+            self._time_budget(),
         )
         scheduled = {share.sequence for share in shares}
         for sequence in self._roster.running:
@@ -169,6 +173,7 @@ class WeightEngine:
         batch = build([(by_name[share.sequence], share.tokens) for share in shares], self._fleet.peers)
         self._step += 1
         self._begin_step(batch)
+        began_s = time.perf_counter()
         chosen = self._passes.of(batch)
         try:
             scores = chosen.forward(self._step, batch)
@@ -184,9 +189,19 @@ class WeightEngine:
         again = commit(batch, self._fleet.peers, self._shape.layout.block_tokens)
         self._note_recovery(batch, again)
         self._sample(batch, scores)
+        if batch.chunks:
+            attended = float(batch.positions.sum())
+            self._pace.note(len(batch.token_ids), attended, time.perf_counter() - began_s)
         for loss in lost:
             self._lose(loss)
         return True
+
+    def _time_budget(self) -> TimeBudget | None:
+        if not self._step_target_s:
+            return None
+        return TimeBudget(
+            self._pace.pace, self._step_target_s, self._pace.most_tokens, probe=self._pace.probes
+        )
 
     def _begin_step(self, batch: Batch) -> None:
         prefill_tokens = sum(chunk.stop - chunk.start for chunk in batch.chunks)
@@ -382,6 +397,7 @@ class WeightEngine:
         self._limits = replace(self._limits, mixed_prefill_tokens=message.mixed_prefill_tokens)
         self._fleet.balance = replace(self._fleet.balance, margin_tokens=message.tail_margin_tokens)
         self._attention.timeout_s = message.step_timeout_s
+        self._step_target_s = message.step_target_ms / 1e3
         if self._passes.microbatching is not None:
             self._passes.microbatching.use(message.microbatches)
 

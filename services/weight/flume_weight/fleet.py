@@ -66,6 +66,7 @@ class Fleet:
                 node=sequence.node,
                 pending_tokens=sequence.pending_tokens,
                 slack_tokens=self._slack_tokens(sequence),
+                context_tokens=sequence.position,
             )
             for sequence in running
             if sequence.node is not None and sequence.node in self.peers and not needs(sequence, silent)

@@ -116,6 +116,7 @@ class Configure(msgspec.Struct, tag=True):
     mixed_prefill_tokens: int
     step_timeout_s: float
     microbatches: Microbatches = "auto"
+    step_target_ms: float = 0.0  # 0: chunks of prompts are as large as steps may be
 
 
 Inbound = (

@@ -17,6 +17,7 @@ def base(args: argparse.Namespace) -> Values:
         mixed_prefill_tokens=args.mixed_prefill_tokens,
         step_timeout_s=args.step_timeout_s,
         microbatches=args.microbatches,
+        step_target_ms=args.step_target_ms,
     )
 
 
@@ -28,4 +29,5 @@ def configure(values: Values, ready: m.Ready) -> m.Configure:
         mixed_prefill_tokens=min(values.mixed_prefill_tokens, room_tokens),
         step_timeout_s=values.step_timeout_s,
         microbatches=values.microbatches,
+        step_target_ms=values.step_target_ms,
     )
