@@ -395,7 +395,7 @@ async def test_a_defect_of_ours_says_nothing_about_itself(http, monkeypatch):
     def broken(*_):
         raise ZeroDivisionError("secret")
 
-    monkeypatch.setattr("flume_router.http.chat.read_chat", broken)
+    monkeypatch.setattr("flume_router.http.job.read_chat", broken)
     answer = await http.post("/v1/chat/completions", json=CHAT)
     assert (answer.status_code, answer.json()["error"]["type"]) == (500, "server_error")
     assert "secret" not in answer.text

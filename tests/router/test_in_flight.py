@@ -1,10 +1,11 @@
 """Deadlines, and the last requests before leaving."""
 
 import asyncio
+from collections import deque
 
 import pytest
-from flume_router.errors import DeadlineExceeded, ShuttingDown
-from flume_router.in_flight import InFlight
+from flume_router.errors import DeadlineExceeded, Overloaded, ShuttingDown
+from flume_router.in_flight import InFlight, retry_after_s
 
 
 async def hold(in_flight, seconds, log):
@@ -63,3 +64,28 @@ async def test_a_new_deadline_counts_for_requests_to_come_and_not_for_open_ones(
         in_flight.deadline_s = 0.05
         tasks.create_task(hold(in_flight, 5, log))
     assert log == ["DeadlineExceeded", "done"]
+
+
+async def test_so_many_may_wait_for_their_first_token():
+    in_flight = InFlight(5, max_waiting=2)
+    async with in_flight.request() as first, in_flight.request() as second, in_flight.request() as third:
+        first.wait()
+        second.wait()
+        with pytest.raises(Overloaded, match=r"2 requests wait .* already; try again in 1 s"):
+            third.wait()
+        with pytest.raises(Overloaded):
+            async with in_flight.request():
+                pass
+        second.started()
+        second.started()
+        third.wait()
+        assert in_flight.waiting == 2
+    assert in_flight.waiting == 0
+
+
+def test_a_refused_client_hears_when_there_may_be_room():
+    assert retry_after_s(100, deque()) == 1
+    assert retry_after_s(100, deque([7.0])) == 1
+    assert retry_after_s(10, deque([5.0, 6.0, 7.0])) == 10
+    assert retry_after_s(10, deque([5.0, 5.1])) == 1
+    assert retry_after_s(1000, deque([5.0, 6.0])) == 60

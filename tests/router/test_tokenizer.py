@@ -80,12 +80,6 @@ def test_a_text_survives_the_way_there_and_back(text_model, spellable, text):
     assert b"".join(map(tokenizer.token_bytes, ids)).decode() == text
 
 
-async def test_a_long_text_is_encoded_beside_the_loop_and_alike(text_model):
-    text = "some words and wörds " * 5000
-    ids = await text_model.tokenizer.encode(text, add_special_tokens=True)
-    assert ids == text_model.tokenizer.encode_now(text, add_special_tokens=True)
-
-
 def test_special_tokens_are_known(text_model):
     tokenizer = text_model.tokenizer
     assert tokenizer.special_tokens["bos_token"] == "<|im_start|>"

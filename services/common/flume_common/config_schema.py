@@ -143,6 +143,15 @@ class Values(msgspec.Struct, frozen=True, kw_only=True):
             extra=_read_by(Scope.ROUTER, unit="s"),
         ),
     ] = 600.0
+    max_waiting_requests: Annotated[
+        int,
+        Meta(
+            ge=1,
+            le=100_000,
+            description="Requests of a router without a first token; more are refused with Retry-After.",
+            extra=_read_by(Scope.ROUTER, unit="requests"),
+        ),
+    ] = 256
     step_timeout_s: Annotated[
         float,
         Meta(

@@ -49,7 +49,7 @@ async def _run(config: RouterConfig, source: ModelSource, text: TextModel, bound
     stop, serving = stop_event(), asyncio.Event()
     with suppress(_StoppedEarly):
         async with background(early_stop=_end_start(stop, serving)):
-            await serve(config, source, text, bound, serving=serving, stop=stop)
+            await serve(config, source, text, bound, serving=serving, stop=stop, prestart=True)
 
 
 async def _end_start(stop: asyncio.Event, serving: asyncio.Event) -> None:

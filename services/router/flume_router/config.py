@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import socket
 from collections.abc import Sequence
 
@@ -22,6 +23,18 @@ examples:
 
 --model-name must be the one the weight nodes were started with.
 """
+
+_POSITIVE = (
+    "request_deadline_s",
+    "silence_s",
+    "lease_ttl_s",
+    "max_waiting_requests",
+    "body_limit_bytes",
+    "body_budget_bytes",
+    "body_timeout_s",
+    "readers",
+    "reading_timeout_s",
+)
 
 
 class RouterConfig(msgspec.Struct, frozen=True, kw_only=True):
@@ -51,11 +64,24 @@ class RouterConfig(msgspec.Struct, frozen=True, kw_only=True):
     lease_ttl_s: float
     """How long others count on a router that died without saying so."""
 
+    max_waiting_requests: int
+    """More requests than that without a first token are refused."""
+
     body_limit_bytes: int
+    body_budget_bytes: int
+    """Of all request bodies that are being received or read."""
+
+    body_timeout_s: float
+    readers: int
+    """Most processes that read large requests."""
+
+    reading_timeout_s: float
+    """Longest that such a process may take for one request."""
+
     log_level: str
 
     def __post_init__(self) -> None:
-        for name in ("request_deadline_s", "silence_s", "lease_ttl_s", "body_limit_bytes"):
+        for name in _POSITIVE:
             if getattr(self, name) <= 0:
                 raise ValueError(f"--{name.replace('_', '-')} must be above 0, got {getattr(self, name)}")
         for name in ("drain_s", "resume_s"):
@@ -90,6 +116,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     _add_cluster_flags(parser)
     _add_serving_flags(parser)
+    _add_limit_flags(parser)
     return parser
 
 
@@ -138,5 +165,39 @@ def _add_serving_flags(parser: argparse.ArgumentParser) -> None:
         default=30.0,
         help="time for open requests after SIGTERM (default: %(default)s)",
     )
-    add("--body-limit-bytes", type=int, default=4 << 20, help="largest request body (default: %(default)s)")
     add("--log-level", choices=LEVELS, default="info", help="(default: %(default)s)")
+
+
+def _add_limit_flags(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("limits, beyond which a client is refused").add_argument
+    add(
+        "--max-waiting-requests",
+        type=int,
+        default=256,
+        help="requests without a first token; more get 503 and Retry-After (default: %(default)s)",
+    )
+    add("--body-limit-bytes", type=int, default=4 << 20, help="largest request body (default: %(default)s)")
+    add(
+        "--body-budget-bytes",
+        type=int,
+        default=64 << 20,
+        help="bodies of all requests that are being read (default: %(default)s)",
+    )
+    add(
+        "--body-timeout-s",
+        type=float,
+        default=60.0,
+        help="time for a request body to arrive (default: %(default)s)",
+    )
+    add(
+        "--readers",
+        type=int,
+        default=max(1, min(4, (os.cpu_count() or 1) // 2)),
+        help="processes that read requests of 16 KiB and more (default here: %(default)s)",
+    )
+    add(
+        "--reading-timeout-s",
+        type=float,
+        default=60.0,
+        help="longest such a process may take for one request (default: %(default)s)",
+    )

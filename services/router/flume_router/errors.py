@@ -6,6 +6,7 @@
     - CapacityExceeded      it could never fit the KV capacity there is
   + ModelNotFound           another model than the served one was asked for
   + Unavailable             nobody can serve it now; a retry may find someone
+    - Overloaded            a limit of this router is reached: requests that wait, bytes of bodies
     - NoWeightNode          no weight node is ready
     - WeightNodeLost        the weight node went away, or is leaving
       . WeightNodeSilent    it neither sends tokens nor shows that it works
@@ -14,6 +15,7 @@
     - ShuttingDown          this router is leaving
   + DeadlineExceeded        the request took longer than it may
   + WeightNodeFailed        the weight node broke its contract or failed inside
+  + ReaderFailed            the process that reads large requests ended, or took too long
 """
 
 from __future__ import annotations
@@ -43,10 +45,17 @@ class ContextTooLong(BadRequest):
     """The sequence would not fit the model's context; worded as OpenAI does."""
 
     def __init__(
-        self, context_tokens: int, prompt_tokens: int, max_tokens: int | None, *, param: str
+        self,
+        context_tokens: int,
+        prompt_tokens: int,
+        max_tokens: int | None,
+        *,
+        param: str,
+        at_least: bool = False,
     ) -> None:
+        """`at_least`: the prompt was refused before it was counted; it has `prompt_tokens` or more."""
         super().__init__(
-            _context_message(context_tokens, prompt_tokens, max_tokens, param),
+            _context_message(context_tokens, prompt_tokens, max_tokens, param, at_least=at_least),
             param=param,
             code="context_length_exceeded",
         )
@@ -55,15 +64,21 @@ class ContextTooLong(BadRequest):
         self.max_tokens = max_tokens
 
 
-def _context_message(context_tokens: int, prompt_tokens: int, max_tokens: int | None, param: str) -> str:
+def _context_message(
+    context_tokens: int, prompt_tokens: int, max_tokens: int | None, param: str, *, at_least: bool
+) -> str:
     limit = f"This model's maximum context length is {context_tokens} tokens."
+    known = "at least " if at_least else ""
     if prompt_tokens >= context_tokens or max_tokens is None:
-        got = f"your {param} resulted in {prompt_tokens} tokens. Please reduce the length of the {param}."
+        got = (
+            f"your {param} resulted in {known}{prompt_tokens} tokens. "
+            f"Please reduce the length of the {param}."
+        )
     else:
         total = prompt_tokens + max_tokens
         got = (
-            f"you requested {total} tokens ({prompt_tokens} in the {param}, {max_tokens} in the completion). "
-            f"Please reduce the length of the {param} or completion."
+            f"you requested {known}{total} tokens ({known}{prompt_tokens} in the {param}, {max_tokens} in "
+            f"the completion). Please reduce the length of the {param} or completion."
         )
     return f"{limit} However, {got}"
 
@@ -93,6 +108,19 @@ class Unavailable(RouterError):
     """Base of what a retry may cure."""
 
     code = "service_unavailable"
+    retry_after_s: int = 1
+
+
+class Overloaded(Unavailable):
+    """Refused rather than held in a queue that only grows."""
+
+    code = "overloaded"
+
+    def __init__(self, reason: str, message: str, *, retry_after_s: int = 1) -> None:
+        """`reason`: the limit, one word for metrics."""
+        super().__init__(f"{message}; try again in {retry_after_s} s")
+        self.reason = reason
+        self.retry_after_s = retry_after_s
 
 
 class NoWeightNode(Unavailable):
@@ -159,3 +187,12 @@ class WeightNodeFailed(RouterError):
     def __init__(self, node: str, detail: str) -> None:
         super().__init__(f"weight node {node} failed: {detail}")
         self.node = node
+
+
+class ReaderFailed(RouterError):
+    """Sent again, the same request would most likely do the same."""
+
+    code = "request_not_read"
+
+    def __init__(self, why: str) -> None:
+        super().__init__(f"the request could not be read: {why}")

@@ -22,12 +22,19 @@ from flume_common.tasks import background
 from flume_common.telemetry import version
 from flume_protos.v1.router_pb2_grpc import add_RouterServicer_to_server
 
+from flume_router.byte_budget import ByteBudget
 from flume_router.config import RouterConfig
 from flume_router.generation import Generation
 from flume_router.http.app import build_app
+from flume_router.http.limits import HttpLimits
 from flume_router.http.server import http_server
 from flume_router.in_flight import InFlight
 from flume_router.progress import ResumeLimits
+from flume_router.prompts import Prompts
+from flume_router.reading.frames import Setup
+from flume_router.reading.identity import identity
+from flume_router.reading.reader import RequestReader
+from flume_router.reading.workers import open_workers
 from flume_router.service import Service
 from flume_router.servicer import SERVICE, RouterServicer
 from flume_router.text_model import TextModel
@@ -44,14 +51,17 @@ async def serve(
     *,
     serving: asyncio.Event,
     stop: asyncio.Event,
+    prestart: bool = False,
 ) -> None:
     """Until `stop`; sets `serving` when others can reach us. Takes over `bound`, the HTTP socket.
+
+    `prestart`: have a process for large requests ready rather than start it with the first of them.
 
     Raises CannotListen for the gRPC address, StoreRefused when etcd does not let us in.
     """
     model = config.model_name or source.name
     keys = Keys(config.cluster)
-    in_flight = InFlight(config.request_deadline_s)
+    in_flight = InFlight(config.request_deadline_s, config.max_waiting_requests)
     started_at_s = time.time()
     log.info("router_starting", model=model, etcd=",".join(config.store.endpoints))
     async with (
@@ -66,9 +76,14 @@ async def serve(
             silence_s=config.silence_s,
             standstill_s=config.resume_s,
         ) as pool,
+        open_workers(
+            _reader_setup(source, model), size=config.readers, time_limit_s=config.reading_timeout_s
+        ) as workers,
     ):
         generation = Generation(pool, text.tokenizer, ResumeLimits(resume_s=config.resume_s))
-        service = Service(model, text, pool, generation, in_flight, started_at_s)
+        reader = RequestReader(Prompts(model, text), workers, pool)
+        bodies = ByteBudget(config.body_budget_bytes)
+        service = Service(model, text, pool, generation, in_flight, bodies, reader, started_at_s)
         servicer = RouterServicer(service)
         http_address = reachable_address(config.listen_http, bound, config.advertise_host)
         async with (
@@ -77,7 +92,7 @@ async def serve(
                 lambda server: add_RouterServicer_to_server(servicer, server),  # type: ignore[no-untyped-call]
                 [SERVICE],
             ) as grpc,
-            http_server(build_app(service, body_limit_bytes=config.body_limit_bytes), bound),
+            http_server(build_app(service, _http_limits(config)), bound),
             # Innermost, so given up first: others stop counting on us before we refuse their calls.
             register(
                 store,
@@ -100,7 +115,9 @@ async def serve(
             ) as registration,
         ):
             async with background(
-                readiness=_report_readiness(pool, grpc), settings=_follow(settings, in_flight)
+                readiness=_report_readiness(pool, grpc),
+                settings=_follow(settings, in_flight),
+                **({"prestart": workers.prestart()} if prestart else {}),
             ):
                 log.info(
                     "router_serving", http=registration.member.http_address, grpc=grpc.address, model=model
@@ -114,13 +131,25 @@ async def serve(
     log.info("router_stopped")
 
 
+def _reader_setup(source: ModelSource, model: str) -> Setup:
+    return Setup(str(source.path), source.kind, source.name, model, identity(source))
+
+
+def _http_limits(config: RouterConfig) -> HttpLimits:
+    return HttpLimits(body_bytes=config.body_limit_bytes, body_timeout_s=config.body_timeout_s)
+
+
 def _advertised(address: str, config: RouterConfig) -> str:
     return f"{config.advertise_host}:{address.rpartition(':')[2]}" if config.advertise_host else address
 
 
 def _base(config: RouterConfig) -> Values:
     """What holds where nothing is set: our flags."""
-    return Values(log_level=config.log_level, request_deadline_s=config.request_deadline_s)  # type: ignore[arg-type]
+    return Values(
+        log_level=config.log_level,  # type: ignore[arg-type] # a choice of the command line
+        request_deadline_s=config.request_deadline_s,
+        max_waiting_requests=config.max_waiting_requests,
+    )
 
 
 async def _follow(settings: LiveConfig, in_flight: InFlight) -> NoReturn:
@@ -128,6 +157,7 @@ async def _follow(settings: LiveConfig, in_flight: InFlight) -> NoReturn:
     while True:
         version = await settings.wait_newer(version)
         in_flight.deadline_s = settings.current.request_deadline_s
+        in_flight.max_waiting = settings.current.max_waiting_requests
 
 
 async def _report_readiness(pool: WeightPool, grpc: Server) -> NoReturn:

@@ -1,19 +1,18 @@
-"""What both front doors share: the served model, prompts into token ids, requests into answers.
-
-Checks here need the tokenizer or the cluster; what can be judged from the request alone is the doors'.
-"""
+"""What both front doors share: the served model, how requests are read, answered and counted."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 
 import msgspec
 from flume_protos.v1 import weight_pb2 as pb
 
-from flume_router.chat_template import TemplateRefused
-from flume_router.errors import BadRequest, ContextTooLong, ModelNotFound
+from flume_router.byte_budget import ByteBudget
+from flume_router.errors import ModelNotFound
 from flume_router.generation import Generation
 from flume_router.in_flight import InFlight
+from flume_router.prompts import ModelLimits
+from flume_router.reading.reader import RequestReader
 from flume_router.sequence_request import SequenceRequest
 from flume_router.text_model import TextModel
 from flume_router.weight_pool import WeightPool
@@ -28,6 +27,8 @@ class Service(msgspec.Struct, frozen=True):
     pool: WeightPool
     generation: Generation
     in_flight: InFlight
+    bodies: ByteBudget
+    reader: RequestReader
     started_at_s: float  # Unix time
 
     @property
@@ -39,55 +40,10 @@ class Service(msgspec.Struct, frozen=True):
         if model != self.model:
             raise ModelNotFound(model, self.model)
 
-    async def chat_prompt(self, messages: Sequence[Mapping[str, str]]) -> Sequence[int]:
-        """Token ids of the rendered chat; the template writes its own BOS."""
-        template = self.text.chat_template
-        if template is None:
-            raise BadRequest(
-                f"The model {self.model} has no chat template; use /v1/completions.", param="messages"
-            )
-        try:
-            text = template.render(messages)
-        except TemplateRefused as error:
-            raise BadRequest(
-                f"The chat template of {self.model} does not take these messages: {error}",
-                param="messages",
-                code="invalid_value",
-            ) from error
-        return await self.text.tokenizer.encode(text, add_special_tokens=False)
-
-    async def text_prompt(self, text: str) -> Sequence[int]:
-        return await self.text.tokenizer.encode(text, add_special_tokens=True)
-
-    def check_prompt(self, token_ids: Sequence[int], param: str) -> None:
-        """That there is one, of tokens that the model has."""
-        if not token_ids:
-            raise BadRequest(f"Invalid '{param}': it has no tokens.", param=param, code="invalid_value")
-        highest, vocab_size = max(token_ids), self.pool.vocab_size
-        if highest >= vocab_size:
-            raise BadRequest(
-                f"Invalid '{param}': token id {highest} is not below the vocabulary's size, {vocab_size}.",
-                param=param,
-                code="invalid_value",
-            )
-
-    def check_length(self, prompt_tokens: int, max_tokens: int | None, param: str) -> None:
-        """That prompt and answer, at least one token, fit the context. Raises ContextTooLong."""
-        context_tokens = self.pool.context_tokens
-        if prompt_tokens + (max_tokens or 1) > context_tokens:
-            raise ContextTooLong(context_tokens, prompt_tokens, max_tokens, param=param)
-
-    def check_sampling(self, sampling: pb.Sampling) -> None:
-        """That the token ids it names exist."""
-        vocab_size = self.pool.vocab_size
-        for param, ids in (("logit_bias", sampling.logit_bias), ("stop_token_ids", sampling.stop_token_ids)):
-            if max(ids, default=0) >= vocab_size:
-                raise BadRequest(
-                    f"Invalid '{param}': token id {max(ids)} is not below the vocabulary's size, "
-                    f"{vocab_size}.",
-                    param=param,
-                    code="invalid_value",
-                )
+    @property
+    def limits(self) -> ModelLimits:
+        """Raises NoWeightNode."""
+        return self.pool.limits
 
 
 def sequences(base: SequenceRequest, prompts: Sequence[Sequence[int]], n: int) -> Iterator[SequenceRequest]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import uuid
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping
 from typing import TypeAlias
 
 import grpc
@@ -20,6 +20,7 @@ from flume_router.errors import (
     CapacityExceeded,
     DeadlineExceeded,
     ModelNotFound,
+    ReaderFailed,
     RouterError,
     Unavailable,
     WeightNodeFailed,
@@ -37,8 +38,8 @@ STATUS_OF: Mapping[type[Exception], grpc.StatusCode] = {
     Unavailable: grpc.StatusCode.UNAVAILABLE,
     DeadlineExceeded: grpc.StatusCode.DEADLINE_EXCEEDED,
     WeightNodeFailed: grpc.StatusCode.INTERNAL,
+    ReaderFailed: grpc.StatusCode.INTERNAL,
 }
-_ROLES = ("system", "user", "assistant")
 Context: TypeAlias = "grpc.aio.ServicerContext[pb.GenerateTextRequest, pb.GenerateTextReply]"
 _FINISH = {"stop": weight_pb2.STOP, "length": weight_pb2.LENGTH}
 
@@ -55,11 +56,13 @@ class RouterServicer(rpc.RouterServicer):
         async with (
             status_errors(context, STATUS_OF),
             _logged(request_id),
-            self._service.in_flight.request() as deadline_at,
+            self._service.in_flight.request() as opened,
         ):
-            sequence = await self._sequence(request, request_id, deadline_at)
+            sequence = await self._sequence(request, request_id, opened.deadline_at)
+            opened.wait()
             async with contextlib.aclosing(self._service.generation.answer(sequence)) as pieces:
                 async for piece in pieces:
+                    opened.started()
                     yield encode(piece, request_id)
 
     async def _sequence(
@@ -69,11 +72,10 @@ class RouterServicer(rpc.RouterServicer):
             self._service.require_model(request.model)
         if not all(request.stop):
             raise BadRequest("stop: a stop string must not be empty", param="stop")
-        param = "messages" if request.messages else "prompt"
-        prompt = await self._prompt(request)
-        self._service.check_sampling(request.sampling)
-        self._service.check_prompt(prompt, param)
-        self._service.check_length(len(prompt), request.sampling.max_tokens or None, param)
+        with self._service.bodies.hold() as held:
+            held.add(request.ByteSize())
+            prompt = await self._service.reader.grpc_prompt(request)
+        self._service.limits.check_sampling(request.sampling)
         return SequenceRequest(
             request_id,
             prompt,
@@ -81,18 +83,6 @@ class RouterServicer(rpc.RouterServicer):
             tuple(request.stop),
             deadline_at,
             {"x-request-id": request_id},
-        )
-
-    async def _prompt(self, request: pb.GenerateTextRequest) -> Sequence[int]:
-        if bool(request.prompt) == bool(request.messages):
-            raise BadRequest("give either prompt or messages")
-        if request.prompt:
-            return await self._service.text_prompt(request.prompt)
-        for index, message in enumerate(request.messages):
-            if message.role not in _ROLES:
-                raise BadRequest(f"messages[{index}].role: {message.role!r} is none of {', '.join(_ROLES)}")
-        return await self._service.chat_prompt(
-            [{"role": m.role, "content": m.content} for m in request.messages]
         )
 
 

@@ -10,7 +10,6 @@ dropping of one leading space in SentencePiece vocabularies, as our text continu
 
 from __future__ import annotations
 
-import asyncio
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -20,7 +19,8 @@ from typing import Any
 
 import tokenizers
 
-_LONG_TEXT = 2048  # characters; about a millisecond of work, more would be felt by other streams
+from flume_router.token_floor import token_floor
+
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
 
@@ -81,15 +81,11 @@ class Tokenizer:
         }
         self.special_tokens = special_tokens
         self.vocab_size = max(backend.get_vocab(with_added_tokens=True).values()) + 1
-
-    async def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
-        """`add_special_tokens`: BOS and EOS as the model's tokenizer is set; off for rendered chats."""
-        if len(text) < _LONG_TEXT:
-            return self.encode_now(text, add_special_tokens=add_special_tokens)
-        return await asyncio.to_thread(self.encode_now, text, add_special_tokens=add_special_tokens)
+        byte_level = self._spelling is Spelling.BYTE_LEVEL
+        self.floor = token_floor(backend, self._spell, byte_of_character() if byte_level else None)
 
     def encode_now(self, text: str, *, add_special_tokens: bool) -> list[int]:
-        """The same, in the calling thread."""
+        """`add_special_tokens`: BOS and EOS as the model's tokenizer is set; off for rendered chats."""
         # The batch form, as it is the one that lets go of the interpreter while it works.
         [encoding] = self._backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)
         return list(encoding.ids)

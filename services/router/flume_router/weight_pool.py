@@ -24,6 +24,7 @@ from flume_protos.v1 import weight_pb2_grpc as rpc
 
 from flume_router.errors import NoWeightNode
 from flume_router.pick import pick
+from flume_router.prompts import ModelLimits
 from flume_router.weight_node import WeightNode
 
 log = structlog.get_logger(__name__)
@@ -92,6 +93,16 @@ class WeightPool:
     def vocab_size(self) -> int:
         """Ids a prompt may use. Raises NoWeightNode."""
         return min(described.vocab_size for described in self._descriptions())
+
+    @property
+    def limits(self) -> ModelLimits:
+        """What a request must keep to. Raises NoWeightNode."""
+        return ModelLimits(self.context_tokens, self.vocab_size)
+
+    @property
+    def known_limits(self) -> ModelLimits | None:
+        """The same; None while no weight node has said it."""
+        return self.limits if self.known else None
 
     def _descriptions(self) -> list[pb.DescribeReply]:
         known = [node.described for node in self._nodes.values() if node.described is not None]

@@ -22,19 +22,21 @@ from flume_router.http.completions import CompletionApi
 from flume_router.http.context import RequestContext
 from flume_router.http.endpoint import CompletionEndpoint
 from flume_router.http.errors import ErrorReply, HttpError, reply_of, unexpected
+from flume_router.http.limits import HttpLimits
 from flume_router.http.metrics import families
 from flume_router.service import Service
 
 
-def build_app(service: Service, *, body_limit_bytes: int) -> Starlette:
-    chat = CompletionEndpoint(ChatApi(), service, body_limit_bytes=body_limit_bytes)
-    completions = CompletionEndpoint(CompletionApi(), service, body_limit_bytes=body_limit_bytes)
+def build_app(service: Service, limits: HttpLimits) -> Starlette:
+    chat = CompletionEndpoint(ChatApi(), service, limits)
+    completions = CompletionEndpoint(CompletionApi(), service, limits)
     pages = _Pages(service)
     return Starlette(
         routes=[
             Route("/v1/chat/completions", chat, methods=["POST"]),
             Route("/v1/completions", completions, methods=["POST"]),
             Route("/v1/models", pages.models),
+            Route("/v1/models/", pages.models),
             Route("/v1/models/{model:path}", pages.model),
             Route("/health", pages.health),
             Route("/healthz", pages.alive),

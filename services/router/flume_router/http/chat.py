@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from flume_router.answer import Piece, Token
-from flume_router.http.endpoint import Job
+from flume_router.http.job import Job, Kind
 from flume_router.http.logprobs import chat_logprobs
-from flume_router.http.schema import read_chat
 from flume_router.http.shape import Document, Shape, UsageReporting, finish_reason_of, text_of
 from flume_router.service import Service
 from flume_router.tokenizer import Tokenizer
@@ -54,13 +53,7 @@ class ChatApi:
     """Of `endpoint.Api`."""
 
     id_prefix = "chatcmpl"
-    param = "messages"
-
-    async def job(self, service: Service, body: Mapping[str, Any]) -> Job:
-        request = read_chat(body)
-        service.require_model(request.common.model)
-        prompt = await service.chat_prompt(request.messages)
-        return Job(request.common, [prompt])
+    kind = Kind.CHAT
 
     def shape(self, service: Service, job: Job, request_id: str, created_s: int) -> Shape:
         return ChatShape(

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from flume_router.answer import Piece, Token
-from flume_router.http.endpoint import Job
+from flume_router.http.job import Job, Kind
 from flume_router.http.logprobs import completion_logprobs
-from flume_router.http.schema import Prompt, read_completion
 from flume_router.http.shape import Document, Shape, UsageReporting, finish_reason_of, text_of
 from flume_router.service import Service
 from flume_router.tokenizer import Tokenizer
@@ -58,30 +57,16 @@ class CompletionApi:
     """Of `endpoint.Api`."""
 
     id_prefix = "cmpl"
-    param = "prompt"
-
-    async def job(self, service: Service, body: Mapping[str, Any]) -> Job:
-        request = read_completion(body)
-        service.require_model(request.common.model)
-        prompts = [await _token_ids(service, prompt) for prompt in request.prompts]
-        echoes = [_echo(service, prompt) if request.echo else "" for prompt in request.prompts]
-        return Job(request.common, prompts, echoes)
+    kind = Kind.COMPLETION
 
     def shape(self, service: Service, job: Job, request_id: str, created_s: int) -> Shape:
+        echoes = job.echoes or ("",) * len(job.prompts)
         return CompletionShape(
             request_id,
             service.model,
             created_s,
             tokenizer=service.text.tokenizer,
             logprobs=job.common.sampling.has_logprobs,
-            echoes=[echo for echo in job.echoes for _ in range(job.common.n)],
+            echoes=[echo for echo in echoes for _ in range(job.common.n)],
             usage=job.common.usage,
         )
-
-
-async def _token_ids(service: Service, prompt: Prompt) -> Sequence[int]:
-    return await service.text_prompt(prompt) if isinstance(prompt, str) else prompt
-
-
-def _echo(service: Service, prompt: Prompt) -> str:
-    return prompt if isinstance(prompt, str) else service.text.tokenizer.decode(prompt)

@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import AsyncGenerator, Mapping, Sequence
-from typing import Any, Protocol
+from collections.abc import AsyncGenerator
+from typing import Protocol
 
-import msgspec
 import structlog
 from flume_common.tasks import background
 from starlette.requests import ClientDisconnect, Request
@@ -20,34 +19,24 @@ from starlette.types import Receive, Scope, Send
 from flume_router.answer import Piece
 from flume_router.errors import RouterError
 from flume_router.generation import Pieces, merged
-from flume_router.http.body import read_object
+from flume_router.http.body import read_body
 from flume_router.http.errors import HttpError, reply_of, unexpected
+from flume_router.http.job import Job, Kind
+from flume_router.http.limits import HttpLimits
 from flume_router.http.reply import Reply
-from flume_router.http.sampling import Common
 from flume_router.http.shape import Shape, Usage, UsageReporting
+from flume_router.in_flight import OpenRequest
 from flume_router.sequence_request import SequenceRequest
 from flume_router.service import Service, sequences
 
 log = structlog.get_logger(__name__)
 
 
-class Job(msgspec.Struct, frozen=True):
-    """What an API made of a body."""
-
-    common: Common
-    prompts: Sequence[Sequence[int]]
-    echoes: Sequence[str] = ()
-
-
 class Api(Protocol):
     """What differs between the completion APIs."""
 
     id_prefix: str
-    param: str
-    """The field that holds the prompt."""
-
-    async def job(self, service: Service, body: Mapping[str, Any]) -> Job:
-        """Raises RouterError."""
+    kind: Kind
 
     def shape(self, service: Service, job: Job, request_id: str, created_s: int) -> Shape: ...
 
@@ -55,18 +44,31 @@ class Api(Protocol):
 class CompletionEndpoint:
     """An ASGI application for one path."""
 
-    def __init__(self, api: Api, service: Service, *, body_limit_bytes: int) -> None:
+    def __init__(self, api: Api, service: Service, limits: HttpLimits) -> None:
         self._api = api
         self._service = service
-        self._body_limit_bytes = body_limit_bytes
+        self._limits = limits
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         reply = Reply(send)
         try:
-            async with self._service.in_flight.request() as deadline_at:
-                body = await read_object(Request(scope, receive), self._body_limit_bytes)
-                async with background(client=_until_gone(receive, reply)):
-                    await self._answer(body, deadline_at, reply)
+            async with self._service.in_flight.request() as opened:
+                with self._service.bodies.hold() as held:
+                    data = await read_body(
+                        Request(scope, receive),
+                        held,
+                        limit_bytes=self._limits.body_bytes,
+                        timeout_s=self._limits.body_timeout_s,
+                    )
+                    async with background(client=_until_gone(receive, reply)):
+                        request_id = f"{self._api.id_prefix}-{uuid.uuid4().hex}"
+                        structlog.contextvars.bind_contextvars(sequence=request_id)
+                        job = await self._service.reader.job(self._api.kind, data)
+                        # An answer may take long, and its body may be large.
+                        del data
+                        held.release()
+                        opened.wait()
+                        await self._answer(job, request_id, opened, reply)
         except (RouterError, HttpError) as error:
             log.info("request_refused", error=type(error).__name__, detail=str(error))
             await reply.error(reply_of(error))
@@ -76,14 +78,11 @@ class CompletionEndpoint:
             log.exception("request_failed")
             await reply.error(unexpected())
 
-    async def _answer(self, body: Mapping[str, Any], deadline_at: float, reply: Reply) -> None:
-        request_id = f"{self._api.id_prefix}-{uuid.uuid4().hex}"
-        structlog.contextvars.bind_contextvars(sequence=request_id)
-        job = await self._api.job(self._service, body)
-        self._check(job)
+    async def _answer(self, job: Job, request_id: str, opened: OpenRequest, reply: Reply) -> None:
         usage = Usage(sum(map(len, job.prompts)))
         shape = self._api.shape(self._service, job, request_id, int(time.time()))
-        async with merged(self._answers(job, request_id, deadline_at)) as pieces:
+        async with merged(self._answers(job, request_id, opened.deadline_at)) as merged_pieces:
+            pieces = _noting_start(merged_pieces, opened)
             if job.common.stream:
                 await _stream(
                     reply, shape, pieces, usage, at_the_end=job.common.usage is not UsageReporting.NEVER
@@ -96,12 +95,6 @@ class CompletionEndpoint:
             completion_tokens=usage.completion_tokens,
         )
 
-    def _check(self, job: Job) -> None:
-        self._service.check_sampling(job.common.sampling)
-        for prompt in job.prompts:
-            self._service.check_prompt(prompt, self._api.param)
-            self._service.check_length(len(prompt), job.common.max_tokens, self._api.param)
-
     def _answers(self, job: Job, request_id: str, deadline_at: float) -> list[AsyncGenerator[Piece]]:
         job.common.sampling.max_tokens = job.common.max_tokens or 0
         metadata = {
@@ -109,6 +102,12 @@ class CompletionEndpoint:
         }
         base = SequenceRequest(request_id, (), job.common.sampling, job.common.stop, deadline_at, metadata)
         return [self._service.generation.answer(one) for one in sequences(base, job.prompts, job.common.n)]
+
+
+async def _noting_start(pieces: Pieces, opened: OpenRequest) -> Pieces:
+    async for piece in pieces:
+        opened.started()
+        yield piece
 
 
 async def _stream(reply: Reply, shape: Shape, pieces: Pieces, usage: Usage, *, at_the_end: bool) -> None:

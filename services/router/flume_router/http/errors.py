@@ -17,13 +17,13 @@ from flume_router.errors import (
     BadRequest,
     DeadlineExceeded,
     ModelNotFound,
+    ReaderFailed,
     RouterError,
     Unavailable,
     WeightNodeFailed,
 )
 
 INVALID_REQUEST, SERVER_ERROR, TIMEOUT = "invalid_request_error", "server_error", "timeout"
-_RETRY_AFTER_S = "1"
 
 
 class HttpError(Exception):
@@ -49,9 +49,10 @@ class ErrorReply(msgspec.Struct, frozen=True):
 _STATUS_OF: Mapping[type[RouterError], tuple[int, str, Mapping[str, str]]] = {
     BadRequest: (400, INVALID_REQUEST, {}),
     ModelNotFound: (404, INVALID_REQUEST, {}),
-    Unavailable: (503, SERVER_ERROR, {"retry-after": _RETRY_AFTER_S}),
+    Unavailable: (503, SERVER_ERROR, {}),
     DeadlineExceeded: (504, TIMEOUT, {"x-should-retry": "false"}),
     WeightNodeFailed: (500, SERVER_ERROR, {}),
+    ReaderFailed: (500, SERVER_ERROR, {"x-should-retry": "false"}),
 }
 
 
@@ -60,6 +61,8 @@ def reply_of(error: RouterError | HttpError) -> ErrorReply:
     if isinstance(error, HttpError):
         return ErrorReply(error.status, body(str(error), INVALID_REQUEST, None, error.code), error.headers)
     status, kind, headers = next(entry for cls, entry in _STATUS_OF.items() if isinstance(error, cls))
+    if isinstance(error, Unavailable):
+        headers = {"retry-after": str(error.retry_after_s)}
     return ErrorReply(status, body(error.message, kind, error.param, error.code), headers)
 
 

@@ -80,11 +80,11 @@ _COMPLETION_FIELDS = COMMON_FIELDS | {"prompt", "echo", "best_of", *_HARMLESS_CO
 _MESSAGE_FIELDS = {"role", "content", "name", *_HARMLESS_MESSAGE}
 
 
-def read_chat(body: Object) -> ChatRequest:
-    """POST /v1/chat/completions."""
+def read_chat(body: Object, *, at_most: int | None = None) -> ChatRequest:
+    """POST /v1/chat/completions. `at_most`: messages, and parts of one; None: any number."""
     fields.refuse_unknown(body, _CHAT_FIELDS)
     common = read_common(body, max_tokens=_chat_max_tokens(body), logprobs=_chat_logprobs(body))
-    messages = fields.require(body, "messages", _messages)
+    messages = fields.require(body, "messages", lambda value, param: _messages(value, param, at_most))
     fields.refuse_unsupported(body, _HARMLESS_CHAT)
     return ChatRequest(common, messages)
 
@@ -138,18 +138,19 @@ def _chat_logprobs(body: Object) -> int | None:
     return (top or 0) if wanted else None
 
 
-def _messages(value: Any, param: str) -> tuple[Message, ...]:
-    listed = fields.array(value, param, at_least=1)
+def _messages(value: Any, param: str, at_most: int | None) -> tuple[Message, ...]:
+    listed = fields.array(value, param, at_least=1, at_most=at_most)
     return tuple(
-        _message(fields.obj(item, f"{param}[{i}]"), f"{param}[{i}].") for i, item in enumerate(listed)
+        _message(fields.obj(item, f"{param}[{i}]"), f"{param}[{i}].", at_most)
+        for i, item in enumerate(listed)
     )
 
 
-def _message(message: Object, path: str) -> Message:
+def _message(message: Object, path: str, at_most: int | None) -> Message:
     fields.refuse_unknown(message, _MESSAGE_FIELDS, path)
     role = _role(message, path)
     fields.refuse_unsupported(message, _HARMLESS_MESSAGE, path)
-    read = {"role": role, "content": _content(message.get("content"), f"{path}content")}
+    read = {"role": role, "content": _content(message.get("content"), f"{path}content", at_most)}
     name = message.get("name")
     return read if name is None else read | {"name": fields.string(name, f"{path}name")}
 
@@ -170,12 +171,12 @@ def _role(message: Object, path: str) -> str:
     )
 
 
-def _content(value: Any, param: str) -> str:
+def _content(value: Any, param: str, at_most: int | None) -> str:
     if isinstance(value, str):
         return value
     if not isinstance(value, list):
         return fields.string(value, param)  # raises, naming what it got
-    parts = fields.array(value, param, at_least=1)
+    parts = fields.array(value, param, at_least=1, at_most=at_most)
     return "\n".join(_text_part(part, f"{param}[{index}]") for index, part in enumerate(parts))
 
 
@@ -205,6 +206,10 @@ def _prompts(value: Any, param: str) -> tuple[Prompt, ...]:
 
 
 def _token_ids(value: Any, param: str) -> tuple[int, ...]:
-    read = fields.integer(0, _INT32_MAX)
     listed = fields.array(value, param, at_least=1)
-    return tuple(read(token, f"{param}[{index}]") for index, token in enumerate(listed))
+    # One by one, with its path, only where one is wrong: there may be a million.
+    if not all(type(token) is int and 0 <= token <= _INT32_MAX for token in listed):
+        read = fields.integer(0, _INT32_MAX)
+        for index, token in enumerate(listed):
+            read(token, f"{param}[{index}]")
+    return tuple(listed)
