@@ -82,7 +82,7 @@ class Tokenizer:
         self.special_tokens = special_tokens
         self.vocab_size = max(backend.get_vocab(with_added_tokens=True).values()) + 1
         byte_level = self._spelling is Spelling.BYTE_LEVEL
-        self.floor = token_floor(backend, self._spell, byte_of_character() if byte_level else None)
+        self.floor = token_floor(backend, self.token_bytes, byte_of_character() if byte_level else None)
 
     def encode_now(self, text: str, *, add_special_tokens: bool) -> list[int]:
         """`add_special_tokens`: BOS and EOS as the model's tokenizer is set; off for rendered chats."""
