@@ -1,5 +1,6 @@
 from flume_protos.v1 import attention_pb2 as _attention_pb2
 from flume_protos.v1 import common_pb2 as _common_pb2
+from flume_protos.v1 import weight_pb2 as _weight_pb2
 from google.protobuf.internal import containers as _containers
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
@@ -77,7 +78,7 @@ class Leaving(_message.Message):
     def __init__(self, node: _Optional[str] = ..., by_s: _Optional[float] = ...) -> None: ...
 
 class StatusReply(_message.Message):
-    __slots__ = ("cluster", "desired", "ready", "preparing", "draining", "generation", "observed_generation", "conditions", "weight_nodes", "routers", "store_connected", "model", "set_by", "min", "max", "autoscale", "leader", "drained", "leaving")
+    __slots__ = ("cluster", "desired", "ready", "preparing", "draining", "generation", "observed_generation", "conditions", "weight_nodes", "routers", "store_connected", "model", "set_by", "min", "max", "autoscale", "leader", "drained", "leaving", "activity", "unanswered")
     CLUSTER_FIELD_NUMBER: _ClassVar[int]
     DESIRED_FIELD_NUMBER: _ClassVar[int]
     READY_FIELD_NUMBER: _ClassVar[int]
@@ -97,6 +98,8 @@ class StatusReply(_message.Message):
     LEADER_FIELD_NUMBER: _ClassVar[int]
     DRAINED_FIELD_NUMBER: _ClassVar[int]
     LEAVING_FIELD_NUMBER: _ClassVar[int]
+    ACTIVITY_FIELD_NUMBER: _ClassVar[int]
+    UNANSWERED_FIELD_NUMBER: _ClassVar[int]
     cluster: str
     desired: int
     ready: int
@@ -116,7 +119,9 @@ class StatusReply(_message.Message):
     leader: str
     drained: _containers.RepeatedScalarFieldContainer[str]
     leaving: _containers.RepeatedCompositeFieldContainer[Leaving]
-    def __init__(self, cluster: _Optional[str] = ..., desired: _Optional[int] = ..., ready: _Optional[int] = ..., preparing: _Optional[int] = ..., draining: _Optional[int] = ..., generation: _Optional[int] = ..., observed_generation: _Optional[int] = ..., conditions: _Optional[_Iterable[_Union[Condition, _Mapping]]] = ..., weight_nodes: _Optional[int] = ..., routers: _Optional[int] = ..., store_connected: _Optional[bool] = ..., model: _Optional[str] = ..., set_by: _Optional[str] = ..., min: _Optional[int] = ..., max: _Optional[int] = ..., autoscale: _Optional[_Union[Autoscale, _Mapping]] = ..., leader: _Optional[str] = ..., drained: _Optional[_Iterable[str]] = ..., leaving: _Optional[_Iterable[_Union[Leaving, _Mapping]]] = ...) -> None: ...
+    activity: _containers.RepeatedCompositeFieldContainer[_weight_pb2.WeightStatusReply]
+    unanswered: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, cluster: _Optional[str] = ..., desired: _Optional[int] = ..., ready: _Optional[int] = ..., preparing: _Optional[int] = ..., draining: _Optional[int] = ..., generation: _Optional[int] = ..., observed_generation: _Optional[int] = ..., conditions: _Optional[_Iterable[_Union[Condition, _Mapping]]] = ..., weight_nodes: _Optional[int] = ..., routers: _Optional[int] = ..., store_connected: _Optional[bool] = ..., model: _Optional[str] = ..., set_by: _Optional[str] = ..., min: _Optional[int] = ..., max: _Optional[int] = ..., autoscale: _Optional[_Union[Autoscale, _Mapping]] = ..., leader: _Optional[str] = ..., drained: _Optional[_Iterable[str]] = ..., leaving: _Optional[_Iterable[_Union[Leaving, _Mapping]]] = ..., activity: _Optional[_Iterable[_Union[_weight_pb2.WeightStatusReply, _Mapping]]] = ..., unanswered: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class ListNodesRequest(_message.Message):
     __slots__ = ()
@@ -185,20 +190,22 @@ class ListRequestsRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class Request(_message.Message):
-    __slots__ = ("id", "weight_node", "state", "prompt_tokens", "completion_tokens", "age_s")
+    __slots__ = ("id", "weight_node", "state", "prompt_tokens", "completion_tokens", "age_s", "computed_tokens")
     ID_FIELD_NUMBER: _ClassVar[int]
     WEIGHT_NODE_FIELD_NUMBER: _ClassVar[int]
     STATE_FIELD_NUMBER: _ClassVar[int]
     PROMPT_TOKENS_FIELD_NUMBER: _ClassVar[int]
     COMPLETION_TOKENS_FIELD_NUMBER: _ClassVar[int]
     AGE_S_FIELD_NUMBER: _ClassVar[int]
+    COMPUTED_TOKENS_FIELD_NUMBER: _ClassVar[int]
     id: str
     weight_node: str
     state: str
     prompt_tokens: int
     completion_tokens: int
     age_s: float
-    def __init__(self, id: _Optional[str] = ..., weight_node: _Optional[str] = ..., state: _Optional[str] = ..., prompt_tokens: _Optional[int] = ..., completion_tokens: _Optional[int] = ..., age_s: _Optional[float] = ...) -> None: ...
+    computed_tokens: int
+    def __init__(self, id: _Optional[str] = ..., weight_node: _Optional[str] = ..., state: _Optional[str] = ..., prompt_tokens: _Optional[int] = ..., completion_tokens: _Optional[int] = ..., age_s: _Optional[float] = ..., computed_tokens: _Optional[int] = ...) -> None: ...
 
 class ListRequestsReply(_message.Message):
     __slots__ = ("requests", "unanswered")
@@ -217,7 +224,7 @@ class DescribeObjectRequest(_message.Message):
     def __init__(self, kind: _Optional[str] = ..., name: _Optional[str] = ...) -> None: ...
 
 class DescribeObjectReply(_message.Message):
-    __slots__ = ("nodes", "routes", "requests", "events", "lanes", "status", "settings", "spec_revision", "unanswered")
+    __slots__ = ("nodes", "routes", "requests", "events", "lanes", "status", "settings", "spec_revision", "unanswered", "activity")
     NODES_FIELD_NUMBER: _ClassVar[int]
     ROUTES_FIELD_NUMBER: _ClassVar[int]
     REQUESTS_FIELD_NUMBER: _ClassVar[int]
@@ -227,6 +234,7 @@ class DescribeObjectReply(_message.Message):
     SETTINGS_FIELD_NUMBER: _ClassVar[int]
     SPEC_REVISION_FIELD_NUMBER: _ClassVar[int]
     UNANSWERED_FIELD_NUMBER: _ClassVar[int]
+    ACTIVITY_FIELD_NUMBER: _ClassVar[int]
     nodes: _containers.RepeatedCompositeFieldContainer[Node]
     routes: _containers.RepeatedCompositeFieldContainer[_common_pb2.Route]
     requests: _containers.RepeatedCompositeFieldContainer[Request]
@@ -236,7 +244,8 @@ class DescribeObjectReply(_message.Message):
     settings: _containers.RepeatedCompositeFieldContainer[Setting]
     spec_revision: int
     unanswered: _containers.RepeatedScalarFieldContainer[str]
-    def __init__(self, nodes: _Optional[_Iterable[_Union[Node, _Mapping]]] = ..., routes: _Optional[_Iterable[_Union[_common_pb2.Route, _Mapping]]] = ..., requests: _Optional[_Iterable[_Union[Request, _Mapping]]] = ..., events: _Optional[_Iterable[_Union[Event, _Mapping]]] = ..., lanes: _Optional[_Iterable[_Union[_attention_pb2.LaneStats, _Mapping]]] = ..., status: _Optional[_Union[StatusReply, _Mapping]] = ..., settings: _Optional[_Iterable[_Union[Setting, _Mapping]]] = ..., spec_revision: _Optional[int] = ..., unanswered: _Optional[_Iterable[str]] = ...) -> None: ...
+    activity: _weight_pb2.WeightStatusReply
+    def __init__(self, nodes: _Optional[_Iterable[_Union[Node, _Mapping]]] = ..., routes: _Optional[_Iterable[_Union[_common_pb2.Route, _Mapping]]] = ..., requests: _Optional[_Iterable[_Union[Request, _Mapping]]] = ..., events: _Optional[_Iterable[_Union[Event, _Mapping]]] = ..., lanes: _Optional[_Iterable[_Union[_attention_pb2.LaneStats, _Mapping]]] = ..., status: _Optional[_Union[StatusReply, _Mapping]] = ..., settings: _Optional[_Iterable[_Union[Setting, _Mapping]]] = ..., spec_revision: _Optional[int] = ..., unanswered: _Optional[_Iterable[str]] = ..., activity: _Optional[_Union[_weight_pb2.WeightStatusReply, _Mapping]] = ...) -> None: ...
 
 class Event(_message.Message):
     __slots__ = ("id", "object", "type", "reason", "message", "source", "count", "first_s", "last_s")

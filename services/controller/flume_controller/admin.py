@@ -14,7 +14,7 @@ from flume_common.serving import status_errors
 from flume_common.store import KeyValue
 from flume_protos.v1 import admin_pb2 as pb
 from flume_protos.v1 import admin_pb2_grpc as rpc
-from flume_protos.v1 import attention_pb2, common_pb2
+from flume_protos.v1 import attention_pb2, common_pb2, weight_pb2
 
 from flume_controller import desired
 from flume_controller.admin_sources import SPEC_STATUS_OF, Context, Sources
@@ -49,12 +49,13 @@ class AdminServicer(SpecRpcs, ConfigRpcs, EventRpcs, rpc.AdminServicer):
         self._from = sources
 
     async def Status(self, request: pb.StatusRequest, context: Context) -> AsyncIterator[pb.StatusReply]:
-        seen = self._versions()
-        yield (last := self._status())
+        seen, last = self._versions(), self._status()
+        yield await self._with_activity(last)
         while request.watch:
             seen = await self._wait_newer(seen)
             if (reply := self._status()) != last:
-                yield (last := reply)
+                last = reply
+                yield await self._with_activity(reply)
 
     async def ListNodes(self, request: pb.ListNodesRequest, context: Context) -> pb.ListNodesReply:
         instances = {item.id: item for item in await self._from.provider.instances()}
@@ -99,6 +100,7 @@ class AdminServicer(SpecRpcs, ConfigRpcs, EventRpcs, rpc.AdminServicer):
                 prompt_tokens=item.prompt_tokens,
                 completion_tokens=item.completion_tokens,
                 age_s=item.age_s,
+                computed_tokens=item.computed_tokens,
             )
             for member, items in zip(weights, answers, strict=True)
             for item in items or ()
@@ -111,11 +113,15 @@ class AdminServicer(SpecRpcs, ConfigRpcs, EventRpcs, rpc.AdminServicer):
             reply = describe(request.kind, request.name, await self._everything(context))
             if request.kind == "node":
                 reply.lanes.extend(await self._lanes(request.name))
+                if (member := self._from.members.current.get((Role.WEIGHT, request.name))) is not None:
+                    reply.activity.MergeFrom(
+                        await self._from.nodes.activity(member) or weight_pb2.WeightStatusReply()
+                    )
             if request.kind == "cluster":
                 reply.spec_revision = await self._spec_revision()
                 entries = await config_store.read(self._from.store, self._from.keys)
                 reply.settings.extend(setting_message(item) for item in entries if item.text is not None)
-                reply.status.CopyFrom(self._status())
+                reply.status.CopyFrom(await self._with_activity(self._status()))
         return reply
 
     async def _spec_revision(self) -> int:
@@ -147,6 +153,16 @@ class AdminServicer(SpecRpcs, ConfigRpcs, EventRpcs, rpc.AdminServicer):
             self._from.members.current.values(),
             self._from.store.connected,
         )
+
+    async def _with_activity(self, status: pb.StatusReply) -> pb.StatusReply:
+        weights = sorted(self._from.members.of(Role.WEIGHT), key=lambda member: member.id)
+        answers = await asyncio.gather(*(self._from.nodes.activity(member) for member in weights))
+        full = pb.StatusReply()
+        full.CopyFrom(status)
+        full.activity.extend(answer for answer in answers if answer is not None)
+        pairs = zip(weights, answers, strict=True)
+        full.unanswered.extend(member.id for member, answer in pairs if answer is None)
+        return full
 
     def _versions(self) -> tuple[int, int, int]:
         return self._from.members.version, self._from.wish.version, self._from.report.version

@@ -79,6 +79,17 @@ class GrpcNodes:
             return None
         return list(reply.sequences)
 
+    async def activity(self, member: Member) -> weight_pb2.WeightStatusReply | None:
+        """What a weight node is doing; None when its supervisor does not answer in time."""
+        stub = weight_pb2_grpc.WeightStub(self._channel(member))  # type: ignore[no-untyped-call]
+        try:
+            reply: weight_pb2.WeightStatusReply = await stub.Status(
+                weight_pb2.WeightStatusRequest(), timeout=STATS_DEADLINE_S
+            )
+        except grpc.aio.AioRpcError:
+            return None
+        return reply
+
     async def keep_only(self, addresses: Iterable[str]) -> None:
         """Close channels to nodes that are gone."""
         for address in self._channels.keys() - set(addresses):

@@ -11,6 +11,7 @@ import click
 from flume_protos.v1 import admin_pb2
 
 from flume_controller.flumectl import rows as r
+from flume_controller.flumectl.activity import activity_line, activity_row
 from flume_controller.flumectl.client import CALL_DEADLINE_S, Target, admin
 from flume_controller.flumectl.complete import node_names
 from flume_controller.flumectl.duration import format_age
@@ -119,6 +120,8 @@ def as_row(kind: str, reply: admin_pb2.DescribeObjectReply) -> dict[str, Any]:
         row["unanswered"] = list(reply.unanswered)
     if kind == "node":
         row["lanes"] = [r.lane_row(item) for item in reply.lanes]
+        if reply.activity.node:
+            row["activity"] = activity_row(reply.activity)
     row["events"] = [r.event_row(item) for item in reply.events]
     return row
 
@@ -144,6 +147,8 @@ def _node(row: Row, now_s: float) -> list[str]:
     }
     if node["role"] == "attention":
         fields["KV"] = f"{node['kv_used_tokens']} of {node['kv_capacity_tokens']} tokens"
+    if "activity" in row:
+        fields["Doing"] = activity_line(row["activity"]).partition(": ")[2]
     if node["state"] == "DRAINING":
         by_s = node["leave_by_s"]
         fields["Leaves"] = "once it is empty" if by_s is None else f"in {r.leaves_in(by_s)}, empty or not"

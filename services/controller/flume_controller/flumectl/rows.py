@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 from flume_protos.v1 import admin_pb2, attention_pb2, common_pb2
 
+from flume_controller.flumectl.activity import activity_row
 from flume_controller.flumectl.duration import format_age
 from flume_controller.flumectl.output import Column, Row, column
 
@@ -58,6 +59,14 @@ def request_row(request: admin_pb2.Request) -> Row:
 
 
 def status_row(status: admin_pb2.StatusReply) -> Row:
+    row = _cluster_row(status)
+    if not (status.activity or status.unanswered):  # a controller of an older version says neither
+        return row
+    activity = [activity_row(item) for item in status.activity]
+    return {**row, "activity": activity, "unanswered": list(status.unanswered)}
+
+
+def _cluster_row(status: admin_pb2.StatusReply) -> Row:
     return {
         "cluster": status.cluster,
         "model": status.model,

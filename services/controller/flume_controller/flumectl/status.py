@@ -7,6 +7,7 @@ import time
 import click
 from flume_protos.v1 import admin_pb2
 
+from flume_controller.flumectl.activity import activity_line
 from flume_controller.flumectl.client import CALL_DEADLINE_S, Target, admin
 from flume_controller.flumectl.duration import format_age
 from flume_controller.flumectl.options import output_option, target_options
@@ -58,6 +59,7 @@ def to_text(row: Row, now_s: float) -> str:
         *([f"Leaving:       {', '.join(map(_leaving, row['leaving']))}"] if row["leaving"] else ()),
         f"Controller:    {row['leader'] or '<none>'} leads",
         f"Weight nodes:  {row['weight_nodes']}",
+        *(f"  {line}" for line in _activity(row)),
         f"Routers:       {row['routers']}",
         f"Store:         {'connected' if row['store_connected'] else 'unreachable, last known state shown'}",
         "",
@@ -70,6 +72,11 @@ def to_text(row: Row, now_s: float) -> str:
         column("MESSAGE", "message"),
     )
     return "\n".join([*lines, *Table(columns, wide=False).lines(row["conditions"])])
+
+
+def _activity(row: Row) -> list[str]:
+    silent = [f"{node}: did not answer in time" for node in row.get("unanswered", ())]
+    return [activity_line(item) for item in row.get("activity", ())] + silent
 
 
 def _leaving(row: Row) -> str:
