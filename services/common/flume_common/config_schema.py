@@ -152,6 +152,15 @@ class Values(msgspec.Struct, frozen=True, kw_only=True):
             extra=_read_by(Scope.ROUTER, unit="requests"),
         ),
     ] = 256
+    unavailable_wait_s: Annotated[
+        float,
+        Meta(
+            ge=0,
+            le=600,
+            description="How long a new request waits while no weight node can serve; then it is refused.",
+            extra=_read_by(Scope.WEIGHT, Scope.ROUTER, unit="s"),
+        ),
+    ] = 5.0
     step_timeout_s: Annotated[
         float,
         Meta(

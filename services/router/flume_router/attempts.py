@@ -48,6 +48,7 @@ class Attempts:
         self._pool = pool
         self._request = request
         self._counts = counts
+        self._new_until_s = _now_s() + limits.unavailable_s
         self._progress = Progress(
             pb.GenerateRequest(
                 request_id=request.id,
@@ -84,8 +85,10 @@ class Attempts:
     async def _lendable(self) -> None:
         """Wait until there is a weight node to try. Raises NoWeightNode, NotContinued."""
         if not self._pool.known and not self._progress.why:
-            raise NoWeightNode(self._pool.model)
+            raise NoWeightNode(self._pool.model, self._pool.why_not)
         until_s = _now_s() + self._progress.remaining_s(_now_s())
+        if self._progress.is_new:
+            until_s = self._new_until_s
         while not self._pool.lendable:
             if self._progress.why and self._pool.preparing:  # the request's own deadline counts
                 until_s = max(until_s, _now_s() + _LOOK_EVERY_S)
@@ -163,8 +166,9 @@ class Attempts:
         self._counts.failed += 1
         log.error("sequence_given_up", request=self._request.id, tokens_so_far=tokens, detail=progress.why,
                   failed_total=self._counts.failed)  # fmt: skip
-        if not progress.why:
-            return NoWeightNode(self._pool.model)
+        if progress.is_new:
+            known = [progress.why] if progress.why else []
+            return NoWeightNode(self._pool.model, self._pool.why_not or known)
         return NotContinued(self._pool.model, progress.why, tokens)
 
 

@@ -20,6 +20,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 
 class RouterError(Exception):
     """`code` and `param` are OpenAI's: a word for programs, and the field that is at fault."""
@@ -124,10 +126,13 @@ class Overloaded(Unavailable):
 
 
 class NoWeightNode(Unavailable):
-    """No weight node that serves the model is ready."""
+    """No weight node that serves the model is ready. `why`: what is known of each."""
 
-    def __init__(self, model: str) -> None:
-        super().__init__(f"no weight node serves {model} at the moment; try again shortly")
+    def __init__(self, model: str, why: Sequence[str] = ()) -> None:
+        what = "can serve" if why else "serves"
+        reasons = f": {'; '.join(why)}" if why else ""
+        super().__init__(f"no weight node {what} {model} at the moment{reasons}; try again shortly")
+        self.why = tuple(why)
 
 
 class WeightNodeLost(Unavailable):

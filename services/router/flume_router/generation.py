@@ -29,7 +29,8 @@ class Generation:
         self.counts = ResumeCounts()
         self._pool = pool
         self._tokenizer = tokenizer
-        self._limits = limits
+        self.limits = limits
+        """Of sequences to come."""
 
     async def answer(self, request: SequenceRequest) -> AsyncGenerator[Piece]:
         """The last piece, and only that one, is finished. Closing it ends the call. Raises RouterError."""
@@ -39,7 +40,7 @@ class Generation:
             prompt_tokens=len(request.prompt_token_ids),
             min_tokens=request.sampling.min_tokens,
         )
-        attempts = Attempts(self._pool, request, self._limits, self.counts)
+        attempts = Attempts(self._pool, request, self.limits, self.counts)
         async with contextlib.aclosing(attempts.replies()) as replies:
             async for reply in replies:
                 piece = growing.push(reply)

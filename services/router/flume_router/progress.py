@@ -22,6 +22,9 @@ class ResumeLimits(msgspec.Struct, frozen=True, kw_only=True):
     """How long a sequence may go without a new token, and without a node that works on it, after its weight
     node failed."""
 
+    unavailable_s: float = 5.0
+    """How long a new sequence waits while no weight node can serve."""
+
     fruitless: int = 6
     """Weight nodes that may be lost one after the other without a new token."""
 
@@ -47,6 +50,11 @@ class Progress:
         self.lost_at_s: float | None = None
         self.lost_in_a_row = 0
         self.why = ""
+
+    @property
+    def is_new(self) -> bool:
+        """No weight node has worked on it yet."""
+        return self.lost_at_s is None and not self.token_ids
 
     def next_request(self) -> pb.GenerateRequest:
         """Under the same name, by which the KV of the earlier attempts is found."""

@@ -8,6 +8,7 @@ import socket
 import time
 from typing import NoReturn
 
+import msgspec
 import structlog
 from flume_common.config_schema import Scope, Values
 from flume_common.config_watch import LiveConfig, watch_config
@@ -116,7 +117,7 @@ async def serve(
         ):
             async with background(
                 readiness=_report_readiness(pool, grpc),
-                settings=_follow(settings, in_flight),
+                settings=_follow(settings, in_flight, generation),
                 **({"prestart": workers.prestart()} if prestart else {}),
             ):
                 log.info(
@@ -152,12 +153,16 @@ def _base(config: RouterConfig) -> Values:
     )
 
 
-async def _follow(settings: LiveConfig, in_flight: InFlight) -> NoReturn:
+async def _follow(settings: LiveConfig, in_flight: InFlight, generation: Generation) -> NoReturn:
     version = -1
     while True:
         version = await settings.wait_newer(version)
-        in_flight.deadline_s = settings.current.request_deadline_s
-        in_flight.max_waiting = settings.current.max_waiting_requests
+        values = settings.current
+        in_flight.deadline_s = values.request_deadline_s
+        in_flight.max_waiting = values.max_waiting_requests
+        generation.limits = msgspec.structs.replace(
+            generation.limits, unavailable_s=values.unavailable_wait_s
+        )
 
 
 async def _report_readiness(pool: WeightPool, grpc: Server) -> NoReturn:

@@ -54,6 +54,7 @@ class WeightNode:
         self.stub: rpc.WeightStub | None = None
         self.described: pb.DescribeReply | None = None
         self.listed = True
+        self.unable = ""  # why it cannot serve now, by its own word
         self.answering = True
         self.outstanding = 0
         self.retired = asyncio.Event()
@@ -67,6 +68,20 @@ class WeightNode:
         self._suspect_until_s = 0.0
         self.quiet_since_s = time.monotonic()
         """The last sign that it works, or when somebody began to wait for one."""
+
+    @property
+    def usable(self) -> bool:
+        """True if a sequence may be sent there."""
+        return self.described is not None and self.answering and not self.unable
+
+    @property
+    def why_not(self) -> str:
+        """Why no sequence may be sent there; empty where it may."""
+        if self.unable:
+            return self.unable
+        if self.described is None:
+            return f"{self.id} has not answered yet"
+        return "" if self.answering else f"{self.id} does not answer"
 
     def candidate(self, key: str) -> Candidate:
         suspect = time.monotonic() < self._suspect_until_s

@@ -17,7 +17,7 @@ import grpc
 import structlog
 from flume_common.backoff import Backoff
 from flume_common.membership import Member, Role, State
-from flume_common.reasons import Reason
+from flume_common.reasons import Reason, sentence
 from flume_common.tasks import background
 from flume_protos.v1 import weight_pb2 as pb
 from flume_protos.v1 import weight_pb2_grpc as rpc
@@ -68,8 +68,22 @@ class WeightPool:
 
     @property
     def ready(self) -> bool:
-        """Whether a member that is READY has answered Describe."""
-        return any(node.listed and node.described for node in self._nodes.values())
+        """Whether a member that is READY can be sent a sequence."""
+        return any(node.listed and node.described and not node.unable for node in self._nodes.values())
+
+    @property
+    def why_not(self) -> list[str]:
+        """Of each weight node of our model, why no sequence may be sent there; one that can is left out."""
+        ours = [member for member in self._members.of(Role.WEIGHT) if member.model == self.model]
+        return [why for member in ours if (why := self._why_not(member))]
+
+    def _why_not(self, member: Member) -> str:
+        if member.state is State.PREPARING:
+            return sentence(member.id, member.reason)
+        if member.state is State.DRAINING:
+            return f"{member.id} is draining"
+        node = self._nodes.get(key_of(member))
+        return node.why_not if node is not None else f"{member.id} has not answered yet"
 
     @property
     def store_connected(self) -> bool:
@@ -107,7 +121,7 @@ class WeightPool:
     def _descriptions(self) -> list[pb.DescribeReply]:
         known = [node.described for node in self._nodes.values() if node.described is not None]
         if not known:
-            raise NoWeightNode(self.model)
+            raise NoWeightNode(self.model, self.why_not)
         return known
 
     @property
@@ -134,12 +148,12 @@ class WeightPool:
         nodes = self._lendable()
         chosen = pick(node.candidate(key) for key, node in nodes.items())
         if chosen is None:
-            raise NoWeightNode(self.model)
+            raise NoWeightNode(self.model, self.why_not)
         with nodes[chosen].one_more():
             yield nodes[chosen]
 
     def _lendable(self) -> dict[str, WeightNode]:
-        return {str(key): node for key, node in self._nodes.items() if node.described and node.answering}
+        return {str(key): node for key, node in self._nodes.items() if node.usable}
 
     def _has_others(self, key: Key) -> bool:
         return any(other != str(key) for other in self._lendable())
@@ -153,16 +167,16 @@ class WeightPool:
                 await self._members.changed()
 
     def _adjust(self, tasks: asyncio.TaskGroup) -> None:
-        wanted = wanted_nodes(self._members.of(Role.WEIGHT), self.model)
+        members = self._members.of(Role.WEIGHT)
+        wanted, unable = wanted_nodes(members, self.model), unable_nodes(members, self.model)
         for key, node in self._nodes.items():
-            if node.listed and key not in wanted:
-                node.listed = False
+            node.listed, node.unable = key in wanted, unable.get((node.id, node.address), "")
+            if node.listed or node.unable:  # one that is unable is likely to be back
+                node.retired.clear()
+            else:
                 node.retired.set()
         for key, member in wanted.items():
-            if key in self._nodes:
-                self._nodes[key].listed = True
-                self._nodes[key].retired.clear()
-            else:
+            if key not in self._nodes:
                 self._nodes[key] = WeightNode(
                     member,
                     silence_s=self._silence_s,
@@ -209,12 +223,17 @@ class WeightPool:
         return True
 
     def _fits(self, node: WeightNode, described: pb.DescribeReply) -> bool:
-        """A node whose vocabulary is smaller than our tokenizer's has another model than we have."""
-        fits = described.vocab_size >= self._vocab_size and described.model == self.model
+        """A node whose vocabulary is smaller than our tokenizer's has another model than we have.
+
+        One of another name answers at an address that is not its record's to give.
+        """
+        same = described.model == self.model and described.node in ("", node.id)
+        fits = same and described.vocab_size >= self._vocab_size
         if not fits:
             log.error(
                 "weight_node_mismatch",
                 weight_node=node.id,
+                its_name=described.node,
                 its_model=described.model,
                 our_model=self.model,
                 its_vocab_size=described.vocab_size,
@@ -226,10 +245,22 @@ class WeightPool:
 def wanted_nodes(members: Sequence[Member], model: str) -> Mapping[Key, Member]:
     """The READY ones that serve `model`."""
     return {
-        (member.id, member.address, member.epoch): member
-        for member in members
-        if member.state is State.READY and member.model == model
+        key_of(member): member for member in members if member.state is State.READY and member.model == model
     }
+
+
+def unable_nodes(members: Sequence[Member], model: str) -> Mapping[tuple[str, str], str]:
+    """Why those cannot serve that say so themselves, by id and address."""
+    return {
+        (member.id, member.address): sentence(member.id, member.reason)
+        for member in members
+        if member.state is State.PREPARING and member.model == model
+    }
+
+
+def key_of(member: Member) -> Key:
+    """What tells one life of a weight node from another."""
+    return member.id, member.address, member.epoch
 
 
 @asynccontextmanager

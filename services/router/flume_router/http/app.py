@@ -6,7 +6,7 @@ from typing import Any
 
 import msgspec
 from flume_common.metrics import registry_of
-from flume_common.readiness import readiness
+from flume_common.readiness import Check, readiness
 from flume_common.telemetry import version
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.applications import Starlette
@@ -43,6 +43,7 @@ def build_app(service: Service, limits: HttpLimits) -> Starlette:
             Route("/livez", pages.alive),
             Route("/live", pages.alive),
             Route("/readyz", pages.ready),
+            Route("/readyz/{check}", pages.ready_check),
             Route("/version", pages.version),
             Route("/metrics", pages.metrics),
         ],
@@ -84,7 +85,8 @@ class _Pages:
         if self._service.ready:
             return _json({"status": "ok"})
         draining = self._service.in_flight.draining
-        message = "this router is shutting down" if draining else str(NoWeightNode(self._service.model))
+        nobody = NoWeightNode(self._service.model, self._service.pool.why_not)
+        message = "this router is shutting down" if draining else str(nobody)
         return _json({"status": "unavailable", "message": message}, status=503, headers={"retry-after": "1"})
 
     async def alive(self, _request: Request) -> Response:
@@ -96,13 +98,25 @@ class _Pages:
 
         Without etcd we serve on the members known last, so that is told but decides nothing.
         """
-        checks = {
-            "weight-node": self._service.pool.ready,
+        facts = {"store_connected": self._service.pool.store_connected}
+        said = readiness(self._checks(), facts, verbose="verbose" in request.query_params)
+        return PlainTextResponse(said.text, said.status)
+
+    async def ready_check(self, request: Request) -> Response:
+        """One of the checks, by its name."""
+        checks = self._checks()
+        name = request.path_params["check"]
+        if name not in checks:
+            raise HTTPException(404)
+        said = readiness({name: checks[name]}, {}, verbose="verbose" in request.query_params)
+        return PlainTextResponse(said.text, said.status)
+
+    def _checks(self) -> dict[str, Check]:
+        pool = self._service.pool
+        return {
+            "weight-node": pool.ready or "; ".join(pool.why_not),
             "not-draining": not self._service.in_flight.draining,
         }
-        facts = {"store_connected": self._service.pool.store_connected}
-        said = readiness(checks, facts, verbose="verbose" in request.query_params)
-        return PlainTextResponse(said.text, said.status)
 
     async def version(self, _request: Request) -> Response:
         return _json({"version": version()})
