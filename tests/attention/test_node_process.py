@@ -18,7 +18,7 @@ import pytest
 from fake_weight_node import LAYOUT, FakeWeightNode
 from flume_attention.messages import Attached
 from flume_common.lanes import LaneDown, Port
-from flume_common.membership import Role, watch_members
+from flume_common.membership import Member, Role, State, watch_members
 from flume_common.serving import channel
 from flume_common.wire import PROTOCOL_VERSION
 from flume_protos.v1 import attention_pb2 as pb
@@ -114,6 +114,18 @@ async def attention_node(etcd_endpoint, store, keys, *args):
         await reader
 
 
+async def enlisted(store, keys, weight_node: FakeWeightNode) -> FakeWeightNode:
+    """It, registered in etcd: others are not attached."""
+    member = Member(
+        id=weight_node.name, role=Role.WEIGHT, state=State.READY, address="", host="", pid=1, version="0",
+        protocol_version=PROTOCOL_VERSION, started_at_s=0.0,
+    )  # fmt: skip
+    key = keys.member(Role.WEIGHT, weight_node.name)
+    await store.put(key, member.encode())
+    weight_node.epoch = (await store.get(key)).create_revision
+    return weight_node
+
+
 async def attach(stub, weight_node: FakeWeightNode):
     wanted = weight_node.attach_request()
     reply = await stub.Attach(
@@ -145,7 +157,7 @@ async def test_the_life_of_a_node(etcd_endpoint, store, keys):
         assert (await node.readyz()).text == "ok"
         with Port() as port:
             async with node.stub() as stub:
-                w = FakeWeightNode(port)
+                w = await enlisted(store, keys, FakeWeightNode(port))
                 reply = await attach(stub, w)
                 assert (reply.node, reply.epoch, reply.capacity_blocks) == ("a1", member.epoch, 32)
                 w.step((0, 0, 10), ops=[w.open(0)])
@@ -201,14 +213,14 @@ async def test_an_engine_that_dies_is_replaced_by_an_empty_one_and_none_outlives
         epoch = (await node.in_state("READY")).epoch
         with Port() as port:
             async with node.stub() as stub:
-                w = FakeWeightNode(port)
+                w = await enlisted(store, keys, FakeWeightNode(port))
                 await attach(stub, w)
                 w.step((0, 0, 10), ops=[w.open(0)])
                 await stub.Drain(pb.DrainRequest(), timeout=5)
                 os.kill(node.engine_pid, signal.SIGKILL)
                 await node.in_state("PREPARING")
                 with pytest.raises(grpc.aio.AioRpcError) as error:
-                    await attach(stub, FakeWeightNode(port))
+                    await attach(stub, await enlisted(store, keys, FakeWeightNode(port)))
                 assert error.value.code() is grpc.StatusCode.UNAVAILABLE
                 with pytest.raises(LaneDown):
                     w.credits_waiting(5)
@@ -216,7 +228,7 @@ async def test_an_engine_that_dies_is_replaced_by_an_empty_one_and_none_outlives
                 reply = await stub.Stats(pb.StatsRequest(), timeout=5)
                 assert reply.used_tokens == 0 and not reply.lanes and reply.safe_to_delete
                 await stub.Undrain(pb.UndrainRequest(), timeout=5)
-                again = FakeWeightNode(port, name=w.name)
+                again = FakeWeightNode(port, name=w.name, epoch=w.epoch)
                 await attach(stub, again)
                 again.step((0, 0, 10), ops=[again.open(0)])
                 again.step((0, 1, 1))

@@ -29,17 +29,18 @@ from flume_controller.providers.local import local_provider
 from flume_controller.supervise import kill_all, sweep
 from flume_protos.v1 import attention_pb2 as pb
 from flume_protos.v1 import attention_pb2_grpc as rpc
-from test_node_process import attach, attention_node, eventually
+from test_node_process import attach, attention_node, enlisted, eventually
 
 pytestmark = pytest.mark.e2e
 KV_BYTES = 32 * LAYOUT.block_bytes
 
 
-async def serves(address):
+async def serves(address, store, keys):
     """A step goes through."""
     with Port() as port:
         async with channel(address) as opened:
-            stub, weight_node = rpc.AttentionStub(opened), FakeWeightNode(port)
+            stub = rpc.AttentionStub(opened)
+            weight_node = await enlisted(store, keys, FakeWeightNode(port))
             await attach(stub, weight_node)
             weight_node.step((0, 0, 10), ops=[weight_node.open(0)])
             weight_node.step((0, 1, 1))
@@ -66,7 +67,7 @@ async def test_a_standby_joins_nothing_until_called_and_is_then_ready_at_once(et
         took_s = time.monotonic() - began_s
         print(f"from the call to READY {1e3 * took_s:.0f} ms")
         assert took_s < 1.0
-        await serves(member.address)
+        await serves(member.address, store, keys)
         assert node.log[-1]["node"] == "b7"
         assert "b7" in " ".join(psutil.Process(node.process.pid).cmdline())
         assert await node.stop() == 0
@@ -158,10 +159,10 @@ async def draw(local):
     return path.read_text()
 
 
-async def test_nodes_are_forked_and_outlive_the_zygote_without_which_others_are_run_anew(local):
+async def test_nodes_are_forked_and_outlive_the_zygote_without_which_others_are_run_anew(local, store, keys):
     one, two = await local.ready("attention-1"), await local.ready("attention-2")
-    await serves(one.address)
-    await serves(two.address)
+    await serves(one.address, store, keys)
+    await serves(two.address, store, keys)
     supervisor, engine = psutil.Process(one.pid), local.engine("attention-1")
     assert supervisor.ppid() == local.zygote_pid and os.getpgid(one.pid) == one.pid
     assert engine.parent().ppid() == local.zygote_pid, "of the second stage"
@@ -176,7 +177,7 @@ async def test_nodes_are_forked_and_outlive_the_zygote_without_which_others_are_
     await eventually(lambda: not psutil.pid_exists(engine.parent().pid) or engine.ppid() != local.zygote_pid)
     three = await local.ready("attention-3")
     for node in (one, two, three):
-        await serves(node.address)
+        await serves(node.address, store, keys)
     assert psutil.Process(three.pid).ppid() == os.getpid()
 
     engine.kill()
@@ -184,7 +185,7 @@ async def test_nodes_are_forked_and_outlive_the_zygote_without_which_others_are_
         lambda: [line["event"] for line in local.log("attention-1")].count("engine_started") == 2
     )
     assert "zygote_unavailable" in [line["event"] for line in local.log("attention-1")]
-    await serves(one.address)
+    await serves(one.address, store, keys)
 
 
 async def test_everything_ends_in_order_and_nothing_is_left(local):
@@ -224,7 +225,7 @@ async def test_a_standby_of_the_zygote_is_taken_and_replaced(
             node = await local.ready("attention-1")
             print(f"from start to READY {1e3 * (time.monotonic() - began_s):.0f} ms")
             assert node.pid == waiting.pid
-            await serves(node.address)
+            await serves(node.address, store, keys)
             await eventually(lambda: (r := records.load("standby-1")) and r.pid != waiting.pid)
         finally:
             keeping.cancel()

@@ -7,8 +7,10 @@ import msgspec
 import pytest
 import pytest_asyncio
 from flume_attention import messages as m
-from flume_attention.errors import AttachRefused, EngineGone
+from flume_attention.claims import Claim
+from flume_attention.errors import AttachRefused, ClaimRefused, ClaimUnverified, EngineGone
 from flume_attention.servicer import AttentionServicer, safe_to_delete, stats
+from flume_common.epochs import epoch_of
 from flume_common.layout import KvLayout
 from flume_common.membership import State
 from flume_common.serving import channel, serve
@@ -49,14 +51,39 @@ class FakeSupervisor:
         self.drains.append((draining, leave_by_s))
 
 
+class FakeClaims:
+    """Confirms everything, as epochs of the second incarnation, unless `error` is to be raised."""
+
+    stale = 0
+
+    def __init__(self):
+        self.seen = []
+        self.error = None
+
+    async def require(self, claim, *, timeout_s):
+        self.seen.append(claim)
+        if self.error is not None:
+            raise self.error
+        return epoch_of(1, claim.epoch)
+
+    async def over_below(self, weight_node, below, incarnation, *, timeout_s):
+        return epoch_of(1, below) if below < 100 else 0
+
+
 @pytest.fixture
 def supervisor():
     return FakeSupervisor()
 
 
+@pytest.fixture
+def claims():
+    return FakeClaims()
+
+
 @pytest_asyncio.fixture
-async def stub(supervisor):
+async def stub(supervisor, claims):
     servicer = AttentionServicer("a1", 1000, supervisor, lambda: 42)
+    servicer.claims = claims
     add = lambda server: rpc.add_AttentionServicer_to_server(servicer, server)  # noqa: E731
     async with (
         serve("127.0.0.1:0", add, ["flume.v1.Attention"], grace_s=0) as server,
@@ -78,7 +105,7 @@ async def test_an_attach_reaches_the_engine_whole_and_comes_back_with_our_epoch(
     assert (reply.node, reply.epoch, reply.lane, reply.worker_address) == ("a1", 42, 5, b"addr")
     (asked,) = supervisor.asked
     assert asked == m.Attach(
-        request=1, weight_node="w1", epoch=3, layout=LAYOUT, worker_address=b"theirs", lane=9,
+        request=1, weight_node="w1", epoch=epoch_of(1, 3), layout=LAYOUT, worker_address=b"theirs", lane=9,
         max_step_tokens=10, max_step_sequences=2, kv_frame_bytes=1 << 20, node_epoch=42,
     )  # fmt: skip
 
@@ -88,11 +115,68 @@ async def test_what_is_kept_of_a_sequence_is_asked_for_under_the_askers_epoch(st
     asked = {"weight_node": "w2", "epoch": 8, "sequence": "s", "lost_node": "w1", "lost_below": 7}
     reply = await stub.Adopt(pb.AdoptRequest(**asked), timeout=5)
     assert [(item.start, item.tokens) for item in reply.ranges] == [(0, 16), (40, 3)]
-    assert supervisor.asked == [m.Adopt(request=1, **asked)]
+    verified = asked | {"epoch": epoch_of(1, 8), "lost_below": epoch_of(1, 7)}
+    assert supervisor.asked == [m.Adopt(request=1, **verified)]
     supervisor.answer = AttachRefused("epoch", "older")
     with pytest.raises(grpc.aio.AioRpcError) as error:
         await stub.Adopt(pb.AdoptRequest(weight_node="w2", epoch=7, sequence="s"), timeout=5)
     assert error.value.code() is grpc.StatusCode.FAILED_PRECONDITION
+
+
+async def test_a_fence_that_is_not_confirmed_ends_no_lane_and_the_rest_is_answered(stub, supervisor):
+    supervisor.answer = m.Kept(request=1, ranges=[], in_use=True)
+    asked = {"weight_node": "w2", "epoch": 8, "sequence": "s", "lost_node": "w1", "lost_below": 2**40}
+    assert (await stub.Adopt(pb.AdoptRequest(**asked), timeout=5)).in_use
+    (engine_asked,) = supervisor.asked
+    assert (engine_asked.lost_node, engine_asked.lost_below) == ("", 0)
+
+
+CREDENTIALS = common_pb2.Credentials(incarnation="i", secret=b"s")
+CLAIMING = {
+    "Attach": lambda: request(weight_node="w", epoch=9, credentials=CREDENTIALS),
+    "Renew": lambda: pb.RenewRequest(weight_node="w", epoch=9, credentials=CREDENTIALS),
+    "Detach": lambda: pb.DetachRequest(weight_node="w", epoch=9, credentials=CREDENTIALS),
+    "Adopt": lambda: pb.AdoptRequest(weight_node="w", epoch=9, sequence="s", credentials=CREDENTIALS),
+    "Pull": lambda: pb.PullRequest(weight_node="w", epoch=9, credentials=CREDENTIALS),
+}
+
+
+@pytest.mark.parametrize("verb", CLAIMING)
+@pytest.mark.parametrize(
+    "error, code",
+    [
+        (ClaimRefused("never given out"), "FAILED_PRECONDITION"),
+        (ClaimUnverified("cannot verify epoch 9 of w: etcd is away"), "UNAVAILABLE"),
+    ],
+)
+async def test_no_message_with_an_epoch_reaches_the_engine_unverified(
+    stub, supervisor, claims, verb, error, code
+):
+    claims.error = error
+    with pytest.raises(grpc.aio.AioRpcError) as raised:
+        await getattr(stub, verb)(CLAIMING[verb](), timeout=5)
+    assert raised.value.code().name == code and raised.value.details() == str(error)
+    assert claims.seen == [Claim("w", 9, "i", b"s")]
+    assert supervisor.asked == []
+
+
+async def test_a_renewal_says_whether_there_is_a_lane(stub, supervisor):
+    for attached in (True, False):
+        supervisor.answer = m.Renewed(request=1, attached=attached)
+        assert (await stub.Renew(CLAIMING["Renew"](), timeout=5)).attached is attached
+    assert supervisor.asked == [m.Renew(request=1, weight_node="w", epoch=epoch_of(1, 9))] * 2
+
+
+async def test_before_a_node_has_registered_it_believes_nobody(stub, supervisor):
+    servicer = AttentionServicer("a1", 1000, supervisor, lambda: 42)
+    add = lambda server: rpc.add_AttentionServicer_to_server(servicer, server)  # noqa: E731
+    async with (
+        serve("127.0.0.1:0", add, ["flume.v1.Attention"], grace_s=0) as server,
+        channel(server.address) as c,
+    ):
+        with pytest.raises(grpc.aio.AioRpcError) as error:
+            await rpc.AttentionStub(c).Detach(CLAIMING["Detach"](), timeout=5)
+    assert error.value.code() is grpc.StatusCode.UNAVAILABLE and supervisor.asked == []
 
 
 def wrong_hash():

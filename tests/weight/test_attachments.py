@@ -7,14 +7,17 @@ import itertools
 import time
 from contextlib import asynccontextmanager
 
+import grpc
 import pytest_asyncio
-from flume_common.membership import Member, Role, State
+from flume_common.membership import Life, Member, Role, State
 from flume_common.serving import serve
 from flume_protos.v1 import attention_pb2 as pb
 from flume_protos.v1 import attention_pb2_grpc as rpc
+from flume_protos.v1 import common_pb2
 from flume_weight import attachments
 from flume_weight import messages as m
 from flume_weight.attachments import Attachments, detach
+from flume_weight.identity import Identity
 from msgspec.structs import replace
 
 READY = m.Ready("llama", 100, 64, 2, 4, 2, 16, "float32", 16, 8, 4, 4096, 0.0)
@@ -32,20 +35,23 @@ class Node(rpc.AttentionServicer):
         self.attaches = []
         self.detached = []
         self.lanes = []
+        self.renewed = []
+        self.refuses = False
 
     @property
     def attached(self):
         return len(self.attaches)
 
-    async def Stats(self, request, context):
-        return pb.StatsReply(
-            lanes=[pb.LaneStats(weight_node=name, epoch=epoch) for name, epoch in self.lanes]
-        )
+    async def Renew(self, request, context):
+        if self.refuses:
+            await context.abort(grpc.StatusCode.UNAVAILABLE, "test: cannot verify")
+        self.renewed.append(request)
+        return pb.RenewReply(attached=request.weight_node in self.lanes)
 
     async def Attach(self, request, context):
         self.attaches.append(request)
         await self.answers.wait()
-        self.lanes = [(request.weight_node, request.epoch)]
+        self.lanes = [request.weight_node]
         return pb.AttachReply(
             node=self.name or request.node, epoch=9, worker_address=b"theirs", lane=3, capacity_blocks=10
         )
@@ -93,10 +99,15 @@ def member(name, address):
 @pytest_asyncio.fixture
 async def ours(monkeypatch):
     monkeypatch.setattr(attachments, "_KEPT_TIMEOUT_S", 0.6)
-    return attachments_of(lambda: 8)
+    return attachments_of(lambda: identity(8))
 
 
-def attachments_of(epoch):
+def identity(epoch, number=1, ordinal=0, *, registered=True):
+    """Ours, in the registration of that number."""
+    return Identity("w2", Life(epoch, 7, f"i{ordinal}", ordinal, number), b"secret", registered)
+
+
+def attachments_of(identity):
     """`said` is what the engine is told, but for the lanes it opens at once when it is asked."""
     said, numbers, loop = [], itertools.count(1), asyncio.get_running_loop()
 
@@ -106,7 +117,7 @@ def attachments_of(epoch):
         else:
             said.append(message)
 
-    made = Attachments("w2", READY, engine, epoch)
+    made = Attachments(READY, engine, identity)
     made.said = said
     return made
 
@@ -132,7 +143,7 @@ async def test_every_attempt_is_a_lane_of_its_own_and_one_in_vain_is_closed(ours
 async def test_an_engine_in_a_long_step_is_not_waited_for_without_end(monkeypatch):
     monkeypatch.setattr(attachments, "_ATTACH_TIMEOUT_S", 0.05)
     said = []
-    ours = Attachments("w2", READY, said.append, lambda: 8)
+    ours = Attachments(READY, said.append, lambda: identity(8))
     node = Node(pb.AdoptReply())
     async with listed("a", node) as one, asyncio.timeout(3):
         await ours.reconcile([one])
@@ -149,7 +160,10 @@ async def test_every_node_is_asked_until_it_has_noticed_that_the_other_weight_no
         await ours.reconcile([one, other])
         found = await ours.kept("s", "w1", Listing(one, other, over_below=7))
     assert found == [m.KeptRange("a", 0, 5), m.KeptRange("a", 9, 2)]
-    asked = pb.AdoptRequest(weight_node="w2", epoch=8, sequence="s", lost_node="w1", lost_below=7)
+    asked = pb.AdoptRequest(
+        weight_node="w2", epoch=8, sequence="s", lost_node="w1", lost_below=7,
+        credentials=common_pb2.Credentials(incarnation="i0", secret=b"secret"),
+    )  # fmt: skip
     assert slow.asked == [asked] * 3
 
 
@@ -214,24 +228,57 @@ async def test_a_lane_that_was_there_for_a_while_is_set_up_again_at_once(ours, m
 
 
 async def test_with_a_new_epoch_of_ours_a_node_that_ended_our_lane_is_attached_again():
-    node, epochs = Node(), [8]
-    ours = attachments_of(lambda: epochs[-1])
+    node, lives = Node(), [identity(8)]
+    ours = attachments_of(lambda: lives[-1])
     said = ours.said
     async with listed("a", node) as one:
         await ours.reconcile([one])
         node.lanes = []
         await ours.reconcile([one])
         assert (node.attached, len(said)) == (1, 1), "nobody asks while nothing has happened to us"
-        epochs.append(20)
-        node.lanes = [("w1", 5), ("w2", 8)]
+        lives.append(identity(20, number=2))
+        node.refuses = True
+        node.lanes = ["w1", "w2"]
         await ours.reconcile([one])
-        assert node.attached == 1, "it has not heard of the epoch yet: asked again"
-        node.lanes = [("w1", 5)]
+        assert node.attached == 1 and ours.up == ["a"], "it cannot verify the epoch yet: asked again"
+        node.refuses, node.lanes = False, ["w1"]
         await ours.reconcile([one])
         assert [type(message) for message in said] == [m.Attach, m.Detach, m.Attach]
         assert node.attached == 2 and ours.up == ["a"]
         await ours.reconcile([one])
-        assert node.attached == 2, "it is there under the new epoch"
+        assert (node.attached, len(node.renewed)) == (2, 1), "it is there under the new epoch"
+
+
+async def test_in_a_new_incarnation_a_lane_is_renewed_with_a_lower_epoch_and_stays():
+    node, lives = Node(), [identity(44)]
+    ours = attachments_of(lambda: lives[-1])
+    async with listed("a", node) as one:
+        await ours.reconcile([one])
+        lives.append(identity(3, number=2, ordinal=1))
+        for _ in range(3):
+            await ours.reconcile([one])
+    credentials = common_pb2.Credentials(incarnation="i1", secret=b"secret")
+    assert node.renewed == [pb.RenewRequest(weight_node="w2", epoch=3, credentials=credentials)]
+    assert [type(message) for message in ours.said] == [m.Attach] and ours.up == ["a"]
+
+
+async def test_nodes_that_are_not_listed_in_a_new_incarnation_yet_keep_their_lanes(monkeypatch):
+    monkeypatch.setattr(attachments, "_UNLISTED_GRACE_S", 0.0)
+    lives = [identity(44)]
+    ours = attachments_of(lambda: lives[-1])
+    async with listed("a", Node()) as one:
+        await ours.reconcile([one])
+        lives.append(identity(44, registered=False))
+        await ours.reconcile([])
+        assert ours.up == ["a"], "we are not listed either"
+        lives.append(identity(3, number=2, ordinal=1))
+        await ours.reconcile([])
+        assert ours.up == ["a"], "everybody has to register again"
+        monkeypatch.setattr(attachments, "_NEW_INCARNATION_GRACE_S", 0.0)
+        for _ in range(2):
+            await asyncio.sleep(0.01)
+            await ours.reconcile([])
+        assert ours.up == [], "but not for ever"
 
 
 async def test_a_node_that_answers_under_another_name_is_not_attached(ours):
@@ -276,5 +323,5 @@ async def test_a_node_that_does_not_answer_holds_up_no_other_one(ours, monkeypat
 async def test_leaving_tells_every_node_that_answers(ours):
     node = Node(pb.AdoptReply())
     async with listed("a", node) as one:
-        await detach([member("dead", "127.0.0.1:1"), one], "w2", 8)
+        await detach([member("dead", "127.0.0.1:1"), one], identity(8))
     assert node.detached == [("w2", 8)]

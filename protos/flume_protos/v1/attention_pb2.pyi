@@ -8,7 +8,7 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class AttachRequest(_message.Message):
-    __slots__ = ("weight_node", "epoch", "protocol_version", "layout", "worker_address", "lane", "max_step_tokens", "max_step_sequences", "kv_frame_bytes", "direct", "node")
+    __slots__ = ("weight_node", "epoch", "protocol_version", "layout", "worker_address", "lane", "max_step_tokens", "max_step_sequences", "kv_frame_bytes", "direct", "credentials", "node")
     WEIGHT_NODE_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     PROTOCOL_VERSION_FIELD_NUMBER: _ClassVar[int]
@@ -19,6 +19,7 @@ class AttachRequest(_message.Message):
     MAX_STEP_SEQUENCES_FIELD_NUMBER: _ClassVar[int]
     KV_FRAME_BYTES_FIELD_NUMBER: _ClassVar[int]
     DIRECT_FIELD_NUMBER: _ClassVar[int]
+    CREDENTIALS_FIELD_NUMBER: _ClassVar[int]
     NODE_FIELD_NUMBER: _ClassVar[int]
     weight_node: str
     epoch: int
@@ -30,8 +31,9 @@ class AttachRequest(_message.Message):
     max_step_sequences: int
     kv_frame_bytes: int
     direct: bool
+    credentials: _common_pb2.Credentials
     node: str
-    def __init__(self, weight_node: _Optional[str] = ..., epoch: _Optional[int] = ..., protocol_version: _Optional[int] = ..., layout: _Optional[_Union[_common_pb2.KvLayout, _Mapping]] = ..., worker_address: _Optional[bytes] = ..., lane: _Optional[int] = ..., max_step_tokens: _Optional[int] = ..., max_step_sequences: _Optional[int] = ..., kv_frame_bytes: _Optional[int] = ..., direct: _Optional[bool] = ..., node: _Optional[str] = ...) -> None: ...
+    def __init__(self, weight_node: _Optional[str] = ..., epoch: _Optional[int] = ..., protocol_version: _Optional[int] = ..., layout: _Optional[_Union[_common_pb2.KvLayout, _Mapping]] = ..., worker_address: _Optional[bytes] = ..., lane: _Optional[int] = ..., max_step_tokens: _Optional[int] = ..., max_step_sequences: _Optional[int] = ..., kv_frame_bytes: _Optional[int] = ..., direct: _Optional[bool] = ..., credentials: _Optional[_Union[_common_pb2.Credentials, _Mapping]] = ..., node: _Optional[str] = ...) -> None: ...
 
 class AttachReply(_message.Message):
     __slots__ = ("node", "epoch", "worker_address", "lane", "capacity_blocks", "direct_region")
@@ -49,31 +51,51 @@ class AttachReply(_message.Message):
     direct_region: bytes
     def __init__(self, node: _Optional[str] = ..., epoch: _Optional[int] = ..., worker_address: _Optional[bytes] = ..., lane: _Optional[int] = ..., capacity_blocks: _Optional[int] = ..., direct_region: _Optional[bytes] = ...) -> None: ...
 
-class DetachRequest(_message.Message):
-    __slots__ = ("weight_node", "epoch")
+class RenewRequest(_message.Message):
+    __slots__ = ("weight_node", "epoch", "credentials")
     WEIGHT_NODE_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
+    CREDENTIALS_FIELD_NUMBER: _ClassVar[int]
     weight_node: str
     epoch: int
-    def __init__(self, weight_node: _Optional[str] = ..., epoch: _Optional[int] = ...) -> None: ...
+    credentials: _common_pb2.Credentials
+    def __init__(self, weight_node: _Optional[str] = ..., epoch: _Optional[int] = ..., credentials: _Optional[_Union[_common_pb2.Credentials, _Mapping]] = ...) -> None: ...
+
+class RenewReply(_message.Message):
+    __slots__ = ("attached",)
+    ATTACHED_FIELD_NUMBER: _ClassVar[int]
+    attached: bool
+    def __init__(self, attached: _Optional[bool] = ...) -> None: ...
+
+class DetachRequest(_message.Message):
+    __slots__ = ("weight_node", "epoch", "credentials")
+    WEIGHT_NODE_FIELD_NUMBER: _ClassVar[int]
+    EPOCH_FIELD_NUMBER: _ClassVar[int]
+    CREDENTIALS_FIELD_NUMBER: _ClassVar[int]
+    weight_node: str
+    epoch: int
+    credentials: _common_pb2.Credentials
+    def __init__(self, weight_node: _Optional[str] = ..., epoch: _Optional[int] = ..., credentials: _Optional[_Union[_common_pb2.Credentials, _Mapping]] = ...) -> None: ...
 
 class DetachReply(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...
 
 class AdoptRequest(_message.Message):
-    __slots__ = ("weight_node", "epoch", "sequence", "lost_node", "lost_below")
+    __slots__ = ("weight_node", "epoch", "sequence", "lost_node", "lost_below", "credentials")
     WEIGHT_NODE_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     SEQUENCE_FIELD_NUMBER: _ClassVar[int]
     LOST_NODE_FIELD_NUMBER: _ClassVar[int]
     LOST_BELOW_FIELD_NUMBER: _ClassVar[int]
+    CREDENTIALS_FIELD_NUMBER: _ClassVar[int]
     weight_node: str
     epoch: int
     sequence: str
     lost_node: str
     lost_below: int
-    def __init__(self, weight_node: _Optional[str] = ..., epoch: _Optional[int] = ..., sequence: _Optional[str] = ..., lost_node: _Optional[str] = ..., lost_below: _Optional[int] = ...) -> None: ...
+    credentials: _common_pb2.Credentials
+    def __init__(self, weight_node: _Optional[str] = ..., epoch: _Optional[int] = ..., sequence: _Optional[str] = ..., lost_node: _Optional[str] = ..., lost_below: _Optional[int] = ..., credentials: _Optional[_Union[_common_pb2.Credentials, _Mapping]] = ...) -> None: ...
 
 class HeldRange(_message.Message):
     __slots__ = ("start", "tokens")
@@ -102,18 +124,20 @@ class PulledRange(_message.Message):
     def __init__(self, sequence: _Optional[str] = ..., start: _Optional[int] = ..., tokens: _Optional[int] = ...) -> None: ...
 
 class PullRequest(_message.Message):
-    __slots__ = ("weight_node", "epoch", "lender", "lender_address", "ranges")
+    __slots__ = ("weight_node", "epoch", "lender", "lender_address", "ranges", "credentials")
     WEIGHT_NODE_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     LENDER_FIELD_NUMBER: _ClassVar[int]
     LENDER_ADDRESS_FIELD_NUMBER: _ClassVar[int]
     RANGES_FIELD_NUMBER: _ClassVar[int]
+    CREDENTIALS_FIELD_NUMBER: _ClassVar[int]
     weight_node: str
     epoch: int
     lender: str
     lender_address: str
     ranges: _containers.RepeatedCompositeFieldContainer[PulledRange]
-    def __init__(self, weight_node: _Optional[str] = ..., epoch: _Optional[int] = ..., lender: _Optional[str] = ..., lender_address: _Optional[str] = ..., ranges: _Optional[_Iterable[_Union[PulledRange, _Mapping]]] = ...) -> None: ...
+    credentials: _common_pb2.Credentials
+    def __init__(self, weight_node: _Optional[str] = ..., epoch: _Optional[int] = ..., lender: _Optional[str] = ..., lender_address: _Optional[str] = ..., ranges: _Optional[_Iterable[_Union[PulledRange, _Mapping]]] = ..., credentials: _Optional[_Union[_common_pb2.Credentials, _Mapping]] = ...) -> None: ...
 
 class PullReply(_message.Message):
     __slots__ = ("ranges", "reason")

@@ -27,6 +27,10 @@ if _version_not_supported:
 
 class AttentionStub:
     """An attention node: holds KV for token ranges and answers attention over them. No parameters.
+
+    A weight node's epoch that differs from the one last verified is looked up in etcd before anything is
+    dropped for it. FAILED_PRECONDITION: etcd says otherwise. UNAVAILABLE: etcd is away, so that it cannot be
+    verified; whatever works goes on.
     """
 
     def __init__(self, channel):
@@ -39,6 +43,11 @@ class AttentionStub:
                 '/flume.v1.Attention/Attach',
                 request_serializer=flume__protos_dot_v1_dot_attention__pb2.AttachRequest.SerializeToString,
                 response_deserializer=flume__protos_dot_v1_dot_attention__pb2.AttachReply.FromString,
+                _registered_method=True)
+        self.Renew = channel.unary_unary(
+                '/flume.v1.Attention/Renew',
+                request_serializer=flume__protos_dot_v1_dot_attention__pb2.RenewRequest.SerializeToString,
+                response_deserializer=flume__protos_dot_v1_dot_attention__pb2.RenewReply.FromString,
                 _registered_method=True)
         self.Detach = channel.unary_unary(
                 '/flume.v1.Attention/Detach',
@@ -79,12 +88,23 @@ class AttentionStub:
 
 class AttentionServicer:
     """An attention node: holds KV for token ranges and answers attention over them. No parameters.
+
+    A weight node's epoch that differs from the one last verified is looked up in etcd before anything is
+    dropped for it. FAILED_PRECONDITION: etcd says otherwise. UNAVAILABLE: etcd is away, so that it cannot be
+    verified; whatever works goes on.
     """
 
     def Attach(self, request, context):
         """Sets up a lane between a weight node's engine and this node's engine by exchanging UCX worker
         addresses. FAILED_PRECONDITION names what differs: layout field, protocol version or an epoch
         older than one already seen from that weight node. Repeating it with the same epoch replaces the lane.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Renew(self, request, context):
+        """Tells a node that has a lane that its weight node has registered anew: the lane is of that epoch now.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -154,6 +174,11 @@ def add_AttentionServicer_to_server(servicer, server):
                     request_deserializer=flume__protos_dot_v1_dot_attention__pb2.AttachRequest.FromString,
                     response_serializer=flume__protos_dot_v1_dot_attention__pb2.AttachReply.SerializeToString,
             ),
+            'Renew': grpc.unary_unary_rpc_method_handler(
+                    servicer.Renew,
+                    request_deserializer=flume__protos_dot_v1_dot_attention__pb2.RenewRequest.FromString,
+                    response_serializer=flume__protos_dot_v1_dot_attention__pb2.RenewReply.SerializeToString,
+            ),
             'Detach': grpc.unary_unary_rpc_method_handler(
                     servicer.Detach,
                     request_deserializer=flume__protos_dot_v1_dot_attention__pb2.DetachRequest.FromString,
@@ -199,6 +224,10 @@ def add_AttentionServicer_to_server(servicer, server):
  # This class is part of an EXPERIMENTAL API.
 class Attention:
     """An attention node: holds KV for token ranges and answers attention over them. No parameters.
+
+    A weight node's epoch that differs from the one last verified is looked up in etcd before anything is
+    dropped for it. FAILED_PRECONDITION: etcd says otherwise. UNAVAILABLE: etcd is away, so that it cannot be
+    verified; whatever works goes on.
     """
 
     @staticmethod
@@ -218,6 +247,33 @@ class Attention:
             '/flume.v1.Attention/Attach',
             flume__protos_dot_v1_dot_attention__pb2.AttachRequest.SerializeToString,
             flume__protos_dot_v1_dot_attention__pb2.AttachReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Renew(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/flume.v1.Attention/Renew',
+            flume__protos_dot_v1_dot_attention__pb2.RenewRequest.SerializeToString,
+            flume__protos_dot_v1_dot_attention__pb2.RenewReply.FromString,
             options,
             channel_credentials,
             insecure,

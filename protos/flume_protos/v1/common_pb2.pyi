@@ -58,6 +58,14 @@ class Route(_message.Message):
     ranges: _containers.RepeatedCompositeFieldContainer[TokenRange]
     def __init__(self, sequence: _Optional[str] = ..., weight_node: _Optional[str] = ..., epoch: _Optional[int] = ..., ranges: _Optional[_Iterable[_Union[TokenRange, _Mapping]]] = ...) -> None: ...
 
+class Credentials(_message.Message):
+    __slots__ = ("incarnation", "secret")
+    INCARNATION_FIELD_NUMBER: _ClassVar[int]
+    SECRET_FIELD_NUMBER: _ClassVar[int]
+    incarnation: str
+    secret: bytes
+    def __init__(self, incarnation: _Optional[str] = ..., secret: _Optional[bytes] = ...) -> None: ...
+
 class EngineActivity(_message.Message):
     __slots__ = ("activity", "activity_s", "quiet_s", "done", "total", "step", "prefill_tokens", "sequences", "awaits_node")
     ACTIVITY_FIELD_NUMBER: _ClassVar[int]

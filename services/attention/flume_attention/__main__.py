@@ -15,12 +15,13 @@ import grpc
 import structlog
 from flume_common.config_schema import Scope
 from flume_common.config_watch import follow_log_level
+from flume_common.incarnation import Incarnation, follow_incarnation
 from flume_common.keys import Keys
 from flume_common.membership import Member, Registration, Role, State, register
 from flume_common.metrics_page import MetricsPage, metrics_page
 from flume_common.serving import CannotListen, Server, serve, until_signalled
 from flume_common.standby import until_called
-from flume_common.store import connect
+from flume_common.store import Store, connect
 from flume_common.tasks import background
 from flume_common.telemetry import configure_logging, version
 from flume_common.wire import PROTOCOL_VERSION
@@ -28,6 +29,7 @@ from flume_common.zygote import ENGINE_ZYGOTE
 from flume_protos.v1 import attention_pb2_grpc as rpc
 from setproctitle import getproctitle, setproctitle
 
+from flume_attention.claims import Claims
 from flume_attention.config import Config, engine_args, parse
 from flume_attention.errors import ConfigRefused
 from flume_attention.memory import kv_bytes, measure, measure_gpu
@@ -77,15 +79,23 @@ async def run(config: Config, budget_bytes: int) -> None:
         ) as page,
         serve(config.listen, lambda server: _add(server, servicer), [SERVICE]) as server,
         _joining(config, supervisor) as config,
-        register(store, keys, _member(config, server, page), ttl_s=config.lease_ttl_s) as registration,
+        _following(store, keys, servicer) as incarnation,
+        register(
+            store,
+            keys,
+            _member(config, server, page),
+            ttl_s=config.lease_ttl_s,
+            incarnation=incarnation,
+        ) as registration,
         background(
             publish=supervisor.publish(registration, server),
             log_level=follow_log_level(store, keys, Scope.ATTENTION, config.log_level),
         ),
     ):
         servicer.node = config.node
+        page.incarnations = lambda: incarnation.changes
         registered.append(registration)
-        page.show(lambda: families(supervisor), lambda: _checks(supervisor))
+        page.show(lambda: families(supervisor, servicer.claims), lambda: _checks(supervisor))
         log.info("registered", elapsed_ms=elapsed_ms(), address=server.address, epoch=registration.epoch)
         await until_signalled()
         log.info("stopping", used_tokens=supervisor.report.used_tokens)
@@ -98,6 +108,14 @@ async def _engine_of(supervisor: Supervisor) -> AsyncIterator[None]:
         # It is asked for now. What comes next keeps this thread busy for long before it awaits anything.
         await asyncio.sleep(0)
         yield
+
+
+@asynccontextmanager
+async def _following(store: Store, keys: Keys, servicer: AttentionServicer) -> AsyncIterator[Incarnation]:
+    """The cluster's incarnation, before others know of us: without it no weight node could attach."""
+    async with follow_incarnation(store, keys) as incarnation:
+        servicer.claims = Claims(store, keys, incarnation)
+        yield incarnation
 
 
 @asynccontextmanager

@@ -21,6 +21,7 @@ import torch
 from flume_common.direct_region import HOPS
 from flume_common.engine_link import EngineLink, LinkClosed
 from flume_common.engine_progress import Activity
+from flume_common.epochs import revision_of
 from flume_common.lanes import Lane, LaneDown, Port, Side, port_of
 from flume_common.lanes.processes import on_this_host
 from flume_common.layout import DTYPE_BYTES
@@ -46,6 +47,8 @@ from flume_attention.messages import (
     Preparing,
     Pull,
     Refused,
+    Renew,
+    Renewed,
     Report,
     SetDraining,
     Started,
@@ -176,6 +179,8 @@ class Engine:
         match message:
             case Attach():
                 self._attach(message)
+            case Renew():
+                self._renew(message)
             case Detach():
                 self._detach(message)
             case Adopt():
@@ -246,8 +251,8 @@ class Engine:
             self._node.remove(name)
             raise
         try:
-            return self._backend.session(
-                self._node, name, request.epoch, lane, holdings,
+            session = self._backend.session(
+                self._node, name, revision_of(request.epoch), lane, holdings,
                 direct=direct, engine=engine, node_epoch=request.node_epoch,
                 on_refused=lambda step, error: self._tell_refused(name, step, error),
             )  # fmt: skip
@@ -255,6 +260,8 @@ class Engine:
             lane.close()
             self._node.remove(name)
             raise AttachRefused("max_step_sequences", f"no memory for a lane's steps: {error}") from error
+        session.registered_epoch = request.epoch
+        return session
 
     def _connect(self, request: Attach, shape: LaneShape, number: int) -> Lane[LaneShape]:
         try:
@@ -289,6 +296,17 @@ class Engine:
         self._last_lane += 1
         return self._last_lane
 
+    def _renew(self, request: Renew) -> None:
+        try:
+            self._node.require_epoch(request.weight_node, request.epoch)
+        except AttachRefused as error:
+            self._link.send(Refused(request=request.request, field=error.field, detail=error.detail))
+            return
+        session = self._sessions.get(request.weight_node)
+        if session is not None:
+            session.registered_epoch = request.epoch
+        self._link.send(Renewed(request=request.request, attached=session is not None))
+
     def _detach(self, request: Detach) -> None:
         try:
             self._node.require_epoch(request.weight_node, request.epoch)
@@ -320,8 +338,9 @@ class Engine:
         """End its lane if its epoch is over, whatever its process thinks: others take what it held."""
         self._node.fence(weight_node, below)
         session = self._sessions.get(weight_node)
-        if session is not None and session.epoch < below:
-            self._orphan(session, f"epoch {session.epoch} is over: it is below {below}")
+        if session is not None and session.registered_epoch < below:
+            epoch = revision_of(session.registered_epoch)
+            self._orphan(session, f"epoch {epoch} is over: it is below {revision_of(below)}")
 
     def _replace(self, session: LaneSession, request: Attach) -> None:
         reason = "replaced by a new attach"
@@ -350,7 +369,11 @@ class Engine:
         session.close()
         session.lane.close()
         self._note_change()
-        self._link.send(LaneClosed(weight_node=session.weight_node, epoch=session.epoch, reason=reason))
+        self._link.send(
+            LaneClosed(
+                weight_node=session.weight_node, epoch=revision_of(session.registered_epoch), reason=reason
+            )
+        )
 
     def _report(self, request: int) -> None:
         node = self._node
@@ -380,7 +403,7 @@ def _lane_report(session: LaneSession) -> LaneReport:
     holdings = session.holdings
     return LaneReport(
         weight_node=session.weight_node,
-        epoch=session.epoch,
+        epoch=revision_of(session.registered_epoch),
         granted_blocks=holdings.unused + holdings.held_blocks,
         held_blocks=holdings.held_blocks,
         sequences=len(holdings.slots),

@@ -2,6 +2,8 @@
 
 * StepRefused     a PLAN asks for something that does not fit what the lane holds; the weight node is told
 * AttachRefused   two nodes cannot be joined: layout, protocol version, epoch, memory or sizes
+* ClaimRefused    etcd does not confirm the epoch that a message claims
+* ClaimUnverified etcd could not be asked whether it does
 * ConfigRefused   a flag's value cannot be
 * EngineGone      the engine is not up now, or did not answer; it is being restarted
 * LenderGone      the node that ranges should be pulled from did not answer, or refused
@@ -32,6 +34,14 @@ class AttachRefused(Exception):
         super().__init__(detail)
         self.field = field
         self.detail = detail
+
+
+class ClaimRefused(Exception):
+    """Answered with FAILED_PRECONDITION."""
+
+
+class ClaimUnverified(Exception):
+    """Answered with UNAVAILABLE: whatever works goes on; ask again when etcd is back."""
 
 
 class ConfigRefused(Exception):

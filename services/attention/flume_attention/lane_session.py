@@ -42,7 +42,10 @@ class LaneSession:
         on_refused: Callable[[int, StepRefused], None] = lambda step, error: None,
     ) -> None:
         self.weight_node = weight_node
-        self.epoch = epoch  # of the weight node; ours is on what we send
+        self.epoch = epoch  # the lowest that its messages may carry; ours is on what we send
+        # Under which the weight node is known to be registered. No message of the lane changes it: only
+        # what was verified does.
+        self.registered_epoch = epoch
         self.engine = engine  # the weight node's, as `port_of` names it
         self.lane = lane
         self.holdings = holdings
@@ -140,8 +143,6 @@ class LaneSession:
         if plan.epoch < self.epoch:
             self._node.epoch_rejected += 1
             raise StepRefused(Refusal.STALE_EPOCH, f"epoch {plan.epoch} is older than {self.epoch}")
-        if plan.epoch > self.epoch:
-            self.epoch = self._node.epochs[self.weight_node] = plan.epoch
 
     # QUERY -> PARTIAL
 

@@ -1,6 +1,8 @@
 """What supervisor and engine tell each other over `flume_common.engine_link`.
 
-Requests carry a number that the answer repeats; everything else may come at any time.
+Requests carry a number that the answer repeats; everything else may come at any time. Epochs of weight nodes
+are verified before they come here, and are `flume_common.epochs.epoch_of`: those of an incarnation that is
+over are below all of the next one's.
 """
 
 from __future__ import annotations
@@ -27,6 +29,14 @@ class Attach(msgspec.Struct, tag=True, frozen=True, kw_only=True):
     kv_frame_bytes: int
     node_epoch: int = 0
     direct: bool = False
+
+
+class Renew(msgspec.Struct, tag=True, frozen=True, kw_only=True):
+    """The weight node of a lane has this epoch now. Answered by Renewed, or Refused for an older one."""
+
+    request: int
+    weight_node: str
+    epoch: int
 
 
 class Detach(msgspec.Struct, tag=True, frozen=True, kw_only=True):
@@ -140,6 +150,11 @@ class Attached(msgspec.Struct, tag=True, frozen=True, kw_only=True):
     no_region: str = ""  # why there is none, if one was asked for
 
 
+class Renewed(msgspec.Struct, tag=True, frozen=True, kw_only=True):
+    request: int
+    attached: bool  # there is a lane
+
+
 class Detached(msgspec.Struct, tag=True, frozen=True, kw_only=True):
     request: int
 
@@ -229,12 +244,13 @@ class StepNotTaken(msgspec.Struct, tag=True, frozen=True, kw_only=True):
     detail: str
 
 
-ToEngine = Attach | Detach | Adopt | SetDraining | Ask | Lend | PreparePull | Pull | EndPull
+ToEngine = Attach | Renew | Detach | Adopt | SetDraining | Ask | Lend | PreparePull | Pull | EndPull
 FromEngine = (
     Started
     | Preparing
     | CannotRun
     | Attached
+    | Renewed
     | Detached
     | Kept
     | Lent

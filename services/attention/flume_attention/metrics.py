@@ -10,11 +10,12 @@ from collections.abc import Iterator
 from flume_common.metrics import counter, epoch_rejected, gauge, node_state
 from prometheus_client import Metric
 
+from flume_attention.claims import REASONS, Claims
 from flume_attention.messages import Report
 from flume_attention.supervisor import Supervisor
 
 
-def families(supervisor: Supervisor) -> Iterator[Metric]:
+def families(supervisor: Supervisor, claims: Claims | None = None) -> Iterator[Metric]:
     """Safe to read from another thread: a report is replaced, never altered."""
     report = supervisor.report
     yield node_state(supervisor.state)
@@ -28,7 +29,13 @@ def families(supervisor: Supervisor) -> Iterator[Metric]:
         "Reads by other attention nodes of ranges that were not here any more.",
         report.pulls_refused,
     )
-    yield epoch_rejected("attention", report.epoch_rejected)
+    yield epoch_rejected("attention", report.epoch_rejected + (claims.stale if claims else 0))
+    yield counter(
+        "flume_claims_refused_total",
+        "Control messages whose sender or epoch etcd did not confirm.",
+        dict(claims.refused) if claims else dict.fromkeys(REASONS, 0),
+        by="reason",
+    )
 
 
 def _memory(report: Report) -> Iterator[Metric]:

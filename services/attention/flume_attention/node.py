@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from flume_common.epochs import revision_of
 from flume_common.layout import KvLayout, LayoutMismatch
 from flume_common.read_speed import ReadSums
 from flume_common.wire import LaneShape
@@ -88,7 +89,9 @@ class Node:
         if epoch < newest:
             self.epoch_rejected += 1
             raise AttachRefused(
-                "epoch", f"epoch {epoch} of {weight_node} is older than {newest}, which was seen already"
+                "epoch",
+                f"epoch {revision_of(epoch)} of {weight_node} is older than {revision_of(newest)}, "
+                "which was seen already",
             )
         self.epochs[weight_node] = epoch
 

@@ -18,9 +18,18 @@ _LEND_TIMEOUT_S = 5.0
 
 
 async def pull(
-    supervisor: Supervisor, node: str, epoch: int, request: pb.PullRequest, *, timeout_s: float
+    supervisor: Supervisor,
+    node: str,
+    epoch: int,
+    request: pb.PullRequest,
+    weight_epoch: int,
+    *,
+    timeout_s: float,
 ) -> pb.PullReply:
-    """Raises EngineGone, AttachRefused and LenderGone. Leaves nothing half done."""
+    """`weight_epoch` is the weight node's, verified. Leaves nothing half done.
+
+    Raises EngineGone, AttachRefused and LenderGone.
+    """
     until_s = time.monotonic() + timeout_s
     prepared = await supervisor.ask(
         lambda number: m.PreparePull(request=number),
@@ -36,7 +45,7 @@ async def pull(
         lambda number: m.Pull(
             request=number,
             weight_node=request.weight_node,
-            epoch=request.epoch,
+            epoch=weight_epoch,
             lender=request.lender,
             lender_epoch=lent.epoch,
             lender_worker_address=lent.worker_address,

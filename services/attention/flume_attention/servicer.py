@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
+from typing import Any
 
 import grpc
 import msgspec
@@ -18,7 +19,8 @@ from flume_protos.v1 import attention_pb2_grpc as rpc
 from flume_protos.v1 import common_pb2
 
 from flume_attention import messages as m
-from flume_attention.errors import AttachRefused, EngineGone, LenderGone
+from flume_attention.claims import Claim, Claims
+from flume_attention.errors import AttachRefused, ClaimRefused, ClaimUnverified, EngineGone, LenderGone
 from flume_attention.pulling import PULL_TIMEOUT_S, pull
 from flume_attention.supervisor import Supervisor
 
@@ -26,6 +28,8 @@ log = structlog.get_logger()
 
 STATUS_OF: dict[type[Exception], grpc.StatusCode] = {
     AttachRefused: grpc.StatusCode.FAILED_PRECONDITION,
+    ClaimRefused: grpc.StatusCode.FAILED_PRECONDITION,
+    ClaimUnverified: grpc.StatusCode.UNAVAILABLE,
     LayoutMismatch: grpc.StatusCode.FAILED_PRECONDITION,
     EngineGone: grpc.StatusCode.UNAVAILABLE,
     LenderGone: grpc.StatusCode.UNAVAILABLE,
@@ -38,11 +42,21 @@ _STATE = {
 }
 
 
+VERIFY_S = 4.0
+"""The longest that a message waits for etcd, where its sender waits so long."""
+MARGIN_S = 0.2
+"""Left of a caller's time, so that it hears why."""
+
+_Context = grpc.aio.ServicerContext[Any, Any]
+_Claiming = pb.AttachRequest | pb.RenewRequest | pb.DetachRequest | pb.AdoptRequest | pb.PullRequest
+
+
 class AttentionServicer(rpc.AttentionServicer):
     """`epoch` gives the node's own fencing number, which a lost lease changes."""
 
     def __init__(self, node: str, kv_bytes: int, supervisor: Supervisor, epoch: Callable[[], int]) -> None:
         self.node = node  # a standby learns it late; nobody calls it before
+        self.claims: Claims | None = None  # set before others can know of this node
         self._kv_bytes = kv_bytes
         self._supervisor = supervisor
         self._epoch = epoch
@@ -53,7 +67,10 @@ class AttentionServicer(rpc.AttentionServicer):
         async with status_errors(context, STATUS_OF):
             self._require_meant(request.node)
             layout, epoch = _layout(request), self._epoch()
-            attached = await self._supervisor.attach(lambda number: _attach(number, request, layout, epoch))
+            theirs = await self._verified(request, context)
+            attached = await self._supervisor.attach(
+                lambda number: _attach(number, request, layout, theirs, epoch)
+            )
         log.info("lane_attached", weight_node=request.weight_node, epoch=request.epoch, layout=layout.hash,
                  **_hop(attached))  # fmt: skip
         return pb.AttachReply(
@@ -65,12 +82,26 @@ class AttentionServicer(rpc.AttentionServicer):
             direct_region=attached.direct_region,
         )
 
+    async def Renew(
+        self, request: pb.RenewRequest, context: grpc.aio.ServicerContext[pb.RenewRequest, pb.RenewReply]
+    ) -> pb.RenewReply:
+        async with status_errors(context, STATUS_OF):
+            epoch = await self._verified(request, context)
+            renewed = await self._supervisor.ask(
+                lambda number: m.Renew(request=number, weight_node=request.weight_node, epoch=epoch),
+                m.Renewed,
+            )
+        if renewed.attached:
+            log.info("lane_renewed", weight_node=request.weight_node, epoch=request.epoch)
+        return pb.RenewReply(attached=renewed.attached)
+
     async def Detach(
         self, request: pb.DetachRequest, context: grpc.aio.ServicerContext[pb.DetachRequest, pb.DetachReply]
     ) -> pb.DetachReply:
         async with status_errors(context, STATUS_OF):
+            epoch = await self._verified(request, context)
             await self._supervisor.ask(
-                lambda number: m.Detach(request=number, weight_node=request.weight_node, epoch=request.epoch),
+                lambda number: m.Detach(request=number, weight_node=request.weight_node, epoch=epoch),
                 m.Detached,
             )
         return pb.DetachReply()
@@ -79,14 +110,16 @@ class AttentionServicer(rpc.AttentionServicer):
         self, request: pb.AdoptRequest, context: grpc.aio.ServicerContext[pb.AdoptRequest, pb.AdoptReply]
     ) -> pb.AdoptReply:
         async with status_errors(context, STATUS_OF):
+            epoch = await self._verified(request, context)
+            lost_below = await self._over_below(request, context)
             kept = await self._supervisor.ask(
                 lambda number: m.Adopt(
                     request=number,
                     weight_node=request.weight_node,
-                    epoch=request.epoch,
+                    epoch=epoch,
                     sequence=request.sequence,
-                    lost_node=request.lost_node,
-                    lost_below=request.lost_below,
+                    lost_node=request.lost_node if lost_below else "",
+                    lost_below=lost_below,
                 ),
                 m.Kept,
             )
@@ -118,8 +151,11 @@ class AttentionServicer(rpc.AttentionServicer):
         self, request: pb.PullRequest, context: grpc.aio.ServicerContext[pb.PullRequest, pb.PullReply]
     ) -> pb.PullReply:
         async with status_errors(context, STATUS_OF):
+            theirs = await self._verified(request, context)
             remaining_s = context.time_remaining() or PULL_TIMEOUT_S
-            reply = await pull(self._supervisor, self.node, self._epoch(), request, timeout_s=remaining_s)
+            reply = await pull(
+                self._supervisor, self.node, self._epoch(), request, theirs, timeout_s=remaining_s
+            )
         log.info("ranges_pulled", lender=request.lender, weight_node=request.weight_node,
                  asked=len(request.ranges), pulled=len(reply.ranges), reason=reply.reason)  # fmt: skip
         return reply
@@ -127,7 +163,28 @@ class AttentionServicer(rpc.AttentionServicer):
     async def Stats(
         self, request: pb.StatsRequest, context: grpc.aio.ServicerContext[pb.StatsRequest, pb.StatsReply]
     ) -> pb.StatsReply:
-        return stats(self.node, self._kv_bytes, self._supervisor.state, await self._supervisor.fresh_report())
+        report = await self._supervisor.fresh_report()
+        stale = self.claims.stale if self.claims else 0
+        return stats(self.node, self._kv_bytes, self._supervisor.state, report, stale_claims=stale)
+
+    async def _verified(self, request: _Claiming, context: _Context) -> int:
+        """The weight node's epoch, for the engine. Raises ClaimRefused, ClaimUnverified, ValueError."""
+        if self.claims is None:
+            raise ClaimUnverified("this node has not registered yet")
+        credentials = request.credentials
+        claim = Claim(request.weight_node, request.epoch, credentials.incarnation, credentials.secret)
+        return await self.claims.require(claim, timeout_s=_budget_s(context))
+
+    async def _over_below(self, request: pb.AdoptRequest, context: _Context) -> int:
+        """As `Claims.over_below`. A weight node need not be told that itself is over."""
+        if not request.lost_node or request.lost_node == request.weight_node or self.claims is None:
+            return 0
+        return await self.claims.over_below(
+            request.lost_node,
+            request.lost_below,
+            request.credentials.incarnation,
+            timeout_s=_budget_s(context),
+        )
 
     async def Drain(
         self, request: pb.DrainRequest, context: grpc.aio.ServicerContext[pb.DrainRequest, pb.DrainReply]
@@ -156,6 +213,12 @@ class AttentionServicer(rpc.AttentionServicer):
             raise AttachRefused("node", f"this is attention node {self.node}, not {node}")
 
 
+def _budget_s(context: _Context) -> float:
+    """How long etcd may take to confirm what a message claims."""
+    remaining_s = context.time_remaining()
+    return VERIFY_S if remaining_s is None else min(VERIFY_S, remaining_s - MARGIN_S)
+
+
 def _layout(request: pb.AttachRequest | pb.LendRequest) -> KvLayout:
     """Raises AttachRefused, LayoutMismatch or ValueError. The version says what all the rest means."""
     if request.protocol_version != PROTOCOL_VERSION:
@@ -175,11 +238,13 @@ def _leave_by_s(deadline_s: float) -> float:
     return time.time() + deadline_s if deadline_s else 0.0
 
 
-def _attach(number: int, request: pb.AttachRequest, layout: KvLayout, node_epoch: int) -> m.Attach:
+def _attach(
+    number: int, request: pb.AttachRequest, layout: KvLayout, epoch: int, node_epoch: int
+) -> m.Attach:
     return m.Attach(
         request=number,
         weight_node=request.weight_node,
-        epoch=request.epoch,
+        epoch=epoch,
         layout=layout,
         worker_address=request.worker_address,
         lane=request.lane,
@@ -198,7 +263,9 @@ def _hop(attached: m.Attached) -> dict[str, str]:
     return {"hop": "frames"} | ({"reason": attached.no_region} if attached.no_region else {})
 
 
-def stats(node: str, kv_bytes: int, state: State, report: m.Report) -> pb.StatsReply:
+def stats(
+    node: str, kv_bytes: int, state: State, report: m.Report, *, stale_claims: int = 0
+) -> pb.StatsReply:
     """The engine's report as the API shows it."""
     lanes = [
         pb.LaneStats(**{name: getattr(lane, name) for name in m.LaneReport.__struct_fields__})
@@ -212,7 +279,7 @@ def stats(node: str, kv_bytes: int, state: State, report: m.Report) -> pb.StatsR
         capacity_blocks=report.capacity_blocks,
         used_blocks=report.used_blocks,
         kv_bytes=kv_bytes,
-        epoch_rejected=report.epoch_rejected,
+        epoch_rejected=report.epoch_rejected + stale_claims,
         lanes=lanes,
         safe_to_delete=safe_to_delete(state, report),
         orphan_tokens=report.orphan_tokens,

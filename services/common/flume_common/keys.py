@@ -1,5 +1,6 @@
 """The names of everything kept in etcd: `/flume/v1/<cluster>/…`. Names only; no I/O.
 
+    incarnation/current     which history of etcd this is; epochs of another one are over
     spec/attention          what is wanted
     status/attention        what is, as the controller saw it
     members/<role>/<node>   who is there; bound to the member's lease
@@ -44,6 +45,15 @@ class Keys:
     @property
     def root(self) -> str:
         return f"{ROOT}/{self.cluster}/"
+
+    @property
+    def incarnations(self) -> str:
+        """Prefix of the one key below."""
+        return f"{self.root}incarnation/"
+
+    @property
+    def incarnation(self) -> str:
+        return f"{self.incarnations}current"
 
     @property
     def members(self) -> str:

@@ -2,12 +2,18 @@
 
 A member's key exists while its lease is renewed, and the key's create revision is the member's epoch.
 Losing the lease cancels nothing here: the member registers again, with the same id and a new epoch,
-as soon as etcd answers. What must not go on under an old epoch is refused by whoever checks epochs.
+as soon as etcd answers. So it does when the cluster has another incarnation, as epochs of the former one are
+over. What must not go on under an old epoch is refused by whoever checks epochs.
+
+A message that claims an epoch can be told from another's: it carries the secret of the process that
+registered, of which the member's record has the digest.
 """
 
 from __future__ import annotations
 
 import asyncio
+import hashlib
+import secrets
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from enum import StrEnum
@@ -17,6 +23,7 @@ import msgspec
 import structlog
 
 from flume_common.backoff import Backoff
+from flume_common.incarnation import Incarnation
 from flume_common.keys import Keys
 from flume_common.store import (
     Delete,
@@ -27,6 +34,7 @@ from flume_common.store import (
     Store,
     StoreError,
     StoreRefused,
+    TxnResult,
     View,
     absent,
     create_revision,
@@ -82,6 +90,9 @@ class Member(msgspec.Struct, frozen=True, kw_only=True):
     http_address: str = ""
     metrics_address: str = ""  # host:port of its /metrics
     leave_by_s: float = 0.0  # DRAINING: Unix time at which what it holds is to be elsewhere; 0: none
+    secret_digest: str = (
+        ""  # of what only its process knows; empty: what it sends cannot be told from others'
+    )
     reason: str = ""  # why it is not READY: a Reason; empty: nothing to say
     lanes: tuple[str, ...] | None = None  # weight: attention nodes it has a lane to; None: not known
     canary: str = ""  # router: what its last canaries showed, a Verdict; empty: nothing yet
@@ -98,21 +109,43 @@ class Member(msgspec.Struct, frozen=True, kw_only=True):
         return msgspec.structs.replace(msgspec.json.decode(kv.value, type=cls), epoch=kv.create_revision)
 
 
+def new_secret() -> bytes:
+    """For one process; see `Member.secret_digest`."""
+    return secrets.token_bytes(16)
+
+
+def digest_of(secret: bytes) -> str:
+    return hashlib.sha256(secret).hexdigest()
+
+
 class Life(NamedTuple):
-    """One registration, from its creation until its lease is lost."""
+    """One registration, from its creation until its lease is lost or its incarnation is over."""
 
     epoch: int
     lease: int
+    incarnation: str = ""  # empty where none is followed
+    ordinal: int = 0  # of the incarnation, as this process counts them
+    number: int = 0  # of lives, from 1
 
 
 class Registration:
     """Our own membership. `member` is what we last said of ourselves, written or not yet."""
 
-    def __init__(self, store: Store, keys: Keys, member: Member, ttl_s: float) -> None:
+    def __init__(
+        self,
+        store: Store,
+        keys: Keys,
+        member: Member,
+        ttl_s: float,
+        incarnation: Incarnation | None = None,
+    ) -> None:
         self.key = keys.member(member.role, member.id)
         self.member = member
         self.epoch = 0  # of our key; a new one after a lost lease
         self.lease = 0  # 0 while we are not registered
+        self.life = Life(0, 0)  # the present one, or the last
+        self._incarnation = incarnation
+        self._written = (0, 0)  # revision of our last write, and in which life of the store's history
         self._store = store
         self._ttl_s = ttl_s
         self._poked = asyncio.Event()
@@ -135,7 +168,13 @@ class Registration:
         """Waits until we are registered under an epoch newer than `after`."""
         async with self._moved:
             await self._moved.wait_for(lambda: self.registered and self.epoch > after)
-            return Life(self.epoch, self.lease)
+            return self.life
+
+    async def wait_next(self, after: Life) -> Life:
+        """Wait until we are registered in a life after that one."""
+        async with self._moved:
+            await self._moved.wait_for(lambda: self.registered and self.life.number > after.number)
+            return self.life
 
     def look(self) -> None:
         """Read our key soon: somebody has seen signs that it is not as it should be."""
@@ -148,7 +187,8 @@ class Registration:
             try:
                 async with hold_lease(self._store, self._ttl_s) as lease:
                     backoff.reset()
-                    await self._stay(lease)
+                    await self._stay_for_incarnation(lease)
+                log.warning("member_incarnation_over", member=self.member.id, epoch=self.epoch)
             except LeaseLost as error:
                 log.warning(
                     "member_lease_lost", member=self.member.id, lease=f"{error.lease:x}", epoch=self.epoch
@@ -161,13 +201,30 @@ class Registration:
             finally:
                 self.lease = 0
 
-    async def _stay(self, lease: HeldLease) -> None:
-        """Keep our key as it should be. Only the loss of the lease ends this; etcd being away does not."""
+    async def _stay_for_incarnation(self, lease: HeldLease) -> None:
+        """As `_stay`; ends, too, when the cluster's incarnation is another one."""
+        if self._incarnation is None:
+            await self._stay(lease, 0)
+            return
+        ordinal = self._incarnation.ordinal
+        async with background(end_with_incarnation=self._poke_after(self._incarnation, ordinal)):
+            await self._stay(lease, ordinal)
+
+    async def _poke_after(self, incarnation: Incarnation, ordinal: int) -> None:
+        await incarnation.wait_newer(ordinal)
+        self._poked.set()
+
+    def _is_over(self, ordinal: int) -> bool:
+        return self._incarnation is not None and self._incarnation.ordinal != ordinal
+
+    async def _stay(self, lease: HeldLease, ordinal: int) -> None:
+        """Keep our key as it should be. The loss of the lease ends this, and another incarnation; etcd being
+        away does not."""
         backoff = Backoff(cap_s=self._ttl_s / 3)
-        while True:
+        while not self._is_over(ordinal):
             self._poked.clear()
             try:
-                settled = await self._publish(lease.id)
+                settled = await self._publish(lease.id, ordinal)
             except LeaseLost:
                 raise
             except StoreError as error:
@@ -187,7 +244,7 @@ class Registration:
         except TimeoutError:
             pass
 
-    async def _publish(self, lease: int) -> bool:
+    async def _publish(self, lease: int, ordinal: int) -> bool:
         """One pass: read our key, and do what it lacks. False: look again soon.
 
         Reading first makes an earlier write whose outcome is unknown harmless.
@@ -195,22 +252,48 @@ class Registration:
         value = self.member.encode()
         kv = await self._store.get(self.key)
         if kv is None:
-            result = await self._store.txn([absent(self.key)], [Put(self.key, value, lease)])
-            if result.succeeded:
-                await self._registered(lease, epoch=result.revision)
-            return result.succeeded
+            return await self._create(value, lease, ordinal)
         if kv.lease != lease:
             return await self._contest(kv)
+        self._require_newest(kv)
         if kv.create_revision != self.epoch or not self.registered:
-            await self._registered(lease, epoch=kv.create_revision)
+            await self._registered(lease, kv.create_revision, ordinal)
         if kv.value == value:
             return True
-        unchanged = mod_revision(self.key, kv.mod_revision)
-        return (await self._store.txn([unchanged], [Put(self.key, value, lease)])).succeeded
+        result = await self._store.txn(
+            [mod_revision(self.key, kv.mod_revision)], [Put(self.key, value, lease)]
+        )
+        self._note_written(result)
+        return result.succeeded
 
-    async def _registered(self, lease: int, epoch: int) -> None:
+    async def _create(self, value: bytes, lease: int, ordinal: int) -> bool:
+        """Write our key, in this incarnation only: an epoch is worth nothing without it."""
+        compares = [absent(self.key)]
+        if self._incarnation is not None:
+            compares.append(mod_revision(self._incarnation.key, self._incarnation.key_revision))
+        result = await self._store.txn(compares, [Put(self.key, value, lease)])
+        if result.succeeded:
+            self._note_written(result)
+            await self._registered(lease, result.revision, ordinal)
+        elif self._incarnation is not None:
+            await self._incarnation.settle()
+        return result.succeeded
+
+    def _note_written(self, result: TxnResult) -> None:
+        if result.succeeded:
+            self._written = (result.revision, self._store.history.life)
+
+    def _require_newest(self, kv: KeyValue) -> None:
+        """That etcd gives back what it said it had written; it does not after a restore."""
+        revision, life = self._written
+        if kv.mod_revision < revision:
+            self._store.history.contradict("own_write_lost", life, kv.mod_revision)
+
+    async def _registered(self, lease: int, epoch: int, ordinal: int) -> None:
         async with self._moved:
             self.lease, self.epoch = lease, epoch
+            incarnation = self._incarnation.id if self._incarnation else ""
+            self.life = Life(epoch, lease, incarnation, ordinal, self.life.number + 1)
             self._moved.notify_all()
         log.info("member_registered", member=self.member.id, role=self.member.role, epoch=epoch)
 
@@ -239,14 +322,19 @@ class Registration:
 
 @asynccontextmanager
 async def register(
-    store: Store, keys: Keys, member: Member, *, ttl_s: float = 10.0
+    store: Store,
+    keys: Keys,
+    member: Member,
+    *,
+    ttl_s: float = 10.0,
+    incarnation: Incarnation | None = None,
 ) -> AsyncIterator[Registration]:
     """Be a member while the body runs. Entering waits until we are one, for as long as etcd is away.
 
-    `ttl_s` is how long others go on counting on a member that died without saying so.
-    Raises StoreRefused when etcd does not let us in the first time.
+    `ttl_s` is how long others go on counting on a member that died without saying so. With `incarnation`,
+    register again in every new one. Raises StoreRefused when etcd does not let us in the first time.
     """
-    registration = Registration(store, keys, member, ttl_s)
+    registration = Registration(store, keys, member, ttl_s, incarnation)
     async with background(membership=registration.live()):
         await registration.wait_registered()
         yield registration

@@ -47,13 +47,18 @@ def _filled(family: _Family, value: float | Mapping[str, float], labels: Mapping
     return family
 
 
-def common(store_connected: bool) -> Iterator[Metric]:
-    """Of every service."""
+def common(store_connected: bool, incarnations: int = 0) -> Iterator[Metric]:
+    """Of every service. `incarnations`: how often etcd turned out to be another one than before."""
     yield gauge("flume_build_info", "What runs here.", 1, version=version())
     yield gauge(
         "flume_store_connected",
         "1 while etcd answers; without it the service goes on with what it knew last.",
         store_connected,
+    )
+    yield counter(
+        "flume_store_incarnations_total",
+        "Changes of the cluster's incarnation seen: etcd came back empty, older or as another cluster's.",
+        incarnations,
     )
 
 

@@ -55,6 +55,7 @@ class MetricsPage:
 
     def __init__(self, store_connected: Callable[[], bool]) -> None:
         self.address = ""  # what others may dial
+        self.incarnations: Callable[[], int] = lambda: 0  # of etcd, as `common` says
         self._store_connected = store_connected
         self._collect: Collect = tuple
         self._checks: Checks = lambda: {"started": False}
@@ -91,7 +92,7 @@ class MetricsPage:
         return Answer(said.status, said.text.encode())
 
     def _families(self) -> Iterator[Metric]:
-        yield from common(self._store_connected())
+        yield from common(self._store_connected(), self.incarnations())
         yield from self._collect()
 
 

@@ -160,11 +160,14 @@ class RouteWriter:
             yield
 
     async def _follow_epoch(self) -> NoReturn:
-        epoch = (await self._registration.wait_registered()).epoch
+        life = await self._registration.wait_registered()
         while True:
-            epoch = (await self._registration.wait_registered(after=epoch)).epoch
+            before, life = life, await self._registration.wait_next(life)
             # The keys of the former lease are gone or going: which, has to be read.
             self._revisions = dict.fromkeys(self._revisions)
+            if life.ordinal != before.ordinal:
+                # Whose routes were whose came back as it was once: what runs here is ours.
+                self._claimed.clear()
             for sequence in self._wanted:
                 self._mark(sequence)
 
@@ -200,7 +203,7 @@ class RouteWriter:
         rest = [sequence for sequence in batch if sequence not in done]
         if rest:
             await self._transact({sequence: ops[sequence] for sequence in rest}, life)
-        if self._registration.epoch != life.epoch:
+        if self._registration.life.number != life.number:
             # Whatever came of it went with the old lease; what was marked since then must stay so.
             self._revisions |= dict.fromkeys(batch)
             return

@@ -14,6 +14,7 @@ from flume_common.autoscale import Settings
 from flume_common.config_schema import Scope, Values
 from flume_common.config_watch import watch_config
 from flume_common.election import Candidate
+from flume_common.incarnation import follow_incarnation
 from flume_common.keys import Keys
 from flume_common.membership import Member, Members, Role, State, register, watch_members
 from flume_common.metrics_page import Answer, MetricsPage, metrics_page
@@ -41,6 +42,7 @@ async def run(config: ControllerConfig) -> NoReturn:
     async with (
         connect(config.store) as store,
         metrics_page(config.metrics_listen, lambda: store.connected) as page,
+        follow_incarnation(store, keys) as incarnation,
         watch_members(store, keys) as members,
         watch_spec(store, keys) as wish,
         watch_status(store, keys) as report,
@@ -54,7 +56,9 @@ async def run(config: ControllerConfig) -> NoReturn:
         sources = Sources(store, keys, members, wish, report, leader.provider, nodes, events)
         async with (
             serve(config.listen, _adder(sources), [SERVICE], ready=True, grace_s=1.0) as server,
-            register(store, keys, _member(config, server, page), ttl_s=config.lease_ttl_s),
+            register(
+                store, keys, _member(config, server, page), ttl_s=config.lease_ttl_s, incarnation=incarnation
+            ),
             # Innermost: it resigns first, so that another one leads while we still answer.
             background(
                 campaign=candidate.campaign(leader.lead),
@@ -67,6 +71,7 @@ async def run(config: ControllerConfig) -> NoReturn:
                     200, discovery.targets(members.current.values(), config.cluster), "application/json"
                 ),
             )
+            page.incarnations = lambda: incarnation.changes
             page.show(
                 lambda: families(candidate, leader, wish, report),
                 lambda: {"started": True},

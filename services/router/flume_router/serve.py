@@ -12,6 +12,7 @@ import msgspec
 import structlog
 from flume_common.config_schema import Scope, Values
 from flume_common.config_watch import LiveConfig, watch_config
+from flume_common.incarnation import follow_incarnation
 from flume_common.keys import Keys
 from flume_common.listening import reachable_address
 from flume_common.membership import Member, Role, State, register, watch_members
@@ -69,6 +70,7 @@ async def serve(
         connect(config.store) as store,
         watch_members(store, keys) as members,
         watch_config(store, keys, Scope.ROUTER, _base(config)) as settings,
+        follow_incarnation(store, keys) as incarnation,
         open_pool(
             members,
             channel,
@@ -84,7 +86,17 @@ async def serve(
         generation = Generation(pool, text.tokenizer, ResumeLimits(resume_s=config.resume_s))
         reader = RequestReader(Prompts(model, text), workers, pool)
         bodies = ByteBudget(config.body_budget_bytes)
-        service = Service(model, text, pool, generation, in_flight, bodies, reader, started_at_s)
+        service = Service(
+            model,
+            text,
+            pool,
+            generation,
+            in_flight,
+            bodies,
+            reader,
+            started_at_s,
+            lambda: incarnation.changes,
+        )
         servicer = RouterServicer(service)
         http_address = reachable_address(config.listen_http, bound, config.advertise_host)
         async with (
@@ -113,6 +125,7 @@ async def serve(
                     metrics_address=http_address,
                 ),
                 ttl_s=config.lease_ttl_s,
+                incarnation=incarnation,
             ) as registration,
         ):
             async with background(

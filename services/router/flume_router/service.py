@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import msgspec
 from flume_protos.v1 import weight_pb2 as pb
@@ -30,6 +30,7 @@ class Service(msgspec.Struct, frozen=True):
     bodies: ByteBudget
     reader: RequestReader
     started_at_s: float  # Unix time
+    incarnations: Callable[[], int] = lambda: 0  # of etcd, seen by us
 
     @property
     def ready(self) -> bool:

@@ -15,8 +15,9 @@ import structlog
 from flume_common.config_schema import Scope
 from flume_common.config_watch import watch_config
 from flume_common.etcd_flags import store_config
+from flume_common.incarnation import follow_incarnation
 from flume_common.keys import Keys
-from flume_common.membership import Member, Role, State, register, watch_members
+from flume_common.membership import Member, Role, State, digest_of, new_secret, register, watch_members
 from flume_common.metrics_page import MetricsPage, metrics_page
 from flume_common.model_source import ModelSource, ModelSourceError, resolve_model
 from flume_common.readiness import Check
@@ -62,12 +63,19 @@ async def run(args: argparse.Namespace, source: ModelSource) -> None:
         ) as page,
         watch_members(store, keys) as members,
         watch_config(store, keys, Scope.WEIGHT, settings.base(args)) as config,
+        follow_incarnation(store, keys) as incarnation,
     ):
-        supervisor = Supervisor(args, source, members, config)
+        secret = new_secret()
+        supervisor = Supervisor(args, source, members, config, secret)
+        page.incarnations = lambda: incarnation.changes
         async with (
             serve(args.listen, lambda server: _add(server, supervisor), [SERVICE]) as server,
             register(
-                store, keys, _member(args, supervisor, server, page), ttl_s=args.lease_ttl_s
+                store,
+                keys,
+                _member(args, supervisor, server, page, secret),
+                ttl_s=args.lease_ttl_s,
+                incarnation=incarnation,
             ) as registration,
             RouteWriter(store, keys, registration) as routes,
             supervisor.detaching(registration),
@@ -100,7 +108,9 @@ def _add(server: grpc.aio.Server, supervisor: Supervisor) -> None:
     rpc.add_WeightServicer_to_server(WeightServicer(supervisor), server)  # type: ignore[no-untyped-call]
 
 
-def _member(args: argparse.Namespace, supervisor: Supervisor, server: Server, page: MetricsPage) -> Member:
+def _member(
+    args: argparse.Namespace, supervisor: Supervisor, server: Server, page: MetricsPage, secret: bytes
+) -> Member:
     host = args.advertise_host
     return Member(
         id=args.node,
@@ -115,6 +125,7 @@ def _member(args: argparse.Namespace, supervisor: Supervisor, server: Server, pa
         started_at_s=time.time(),
         model=supervisor.model_name,
         metrics_address=page.address,
+        secret_digest=digest_of(secret),
     )
 
 

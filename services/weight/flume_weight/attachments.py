@@ -1,11 +1,12 @@
 """Keeps a lane to every attention node that is listed. Level-triggered: every pass looks again.
 
-A lane belongs to a process, not to a lease: a node that lost its lease and registered again keeps its
-lane, a node that was restarted gets a new one. A record is only a claim: one that names another process
-ends no lane that works before that process has answered, and under the node's name. Where we lost our own
-lease, others may have had our lanes ended as those of an epoch that is over, which a lane that says nothing
-does not notice: so the nodes are asked. A node that is no longer listed is given a grace time, since a lost
-lease is no proof of death; a dead process takes its lane down much sooner.
+A lane belongs to a process, not to a lease: a node that lost its lease and registered again keeps its lane,
+a node that was restarted gets a new one. A record is only a claim: one that names another process ends no
+lane that works before that process has answered, and under the node's name. Where we lost our own lease, or
+the cluster has another incarnation, the nodes are told our new epoch; others may have had our lanes ended
+meanwhile as those of one that is over, and whether they have is the answer. A node that is no longer listed
+is given a grace time, since a lost lease is no proof of death; a dead process takes its lane down much
+sooner.
 """
 
 from __future__ import annotations
@@ -25,17 +26,19 @@ from flume_protos.v1 import attention_pb2 as pb
 from flume_protos.v1 import attention_pb2_grpc as rpc
 
 from flume_weight import messages as m
+from flume_weight.identity import Identity
 
 log = structlog.get_logger()
 
 _LANES_AHEAD = 2  # a node that comes need not wait for the engine to end its step
 _UNLISTED_GRACE_S = 5.0
+_NEW_INCARNATION_GRACE_S = 30.0
 _ATTACH_TIMEOUT_S = 5.0
 _ADOPT_TIMEOUT_S = 1.0
 _KEPT_TIMEOUT_S = 2.0
 _KEPT_RETRY_S = 0.05
 _DETACH_TIMEOUT_S = 1.0
-_STATS_TIMEOUT_S = 1.0
+_RENEW_TIMEOUT_S = 1.0
 _RETRY_S = (0.1, 0.2, 0.5, 1.0, 2.0)
 _PASS_S = 1.0  # a node that does not answer holds up neither the others nor what is said of their lanes
 _LASTS_S = 5.0
@@ -50,7 +53,7 @@ class Attachment:
     process: tuple[str, int]  # address and pid: what a lane belongs to
     up: bool = False
     up_at_s: float = 0.0
-    epoch: int = 0  # of ours, under which the node is known to have this lane
+    life: int = 0  # number of that of ours under which the node is known to have this lane
     draining: bool = False
     evacuating: bool = False
     failures: int = 0
@@ -62,12 +65,13 @@ class Attachments:
     """One pass is `reconcile`; whoever owns it calls that on every change and now and then."""
 
     def __init__(
-        self, node: str, ready: m.Ready, send: Callable[[m.Inbound], None], epoch: Callable[[], int]
+        self, ready: m.Ready, send: Callable[[m.Inbound], None], identity: Callable[[], Identity]
     ) -> None:
-        self._node = node
         self._ready = ready
         self._send = send
-        self._epoch = epoch
+        self._identity = identity
+        self._ordinal = identity().life.ordinal
+        self._new_incarnation_at_s = float("-inf")
         self._lanes: asyncio.Queue[m.LaneOpen] = asyncio.Queue()
         self._nodes: dict[str, Attachment] = {}
         self._attaching: dict[str, asyncio.Task[None]] = {}
@@ -128,8 +132,9 @@ class Attachments:
         deadline_s = time.monotonic() + _KEPT_TIMEOUT_S
         while True:
             listed = [member for member in members.of(Role.ATTENTION) if member.state is not State.PREPARING]
+            ours = self._identity()
             request = pb.AdoptRequest(
-                weight_node=self._node, epoch=self._epoch(), sequence=sequence,
+                weight_node=ours.node, epoch=ours.epoch, credentials=ours.credentials(), sequence=sequence,
                 lost_node=lost_node, lost_below=members.over_below(Role.WEIGHT, lost_node),
             )  # fmt: skip
             replies = await asyncio.gather(*(self._ask_kept(member, request) for member in listed))
@@ -159,14 +164,24 @@ class Attachments:
 
     def _forget_unlisted(self, listed: dict[str, Member]) -> None:
         now = time.monotonic()
+        grace_s = self._grace_s(now)
+        if not self._identity().registered:
+            return  # where not even we are listed, that others are not says nothing
         for node, attachment in list(self._nodes.items()):
             if node in listed:
                 attachment.unlisted_since_s = None
                 continue
             attachment.unlisted_since_s = attachment.unlisted_since_s or now
-            if not attachment.up or now - attachment.unlisted_since_s > _UNLISTED_GRACE_S:
+            if not attachment.up or now - attachment.unlisted_since_s > grace_s:
                 self._send(m.Detach(node, "no longer listed"))
                 del self._nodes[node]
+
+    def _grace_s(self, now_s: float) -> float:
+        """A new incarnation begins with nobody listed: all have to register again, and some may be slow."""
+        if (ordinal := self._identity().life.ordinal) != self._ordinal:
+            self._ordinal, self._new_incarnation_at_s = ordinal, now_s
+        fresh = now_s - self._new_incarnation_at_s < _NEW_INCARNATION_GRACE_S
+        return _NEW_INCARNATION_GRACE_S if fresh else _UNLISTED_GRACE_S
 
     def _is_due(self, member: Member) -> bool:
         process = (member.address, member.pid)
@@ -178,29 +193,31 @@ class Attachments:
 
     def _in_doubt(self, member: Member) -> bool:
         attachment = self._nodes.get(member.id)
-        return attachment is not None and attachment.up and attachment.epoch != self._epoch()
+        return attachment is not None and attachment.up and attachment.life != self._identity().life.number
 
     async def _confirm(self, member: Member) -> None:
-        """Ask whether our lane is there under our present epoch. It is not before the engine has said so."""
-        attachment, epoch = self._nodes[member.id], self._epoch()
+        """Have our lane be of our present epoch. The next pass tries again."""
+        attachment, ours = self._nodes[member.id], self._identity()
+        request = pb.RenewRequest(weight_node=ours.node, epoch=ours.epoch, credentials=ours.credentials())
         try:
             async with grpc.aio.insecure_channel(member.address) as channel:
                 stub = rpc.AttentionStub(channel)  # type: ignore[no-untyped-call]
-                reply: pb.StatsReply = await stub.Stats(pb.StatsRequest(), timeout=_STATS_TIMEOUT_S)
-        except grpc.aio.AioRpcError:
-            return  # asked again by the next pass
-        known = [lane.epoch for lane in reply.lanes if lane.weight_node == self._node]
+                reply: pb.RenewReply = await stub.Renew(request, timeout=_RENEW_TIMEOUT_S)
+        except grpc.aio.AioRpcError as error:
+            log.info("lane_not_renewed", attention_node=member.id, code=error.code().name,
+                     reason=error.details())  # fmt: skip
+            return
         if not attachment.up:
             return  # lost meanwhile
-        if not known:
-            log.warning("lane_ended_by_node", attention_node=member.id, epoch=attachment.epoch)
+        if not reply.attached:
+            log.warning("lane_ended_by_node", attention_node=member.id, epoch=ours.epoch)
             attachment.up = False
             self._send(m.Detach(member.id, "it has no lane of ours any more"))
-        elif known[0] == epoch:
-            attachment.epoch = epoch
+        else:
+            attachment.life = ours.life.number
 
     async def _attach(self, member: Member) -> None:
-        attachment, epoch = self._nodes[member.id], self._epoch()
+        attachment, identity = self._nodes[member.id], self._identity()
         try:
             async with asyncio.timeout(_ATTACH_TIMEOUT_S):
                 ours = await self._lanes.get()
@@ -208,7 +225,7 @@ class Attachments:
             return  # the engine is in a long step; the next pass tries again
         self._send(m.OpenLane())
         try:
-            reply = await self._call(member, ours)
+            reply = await self._call(member, ours, identity)
         except grpc.aio.AioRpcError as error:
             self._send(m.CloseLane(ours.lane))
             delay_s = _delay(attachment)
@@ -224,7 +241,7 @@ class Attachments:
                         reason=f"{member.address} is {reply.node}", retry_s=_delay(attachment))  # fmt: skip
             return
         attachment.process = (member.address, member.pid)
-        attachment.up, attachment.up_at_s, attachment.epoch = True, time.monotonic(), epoch
+        attachment.up, attachment.up_at_s, attachment.life = True, time.monotonic(), identity.life.number
         attachment.draining = attachment.evacuating = False
         self._send(
             m.Attach(
@@ -238,11 +255,12 @@ class Attachments:
             )
         )
 
-    async def _call(self, member: Member, ours: m.LaneOpen) -> pb.AttachReply:
+    async def _call(self, member: Member, ours: m.LaneOpen, identity: Identity) -> pb.AttachReply:
         ready = self._ready
         request = pb.AttachRequest(
-            weight_node=self._node,
-            epoch=self._epoch(),
+            weight_node=identity.node,
+            epoch=identity.epoch,
+            credentials=identity.credentials(),
             protocol_version=PROTOCOL_VERSION,
             layout=layout_of(ready).to_proto(),
             worker_address=ours.worker_address,
@@ -275,9 +293,9 @@ def _delay(attachment: Attachment) -> float:
     return delay_s
 
 
-async def detach(members: Iterable[Member], node: str, epoch: int) -> None:
+async def detach(members: Iterable[Member], ours: Identity) -> None:
     """Tell every attention node to free what it holds for us; one that does not answer finds out itself."""
-    request = pb.DetachRequest(weight_node=node, epoch=epoch)
+    request = pb.DetachRequest(weight_node=ours.node, epoch=ours.epoch, credentials=ours.credentials())
 
     async def tell(member: Member) -> None:
         with suppress(grpc.aio.AioRpcError):

@@ -15,6 +15,7 @@ from flume_protos.v1 import attention_pb2 as pb
 from flume_protos.v1 import attention_pb2_grpc as rpc
 
 from flume_weight import messages as m
+from flume_weight.identity import Identity
 
 log = structlog.get_logger()
 
@@ -24,8 +25,7 @@ _PULL_TIMEOUT_S = 30.0
 async def move_ranges(
     requests: asyncio.Queue[m.MoveRanges],
     members: Members,
-    node: str,
-    epoch: Callable[[], int],
+    identity: Callable[[], Identity],
     answer: Callable[[m.RangesMoved], None],
 ) -> NoReturn:
     """Answer every request, in order. What could not be pulled stays where it was."""
@@ -35,17 +35,20 @@ async def move_ranges(
         source, target = listed.get(request.source), listed.get(request.target)
         moved: list[m.MovedRange] = []
         if source is not None and target is not None:
-            moved = await _pull(request, source, target, node, epoch())
+            moved = await _pull(request, source, target, identity())
         with suppress(LinkClosed):  # whoever receives hears of it, too
             answer(m.RangesMoved(request.source, request.target, moved))
 
 
-async def _pull(
-    request: m.MoveRanges, source: Member, target: Member, node: str, epoch: int
-) -> list[m.MovedRange]:
+async def _pull(request: m.MoveRanges, source: Member, target: Member, ours: Identity) -> list[m.MovedRange]:
     ranges = [pb.PulledRange(sequence=r.sequence, start=r.start, tokens=r.tokens) for r in request.ranges]
     call = pb.PullRequest(
-        weight_node=node, epoch=epoch, lender=source.id, lender_address=source.address, ranges=ranges
+        weight_node=ours.node,
+        epoch=ours.epoch,
+        credentials=ours.credentials(),
+        lender=source.id,
+        lender_address=source.address,
+        ranges=ranges,
     )
     try:
         async with grpc.aio.insecure_channel(target.address) as channel:

@@ -18,7 +18,7 @@ import structlog
 from flume_common.config_watch import LiveConfig
 from flume_common.engine_link import Engine, LinkClosed, run_engine
 from flume_common.engine_progress import Progress
-from flume_common.membership import Members, Registration, Role, State
+from flume_common.membership import Life, Members, Registration, Role, State
 from flume_common.model_source import ModelSource
 from flume_common.reasons import Reason
 from flume_common.route_store import RouteWriter
@@ -29,6 +29,7 @@ from flume_weight import messages as m
 from flume_weight.attachments import Attachments, detach
 from flume_weight.config import engine_args
 from flume_weight.errors import ConfigRefused, RequestRefused
+from flume_weight.identity import Identity
 from flume_weight.range_mover import move_ranges
 from flume_weight.sequence_views import SequenceViews
 from flume_weight.serving_state import Serving, ServingState
@@ -47,7 +48,12 @@ class Supervisor:
     """Owns one engine at a time; `run` keeps it alive until cancelled."""
 
     def __init__(
-        self, args: argparse.Namespace, source: ModelSource, members: Members, config: LiveConfig
+        self,
+        args: argparse.Namespace,
+        source: ModelSource,
+        members: Members,
+        config: LiveConfig,
+        secret: bytes = b"",
     ) -> None:
         self.node: str = args.node
         self.model_name: str = args.model_name or source.name
@@ -73,7 +79,8 @@ class Supervisor:
         self._serving_state = ServingState()
         self._said: dict[str, Any] = {}  # of ourselves, as a member
         self._poked = asyncio.Event()
-        self._epoch = 0
+        self._secret = secret
+        self._life = Life(0, 0)
 
     @property
     def lanes(self) -> int:
@@ -84,7 +91,7 @@ class Supervisor:
     @property
     def epoch(self) -> int:
         """Our fencing number; 0 before the first engine was told."""
-        return self._epoch
+        return self._life.epoch
 
     @property
     def progress(self) -> Progress | None:
@@ -129,7 +136,13 @@ class Supervisor:
     async def detaching(self, registration: Registration) -> AsyncIterator[None]:
         """At the end, nobody takes over what this node held: the attention nodes free it at once."""
         yield
-        await detach(self._members.of(Role.ATTENTION), self._args.node, registration.epoch)
+        await detach(self._members.of(Role.ATTENTION), self._identity_of(registration))
+
+    def _identity_of(self, registration: Registration) -> Identity:
+        return Identity(self.node, registration.life, self._secret, registration.registered)
+
+    def _identity(self) -> Identity:
+        return self._identity_of(self._registration)
 
     def cancel(self, sequence: str) -> None:
         with suppress(RequestRefused):
@@ -160,17 +173,15 @@ class Supervisor:
         self.ready = ready = await self._await_ready(engine)
         log.info("engine_ready", pid=engine.pid, load_s=round(ready.load_s, 2),
                  elapsed_s=round(time.monotonic() - started_s, 2))  # fmt: skip
-        self._epoch = 0
-        self._attachments = Attachments(self._args.node, ready, engine.send, lambda: self._registration.epoch)
+        self._life = Life(0, 0)
+        self._attachments = Attachments(ready, engine.send, self._identity)
         await self._publish()
         self.started.set()
         self._to_move = asyncio.Queue()
         async with background(
             keep_lanes=self._keep_lanes(),
             settings=self._follow_settings(engine, ready),
-            move_ranges=move_ranges(
-                self._to_move, self._members, self._args.node, lambda: self._registration.epoch, engine.send
-            ),
+            move_ranges=move_ranges(self._to_move, self._members, self._identity, engine.send),
         ):
             while True:
                 await self._hear(await engine.receive())
@@ -236,9 +247,9 @@ class Supervisor:
             while True:
                 self._poked.clear()
                 if self._attachments is not None and self._engine is not None:
-                    if self._registration.epoch != self._epoch:
-                        self._epoch = self._registration.epoch
-                        self._engine.send(m.Epoch(self._epoch))
+                    if self._registration.life != self._life:
+                        self._life = self._registration.life
+                        self._engine.send(m.Epoch(self._identity().lane_epoch))
                     await self._attachments.reconcile(self._members.of(Role.ATTENTION))
                     await self._publish()
                 with suppress(TimeoutError):

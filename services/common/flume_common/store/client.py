@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import AsyncIterator, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 import grpc
 from flume_protos.etcd import etcd_pb2 as pb
@@ -18,9 +18,18 @@ from flume_protos.etcd import etcd_pb2 as pb
 from flume_common.store import values
 from flume_common.store.config import StoreConfig
 from flume_common.store.errors import LeaseLost, StoreUnavailable, TxnTooLarge
-from flume_common.store.transport import Link, Metadata, Transport
+from flume_common.store.history import History
+from flume_common.store.transport import Link, Metadata, Send, Transport
 from flume_common.store.values import Compare, Get, GetPrefix, KeyValue, Op, Snapshot, TxnResult
 from flume_common.store.watch import Watch, open_watch
+
+
+class _Reply(Protocol):
+    @property
+    def header(self) -> pb.ResponseHeader: ...
+
+
+R = TypeVar("R", bound=_Reply)
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +57,7 @@ class Store:
 
     def __init__(self, transport: Transport) -> None:
         self.transport = transport
+        self.history = History()
         self.watch_resyncs: Counter[str] = Counter()  # by reason
         self.lease_losses = 0
         self.txn_conflicts = 0  # transactions whose conditions did not hold
@@ -76,7 +86,7 @@ class Store:
             return reply
 
         try:
-            reply = await self.transport.call("Put", send, repeatable=False)
+            reply = await self._ask("Put", send, repeatable=False)
         except LeaseLost:
             raise LeaseLost(lease) from None
         return int(reply.header.revision)
@@ -113,7 +123,7 @@ class Store:
 
         reads_only = all(isinstance(op, Get | GetPrefix) for op in (*success, *failure))
         try:
-            reply = await self.transport.call("Txn", send, repeatable=reads_only)
+            reply = await self._ask("Txn", send, repeatable=reads_only)
         except LeaseLost:
             raise LeaseLost(_lease_of(success, failure)) from None
         if not reply.succeeded:
@@ -214,20 +224,20 @@ class Store:
 
         await self.transport.call("Compact", send, repeatable=True)
 
-    def watch(self, prefix: str) -> AbstractAsyncContextManager[Watch]:
+    def watch(self, prefix: str, *, relist: bool = False) -> AbstractAsyncContextManager[Watch]:
         """The keys under `prefix` and every change to them from there on; see `Watch`.
 
         Entering reads the first snapshot and waits for as long as etcd is away.
         Raises StoreRefused when we may not read there.
         """
-        return open_watch(self, prefix)
+        return open_watch(self, prefix, relist=relist)
 
     async def _range(self, request: pb.RangeRequest) -> pb.RangeResponse:
         async def send(link: Link, timeout_s: float, metadata: Metadata) -> pb.RangeResponse:
             reply: pb.RangeResponse = await link.kv.Range(request, timeout=timeout_s, metadata=metadata)
             return reply
 
-        return await self.transport.call("Range", send, repeatable=True)
+        return await self._ask("Range", send, repeatable=True)
 
     async def _delete(self, request: pb.DeleteRangeRequest) -> int:
         async def send(link: Link, timeout_s: float, metadata: Metadata) -> pb.DeleteRangeResponse:
@@ -236,7 +246,14 @@ class Store:
             )
             return reply
 
-        return int((await self.transport.call("DeleteRange", send, repeatable=False)).deleted)
+        return int((await self._ask("DeleteRange", send, repeatable=False)).deleted)
+
+    async def _ask(self, name: str, send: Send[R], *, repeatable: bool) -> R:
+        """A call whose answer is linearizable, and so a part of the history."""
+        mark = self.history.mark()
+        reply = await self.transport.call(name, send, repeatable=repeatable)
+        self.history.note(reply.header, mark)
+        return reply
 
 
 def _lease_of(*branches: Sequence[Op]) -> int:

@@ -98,7 +98,7 @@ class View(Generic[K, V]):
 @asynccontextmanager
 async def live(view: View[K, V], store: Store, prefix: str) -> AsyncIterator[None]:
     """Keep `view` up to date while the body runs. Entering waits for the first state."""
-    async with store.watch(prefix) as watch:
+    async with store.watch(prefix, relist=True) as watch:
         await view.apply(watch.revision, [Added(kv) for kv in watch.items.values()])
         await view.changed()
 

@@ -3,6 +3,10 @@
 Read the prefix at revision R, watch from R + 1, resume after a break from one past the last revision
 seen in whole. Where history is missing (compacted, or etcd was restored to an earlier state) the
 prefix is read again and the difference reported, what is gone before what is new.
+
+etcd accepts a watch from a revision that is yet to come without a word, and an etcd that lost its data and
+was written to since may be past ours already: resuming would then miss what was written before. Whoever
+wants the state and not each step towards it says `relist`: after every break the prefix is read again.
 """
 
 from __future__ import annotations
@@ -85,6 +89,17 @@ def _same_life(old: KeyValue, new: KeyValue | None) -> bool:
     return new is not None and old.create_revision == new.create_revision
 
 
+def contradicts(known: Mapping[str, KeyValue], revision: int, now: Snapshot) -> bool:
+    """Whether `now` cannot be what became of `known`, the state under a prefix at `revision`. Pure.
+
+    What was last written at or before `revision` must have been known, as it is now.
+    """
+    if now.revision < revision:
+        return True
+    old = (kv for kv in now.items.values() if kv.mod_revision <= revision)
+    return any(known.get(kv.key) != kv for kv in old)
+
+
 def apply(items: dict[str, KeyValue], events: Iterable[pb.Event], after: int) -> list[Change]:
     """Apply etcd's events to `items`; events up to revision `after` are repeats and change nothing."""
     changes: list[Change] = []
@@ -111,12 +126,15 @@ class Watch:
     Raises StoreRefused when etcd no longer lets us read; never StoreUnavailable: it waits.
     """
 
-    def __init__(self, store: Store, prefix: str, snapshot: Snapshot) -> None:
+    def __init__(self, store: Store, prefix: str, snapshot: Snapshot, *, relist: bool = False) -> None:
         self.prefix = prefix
         self.snapshot = snapshot  # the first one
         self.items = dict(snapshot.items)
         self.revision = snapshot.revision
         self._store = store
+        self._relist = relist
+        self._broken = False  # the stream was lost, and the prefix has not been read since
+        self._life = store.history.life  # that `items` are of
         self._stream: _Stream | None = None
         self._fragments: list[pb.Event] = []
         self._backoff = Backoff()
@@ -132,6 +150,7 @@ class Watch:
             except StoreUnavailable as error:
                 log.info("watch_interrupted", prefix=self.prefix, revision=self.revision, detail=error.detail)
                 self.close()
+                self._broken = True
                 await asyncio.sleep(self._backoff.next_s())
             except BaseException:
                 # A cancelled read has cancelled its stream: the next one resumes on a new stream.
@@ -150,6 +169,8 @@ class Watch:
     async def _next(self) -> Batch | None:
         """One response of the stream, opened when there is none. None: it changed nothing."""
         if self._stream is None:
+            if self._broken and self._relist and (batch := await self._read_again()) is not None:
+                return batch
             self._stream = await _Stream.open(self._store, self.prefix, self.revision + 1)
         stream = self._stream
         response = await stream.read()
@@ -179,9 +200,10 @@ class Watch:
         """Another member may merely lag behind; an etcd restored from a backup is behind for good."""
         if revision == 0 or revision >= self.revision:
             return None
-        known = self.revision
+        known, life = self.revision, self._life
         batch = await self._resync("behind")
         if self.revision < known:
+            self._store.history.contradict("revision_went_back", life, self.revision)
             self.close()  # this stream waits for revisions that are long in coming
         return batch
 
@@ -199,11 +221,21 @@ class Watch:
             return None
         raise StoreUnavailable("Watch", reason)
 
+    async def _read_again(self) -> Batch | None:
+        """The difference since the stream broke; says so where that cannot follow from what we knew."""
+        before, revision, life = self.items, self.revision, self._life
+        batch = await self._resync("reconnected")
+        self._broken = False
+        if contradicts(before, revision, Snapshot(self.revision, self.items)):
+            self._store.history.contradict("state_differs", life, self.revision)
+        return batch
+
     async def _resync(self, reason: str) -> Batch | None:
         snapshot = await self._store.range(self.prefix)
         changes = diff(self.items, snapshot.items)
         self.items = dict(snapshot.items)
         self.revision = snapshot.revision
+        self._life = self._store.history.life
         self._store.watch_resyncs[reason] += 1
         log.info("watch_resynced", prefix=self.prefix, reason=reason, changes=len(changes))
         return Batch(self.revision, tuple(changes), reason) if changes else None
@@ -281,7 +313,7 @@ class _Stream:
 
 
 @asynccontextmanager
-async def open_watch(store: Store, prefix: str) -> AsyncIterator[Watch]:
+async def open_watch(store: Store, prefix: str, *, relist: bool = False) -> AsyncIterator[Watch]:
     """See Store.watch."""
     backoff = Backoff()
     while True:
@@ -291,7 +323,7 @@ async def open_watch(store: Store, prefix: str) -> AsyncIterator[Watch]:
         except StoreUnavailable as error:
             log.warning("store_awaited", prefix=prefix, detail=error.detail)
             await asyncio.sleep(backoff.next_s())
-    watch = Watch(store, prefix, snapshot)
+    watch = Watch(store, prefix, snapshot, relist=relist)
     try:
         yield watch
     finally:
