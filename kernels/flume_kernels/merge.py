@@ -43,13 +43,23 @@ def merge_into(o: Tensor, lse: Tensor, other_o: Tensor, other_lse: Tensor) -> No
     # With two partials the weights are sigmoid(lse_1 - lse_0) and one minus that.
     difference = other_lse - lse
     if not math.isfinite(difference.sum().item()):
-        _merge_into_with_empty(o, lse, other_o, other_lse)
+        _merge_into_with_empty(o, lse, other_o, other_lse, difference)
         return
-    o.lerp_(other_o.float(), difference.sigmoid_().unsqueeze(-1))
+    _merge_into_with_keys(o, lse, other_o, other_lse, difference)
+
+
+def _merge_into_with_keys(o: Tensor, lse: Tensor, other_o: Tensor, other_lse: Tensor, diff: Tensor) -> None:
+    o.lerp_(other_o.float(), diff.sigmoid_().unsqueeze(-1))
     torch.logaddexp(lse, other_lse, out=lse)
 
 
-def _merge_into_with_empty(o: Tensor, lse: Tensor, other_o: Tensor, other_lse: Tensor) -> None:
+def _merge_into_with_empty(o: Tensor, lse: Tensor, other_o: Tensor, other_lse: Tensor, diff: Tensor) -> None:
+    """Merge where some head of some token has no keys, or NaN, in one of the two.
+
+    All others are merged as they would be without it, bit by bit: a token's result depends on no other's.
+    """
+    finite = diff.isfinite()
     merged_o, merged_lse = merge_partials(torch.stack([o, other_o.float()]), torch.stack([lse, other_lse]))
-    o.copy_(merged_o)
-    lse.copy_(merged_lse)
+    _merge_into_with_keys(o, lse, other_o, other_lse, diff)
+    torch.where(finite, lse, merged_lse, out=lse)
+    torch.where(finite.unsqueeze(-1), o, merged_o, out=o)

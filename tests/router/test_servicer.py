@@ -4,6 +4,7 @@ import asyncio
 
 import grpc
 import pytest
+from flume_common.failures import Failure
 from flume_protos.v1 import router_pb2 as pb
 from flume_protos.v1 import router_pb2_grpc as rpc
 from flume_protos.v1 import weight_pb2
@@ -158,6 +159,7 @@ def test_every_router_error_has_a_status_at_both_doors():
         errors.ShuttingDown(),
         errors.DeadlineExceeded(5),
         errors.WeightNodeFailed("n", "x"),
+        errors.SequenceFailed("n", Failure.MODEL_OUTPUT_INVALID, "x"),
     ]
     assert {type(sample) for sample in samples} == all_errors() - {errors.RouterError, errors.Unavailable}
     for sample in samples:

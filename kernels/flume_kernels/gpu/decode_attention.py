@@ -160,7 +160,7 @@ def _decode_kernel(
             top = new_top
             blocks = _block_ids(table, start + TILE_KEYS, end, TILE_KEYS, BLOCK_TOKENS)
 
-        some = weight > 0
+        some = weight != 0  # also where it is NaN, which must not pass for no keys
         o = acc / tl.where(some, weight, 1.0)[:, None]
         lse2 = tl.where(some, top + tl.log2(tl.where(some, weight, 1.0)), -float("inf"))
         if splits == 1:

@@ -22,8 +22,8 @@ def fold(top, weight, acc, lse, o):
     shift = tl.where(new_top == -float("inf"), 0.0, new_top)
     fade = tl.exp(top - shift)
     share = tl.exp(lse - shift)
-    # An empty part may hold anything, even nan: select, as 0 · nan is nan.
-    acc = acc * fade + tl.where(share > 0, o.to(tl.float32) * share, 0.0)
+    # An empty part may hold anything, even nan: select, as 0 · nan is nan. A share of nan stays one.
+    acc = acc * fade + tl.where(share == 0, 0.0, o.to(tl.float32) * share)
     return new_top, weight * fade + share, acc
 
 
@@ -62,7 +62,7 @@ def _merge_partials_kernel(
             o = tl.load(o_at + far * o_part_stride, mask=in_head, other=0.0)
         top, weight, acc = fold(top, weight, acc, lse, o)
 
-    some = weight > 0
+    some = weight != 0  # also where it is NaN, which must not pass for no keys
     divisor = tl.where(some, weight, 1.0)
     out = tl.where(some, acc / divisor, 0.0)
     row = token * heads + head

@@ -14,6 +14,7 @@ from collections.abc import AsyncGenerator
 import grpc
 import structlog
 from flume_common.backoff import Backoff
+from flume_common.failures import failure_in
 from flume_protos.v1 import weight_pb2 as pb
 
 from flume_router.errors import (
@@ -23,6 +24,7 @@ from flume_router.errors import (
     NotYet,
     NoWeightNode,
     RouterError,
+    SequenceFailed,
     WeightNodeFailed,
     WeightNodeLost,
     WeightNodeSilent,
@@ -175,6 +177,7 @@ class Attempts:
 def error_of(node: str, error: grpc.aio.AioRpcError) -> RouterError:
     """What a failed call to a weight node means to a client."""
     detail = error.details() or error.code().name
+    failure = failure_in(error.trailing_metadata())
     match error.code():
         case grpc.StatusCode.INVALID_ARGUMENT:
             return BadRequest(detail, code="invalid_value")
@@ -188,6 +191,8 @@ def error_of(node: str, error: grpc.aio.AioRpcError) -> RouterError:
             "Stream removed"
         ):  # a lost connection, now and then
             return WeightNodeLost(node, detail)
+        case grpc.StatusCode.INTERNAL if failure is not None:
+            return SequenceFailed(node, failure, detail)
         case _:
             return WeightNodeFailed(node, f"{error.code().name}: {detail}")
 

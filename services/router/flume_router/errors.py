@@ -15,12 +15,15 @@
     - ShuttingDown          this router is leaving
   + DeadlineExceeded        the request took longer than it may
   + WeightNodeFailed        the weight node broke its contract or failed inside
+    - SequenceFailed        what it computes for this sequence failed; another node would fail, too
   + ReaderFailed            the process that reads large requests ended, or took too long
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+
+from flume_common.failures import Failure
 
 
 class RouterError(Exception):
@@ -192,6 +195,20 @@ class WeightNodeFailed(RouterError):
     def __init__(self, node: str, detail: str) -> None:
         super().__init__(f"weight node {node} failed: {detail}")
         self.node = node
+        self.detail = detail
+
+
+class SequenceFailed(WeightNodeFailed):
+    """`failure` says what: the model's output, the sequence's own processing, or the end of an engine."""
+
+    def __init__(self, node: str, failure: Failure, detail: str) -> None:
+        super().__init__(node, detail)
+        self.code = failure.value
+        self.failure = failure
+
+    @property
+    def message(self) -> str:
+        return self.detail
 
 
 class ReaderFailed(RouterError):

@@ -3,6 +3,10 @@
 Between two steps it listens (to its supervisor and to attention nodes), ends, admits and places
 sequences; a step is one forward pass. Nothing in a step waits for the supervisor, and nothing the
 supervisor does waits for a step.
+
+What goes wrong with one sequence ends that sequence: no token to choose, an exception in its sampler, in a
+message about it, or in a step of it alone. A step of several that raises is abandoned, and its sequences run
+alone until each has a token or has failed. Anything else ends the engine, loudly.
 """
 
 from __future__ import annotations
@@ -10,6 +14,7 @@ from __future__ import annotations
 import itertools
 import time
 from collections.abc import Callable, Mapping
+from collections.abc import Sequence as Seq
 from dataclasses import replace
 
 from flume_common.engine_link import EngineLink, LinkClosed
@@ -19,9 +24,12 @@ from flume_kernels.gpu.shared_memory import MappingFailed
 
 from flume_weight import messages as m
 from flume_weight.batch import Batch, build, commit
+from flume_weight.cuda.errors import StepError
 from flume_weight.errors import PeerLost, PeerSilent, RequestRefused
 from flume_weight.evacuation import Evacuation
+from flume_weight.failing import described, message_failed, no_token, step_failed
 from flume_weight.fleet import Fleet
+from flume_weight.isolation import Isolation
 from flume_weight.model import ModelConfig
 from flume_weight.pace import PaceEstimate
 from flume_weight.passes import Passes
@@ -31,14 +39,15 @@ from flume_weight.range_attention import Exchange
 from flume_weight.reports import Reports
 from flume_weight.requests import new_sequence
 from flume_weight.roster import Roster
-from flume_weight.sampling import FinishReason
-from flume_weight.scheduler import StepLimits, TimeBudget, schedule
+from flume_weight.sampling import FinishReason, InvalidLogits, NotSampled
+from flume_weight.scheduler import Share, StepLimits, TimeBudget, schedule
 from flume_weight.scores import Scores
 from flume_weight.sequence import Cause, Recovery, Sequence
 from flume_weight.silence import Silence
 from flume_weight.storage import Part
 
 _IDLE_WAIT_S = 5.0
+_MOST_FAILED_STEPS = 8  # in a row, before the engine itself is taken to be at fault
 
 
 class WeightEngine:
@@ -71,6 +80,8 @@ class WeightEngine:
         self._attention.may_leave = self._silence.may_leave
         self._progress = self._attention.progress = link.progress
         self._evacuation = Evacuation(self._fleet)
+        self._isolation = Isolation()
+        self._failed_steps = 0  # in a row
         self._reports = Reports(link)
         self._lanes = itertools.count(1)  # numbers are never used twice
         self._step = 0
@@ -90,15 +101,43 @@ class WeightEngine:
         }
 
     def run(self) -> None:
-        """Serve until the supervisor is gone."""
-        while True:
-            try:
+        """Serve until the supervisor is gone. What is raised here has been reported."""
+        try:
+            while True:
                 for message in self._link.receive():
-                    self._handlers[type(message)](message)
+                    self._handle(message)
                 if not self._turn():
                     self._idle()
-            except LinkClosed:
-                return
+        except LinkClosed:
+            return
+        except BaseException as error:
+            self._reports.failed(error)
+            raise
+
+    def _handle(self, message: m.Inbound) -> None:
+        """Take in a message. One that fails is the end of the sequence, or of the lane, that it is about."""
+        try:
+            self._handlers[type(message)](message)
+        except (LinkClosed, StepError):
+            raise
+        except Exception as error:
+            match message:
+                case m.Submit(sequence=name) | m.Cancel(sequence=name):
+                    self._reports.contained("message_failed", error, name)
+                    self._drop(name, message_failed(name, type(message).__name__, error))
+                case m.Attach(node=node):
+                    self._reports.contained("attach_failed", error, attention_node=node)
+                    self._lose(PeerLost(node, described(error)))
+                    self._link.send(m.LaneLost(node, described(error), 0, 0))
+                case _:
+                    raise
+
+    def _drop(self, name: str, message: m.Failed) -> None:
+        sequence = self._roster.find(name)
+        if sequence is None:
+            self._link.send(message)
+        else:
+            self._end(sequence, message)
 
     # -- one turn of the loop ------------------------------------------------------------------
 
@@ -108,12 +147,11 @@ class WeightEngine:
         _, lost = self._fleet.hear()
         for error in (*lost, *self._silence.overdue(self._attention.timeout_s)):
             self._lose(error)
-        for sequence in self._roster.admit(self._limits):
-            self._reports.route(sequence)
+        if self._roster.admit(self._limits):
             self._stages_changed = True
         running = self._roster.running
-        for sequence in (*self._fleet.house(running), *self._fleet.move_tails(running)):
-            self._reports.route(sequence)
+        self._fleet.house(running)
+        self._fleet.move_tails(running)
         if (moves := self._evacuation.next(running)) is not None:
             self._link.send(moves)
         self._fleet.set_wants(running)
@@ -133,6 +171,7 @@ class WeightEngine:
         if self._stages_changed:
             self._stages_changed = False
             self._reports.sequences(self._roster)
+        self._reports.routes(self._roster)
         capacity_tokens = self._fleet.capacity_blocks * self._shape.layout.block_tokens
         self._reports.capacity(capacity_tokens, len(self._roster.running), len(self._roster.waiting))
         self._reports.recomputed()
@@ -156,26 +195,16 @@ class WeightEngine:
 
     def _try_step(self) -> bool:
         by_name = self._roster.by_name()
-        shares = schedule(
-            self._fleet.candidates(self._roster.running),
-            self._fleet.unused_blocks(),
-            self._shape.layout.block_tokens,
-            self._limits,
-            self._time_budget(),
-        )
-        scheduled = {share.sequence for share in shares}
-        for sequence in self._roster.running:
-            stalled = sequence.name not in scheduled
-            if stalled != sequence.stalled:
-                sequence.stalled, self._stages_changed = stalled, True
+        shares = self._next_shares()
         if not shares:
             return False
-        batch = build([(by_name[share.sequence], share.tokens) for share in shares], self._fleet.peers)
+        self._reports.step_sequences([share.sequence for share in shares])
         self._step += 1
-        self._begin_step(batch)
         began_s = time.perf_counter()
-        chosen = self._passes.of(batch)
         try:
+            batch = build([(by_name[share.sequence], share.tokens) for share in shares], self._fleet.peers)
+            self._begin_step(batch)
+            chosen = self._passes.of(batch)
             scores = chosen.forward(self._step, batch)
         except PeerLost as error:
             self._lose(error)
@@ -183,6 +212,12 @@ class WeightEngine:
         except PeerSilent as error:
             self._link.send(self._silence.set_aside(error))
             return True
+        except (LinkClosed, StepError):
+            raise
+        except Exception as error:
+            self._contain_step([by_name[share.sequence] for share in shares], error)
+            return True
+        self._failed_steps = 0
         for exchange in batch.exchanges:
             exchange.peer.patience_s = PATIENCE_S
         lost = chosen.finish()
@@ -213,6 +248,46 @@ class WeightEngine:
             self._reports.sequences(self._roster)
         self._stages_changed = prefill_tokens > 0
 
+    def _next_shares(self) -> list[Share]:
+        """Schedule the next step; nothing when no sequence can have one."""
+        running = self._roster.running
+        suspects = {sequence.name for sequence in running if sequence.suspect}
+        every = self._fleet.candidates(running)
+        for candidates in self._isolation.groups(every, suspects):
+            shares = schedule(
+                candidates,
+                self._fleet.unused_blocks(),
+                self._shape.layout.block_tokens,
+                self._limits,
+                self._time_budget(),
+            )
+            scheduled = {share.sequence for share in shares}
+            # One that is left for another step does not wait for memory.
+            left = {each.sequence for each in every} - {each.sequence for each in candidates}
+            for sequence in running:
+                stalled = sequence.name not in scheduled
+                if stalled != sequence.stalled and sequence.name not in left:
+                    sequence.stalled, self._stages_changed = stalled, True
+            if shares:
+                return shares
+        return []
+
+    def _contain_step(self, sequences: Seq[Sequence], error: Exception) -> None:
+        """Abandon a step that raised; nodes undo what they have of it when the next one begins.
+
+        Of several sequences each must run alone now; one that did so ends. Raises the error again where
+        the device may not be used any more, and when one step after another fails.
+        """
+        self._failed_steps += 1
+        if not self._passes.containable or self._failed_steps > _MOST_FAILED_STEPS:
+            raise error
+        self._reports.contained("step_failed", error, *(sequence.name for sequence in sequences))
+        if len(sequences) == 1:
+            self._end(sequences[0], step_failed(sequences[0], error))
+            return
+        for sequence in sequences:
+            sequence.suspect = True
+
     # -- tokens ----------------------------------------------------------------------------------
 
     def _sample(self, batch: Batch, scores: Scores) -> None:
@@ -220,15 +295,21 @@ class WeightEngine:
         if not sequences:
             return
         tokens: list[m.Token] = []
-        ended: list[tuple[Sequence, m.Finished]] = []
+        ended: list[tuple[Sequence, m.Finished | m.Failed]] = []
         chosen = scores.choose([sequence.sampler for sequence in sequences])
         self._reports.count_logit_rows(scores.rows_read)
-        for sequence, sampled in zip(sequences, chosen, strict=True):
-            sequence.tokens.append(sampled.token_id)
+        for sequence, outcome in zip(sequences, chosen, strict=True):
+            sequence.suspect = False
+            if isinstance(outcome, NotSampled):
+                if not isinstance(outcome.error, InvalidLogits):
+                    self._reports.contained("sampling_failed", outcome.error, sequence.name)
+                ended.append((sequence, no_token(sequence, outcome.error)))
+                continue
+            sequence.tokens.append(outcome.token_id)
             reason = _reason_to_end(sequence)
             if reason != "stop":
-                top = [m.TopToken(token, logprob) for token, logprob in sampled.top]
-                tokens.append(m.Token(sequence.name, sampled.token_id, sampled.logprob, top))
+                top = [m.TopToken(token, logprob) for token, logprob in outcome.top]
+                tokens.append(m.Token(sequence.name, outcome.token_id, outcome.logprob, top))
             if reason:
                 ended.append((sequence, _finished(sequence, reason)))
         if tokens:
@@ -242,8 +323,7 @@ class WeightEngine:
         """Holes that this step filled are closed; what was computed again is counted."""
         for row in batch.rows:
             sequence = row.sequence
-            if self._fleet.close_filled_hole(sequence):
-                self._reports.route(sequence)
+            self._fleet.close_filled_hole(sequence)
             if again[sequence.name]:
                 self._reports.count_recomputed(sequence, again[sequence.name])
             if sequence.recovery is not None and not sequence.recovering:
@@ -280,7 +360,6 @@ class WeightEngine:
             tokens = sum(slot.held_tokens for slot in sequence.slots.values())
             self._link.send(m.Adopted(sequence.name, tokens))
             self._roster.run(sequence)
-            self._reports.route(sequence)
 
     def _cancel(self, message: m.Cancel) -> None:
         sequence = self._roster.find(message.sequence)
@@ -288,11 +367,8 @@ class WeightEngine:
             self._end(sequence, _finished(sequence, "abort"))
 
     def _end(self, sequence: Sequence, message: m.Finished | m.Failed) -> None:
-        had_route = sequence.route is not None
         self._roster.remove(sequence)
         self._link.send(message)
-        if had_route:
-            self._reports.route(sequence)
 
     def _refuse_impossible(self) -> None:
         for sequence, message in self._roster.impossible():
@@ -363,8 +439,7 @@ class WeightEngine:
 
     def _ranges_moved(self, message: m.RangesMoved) -> None:
         """This is a token boundary: the routes of what is whole on its new node are swapped."""
-        for sequence in self._evacuation.moved(message, self._roster.by_name()):
-            self._reports.route(sequence)
+        self._evacuation.moved(message, self._roster.by_name())
 
     def _lose(self, error: PeerLost, *, replaced: bool = False) -> None:
         """A lane is gone: tokens that were stored there are computed again, nothing else is.

@@ -10,6 +10,7 @@
 
 from __future__ import annotations
 
+from flume_common.failures import Failure
 from flume_common.wire import Refusal
 
 
@@ -52,11 +53,12 @@ class StepRefused(PeerLost):
 
 
 class RequestRefused(WeightError):
-    """`code` is the name of a gRPC status, for example INVALID_ARGUMENT."""
+    """`code` is the name of a gRPC status, for example INVALID_ARGUMENT; `failure` is told beside it."""
 
-    def __init__(self, code: str, message: str) -> None:
+    def __init__(self, code: str, message: str, failure: Failure | None = None) -> None:
         super().__init__(message)
         self.code = code
+        self.failure = failure
 
 
 class ConfigRefused(WeightError):

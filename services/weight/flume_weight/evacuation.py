@@ -6,7 +6,7 @@ The supervisor has them pulled; when they are whole elsewhere, their routes are 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from collections.abc import Sequence as Seq
 
 from flume_weight import messages as m
@@ -35,8 +35,8 @@ class Evacuation:
         ranges = [m.MovedRange(item.sequence, item.start, item.tokens) for item in batch.ranges]
         return m.MoveRanges(batch.source, batch.target, ranges)
 
-    def moved(self, message: m.RangesMoved, running: Mapping[str, Sequence]) -> Iterator[Sequence]:
-        """Take what arrived; the sequences whose route changed."""
+    def moved(self, message: m.RangesMoved, running: Mapping[str, Sequence]) -> None:
+        """Take what arrived; routes change by it."""
         assert self._moving is not None
         (batch, target), self._moving = self._moving, None
         here = {(item.sequence, item.start) for item in message.ranges}
@@ -48,5 +48,4 @@ class Evacuation:
             sequence = running.get(item.sequence)
             if (item.sequence, item.start) not in here:
                 continue
-            if self._fleet.swap(sequence, item, batch.target) and sequence is not None:
-                yield sequence
+            self._fleet.swap(sequence, item, batch.target)

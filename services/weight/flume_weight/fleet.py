@@ -119,17 +119,19 @@ class Fleet:
         chosen = choose({node: parts for node, parts in kept.items() if node in self.peers}, position)
         if not chosen:
             return False
+        last = max(chosen, key=lambda node: max(part.end for part in chosen[node]))
+        stays = not self.peers[last].draining
+        tail_node = last if stays else place(self.views([])) or last
+        ranges, holes = lay_out(chosen, tail_node)
+        # Before anything is changed: it raises where the nodes' words make no route.
+        route = Route(sequence.name, self._node, self.epoch, ranges)
         for node, parts in chosen.items():
             peer = self.peers[node]
             slot = Slot(peer.take_slot(), parts, sum(part.tokens for part in parts))
             sequence.slots[node] = slot
             peer.adopt(slot.number, position, sequence_key(sequence.name))
             peer.ledger.take(sum(part.blocks(self._block_tokens) for part in parts))
-        last = max(chosen, key=lambda node: max(part.end for part in chosen[node]))
-        stays = not self.peers[last].draining
-        tail_node = last if stays else place(self.views([])) or last
-        ranges, sequence.holes = lay_out(chosen, tail_node)
-        sequence.route = Route(sequence.name, self._node, self.epoch, ranges)
+        sequence.route, sequence.holes = route, holes
         sequence.committed_tokens = ranges[-1].start
         return True
 

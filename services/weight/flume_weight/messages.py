@@ -6,6 +6,7 @@ from enum import StrEnum
 
 import msgspec
 from flume_common.config_schema import Microbatches
+from flume_common.failures import Failure
 
 from flume_weight.sampling import SamplingParams
 
@@ -39,6 +40,7 @@ class Submit(msgspec.Struct, tag=True):
     sampling: SamplingParams
     output_token_ids: list[int] = []
     kept: list[KeptRange] = []
+    suspect: bool = False  # an engine has ended in a step of it: it gets steps of its own at first
 
 
 class Cancel(msgspec.Struct, tag=True):
@@ -283,6 +285,29 @@ class Failed(msgspec.Struct, tag=True):
     sequence: str
     code: str
     message: str
+    failure: Failure | None = None
+
+
+class StepSequences(msgspec.Struct, tag=True):
+    """The sequences of the steps from now on; sent before a step whenever they change."""
+
+    sequences: list[str]
+
+
+class Contained(msgspec.Struct, tag=True):
+    """An exception that ended no more than these sequences, or the lane to this node. For the log."""
+
+    event: str
+    traceback: str
+    sequences: list[str]
+    attention_node: str = ""
+
+
+class EngineFailed(msgspec.Struct, tag=True):
+    """The last words of an engine that ends by an exception, and the sequences of the step it ended in."""
+
+    error: str
+    sequences: list[str]
 
 
 class RangeInfo(msgspec.Struct, array_like=True):
@@ -340,6 +365,9 @@ Outbound = (
     | Produced
     | Finished
     | Failed
+    | StepSequences
+    | Contained
+    | EngineFailed
     | RouteChanged
     | Sequences
     | Capacity

@@ -55,6 +55,7 @@ class Passes:
     microbatching: Microbatching | None = None  # where steps can be cut
     map_region: Callable[[bytes], MappedRegion] | None = None
     """From a RegionHandle, where steps can be asked about in such a region. Raises MappingFailed."""
+    containable: bool = False  # after an exception in one step the next may run
 
     def of(self, batch: Batch) -> Pass:
         return next(kind for kind in self.kinds if kind.takes(batch))
@@ -87,7 +88,7 @@ class CpuBackend:
         self, model: Transformer, port: Port, layout: KvLayout, limits: StepLimits, timeout_s: float
     ) -> Iterator[Passes]:
         attention = RangeAttention(port, layout, layout.head_dim**-0.5, timeout_s)
-        yield Passes(attention, (CpuPass(model, attention, self._threads),))
+        yield Passes(attention, (CpuPass(model, attention, self._threads),), containable=True)
 
 
 class CpuPass:

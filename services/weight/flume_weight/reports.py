@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import time
+import traceback
 from collections.abc import Iterable
+from collections.abc import Sequence as Seq
 
 from flume_common.engine_link import EngineLink
+from flume_common.routes import Route
 
 from flume_weight import messages as m
+from flume_weight.failing import described
 from flume_weight.sequence import Sequence
 
 _MODEL_EVERY_S = 1.0
+_TRACEBACK_CHARS = 4000  # its end says most
 
 
 class Reports:
@@ -18,6 +23,8 @@ class Reports:
 
     def __init__(self, link: EngineLink[m.Inbound]) -> None:
         self._link = link
+        self._routes: dict[str, Route] = {}  # as last reported
+        self._step_sequences: Seq[str] = ()
         self._capacity: tuple[int, int, int] | None = None
         self._recomputed = m.Recomputed()
         self._recomputed_told = True
@@ -27,9 +34,34 @@ class Reports:
         self._logit_rows = 0
         self._logit_rows_told = 0
 
-    def route(self, sequence: Sequence) -> None:
-        """Where the sequence's tokens are, from now on."""
-        self._link.send(m.RouteChanged(sequence.name, _ranges(sequence)))
+    def routes(self, live: Iterable[Sequence]) -> None:
+        """Report the routes that differ from the last report: new, changed, and those that are gone.
+
+        A route is a value, so one that is another object is another route. Whatever made it change, or made
+        its sequence lose it, need not say so.
+        """
+        now = {sequence.name: sequence.route for sequence in live if sequence.route is not None}
+        for name in self._routes.keys() - now.keys():
+            self._link.send(m.RouteChanged(name, []))
+        for name, route in now.items():
+            if self._routes.get(name) is not route:
+                self._link.send(m.RouteChanged(name, _ranges(route)))
+        self._routes = now
+
+    def step_sequences(self, names: Seq[str]) -> None:
+        """Report which sequences the next step has, if they are others than those of the last one."""
+        if names != self._step_sequences:
+            self._step_sequences = names
+            self._link.send(m.StepSequences(list(names)))
+
+    def contained(self, event: str, error: Exception, *sequences: str, attention_node: str = "") -> None:
+        """Report an exception that ended no more than what it was about."""
+        trace = "".join(traceback.format_exception(error))[-_TRACEBACK_CHARS:]
+        self._link.send(m.Contained(event, trace, list(sequences), attention_node))
+
+    def failed(self, error: BaseException) -> None:
+        """Report that the engine ends of this."""
+        self._link.send(m.EngineFailed(described(error), list(self._step_sequences)))
 
     def capacity(self, tokens: int, running: int, waiting: int) -> None:
         """KV capacity of all nodes, and how many sequences there are."""
@@ -86,7 +118,7 @@ class Reports:
         self._link.send(m.Sequences(states))
 
 
-def _ranges(sequence: Sequence) -> list[m.RangeInfo]:
-    if sequence.route is None:
+def _ranges(route: Route | None) -> list[m.RangeInfo]:
+    if route is None:
         return []
-    return [m.RangeInfo(item.start, item.end, item.node) for item in sequence.route.ranges]
+    return [m.RangeInfo(item.start, item.end, item.node) for item in route.ranges]

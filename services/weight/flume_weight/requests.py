@@ -38,4 +38,5 @@ def new_sequence(message: m.Submit, config: ModelConfig, now_s: float) -> Sequen
         arrived_s=now_s,
         # Whoever said the newest token had computed all before it.
         computed_tokens=len(prompt) + len(said) - 1 if said else 0,
+        suspect=message.suspect,
     )

@@ -52,23 +52,25 @@ class Roster:
             self.waiting.remove(sequence)
         self._fleet.release(sequence)
 
-    def admit(self, limits: StepLimits) -> Iterator[Sequence]:
+    def admit(self, limits: StepLimits) -> int:
         """Start waiting sequences, in order, while their tokens fit beside the running ones'.
 
-        Those that run and have nowhere to go come before all of them.
+        Those that run and have nowhere to go come before all of them. Returns how many were started.
         """
+        started = 0
         if any(sequence.node not in self._fleet.peers for sequence in self.running):
-            return
+            return 0
         while self.waiting and len(self.running) < limits.max_sequences:
             sequence = self.waiting[0]
             views = [view for view in self._fleet.views(self.running) if not view.draining]
             available = sum(view.available_blocks for view in views)
             if not admits(sequence.pending_tokens, available, len(self.running), self._block_tokens):
-                return
+                break
             if not self._fleet.start(sequence, self.running):
-                return
+                break
             self.run(sequence)
-            yield sequence
+            started += 1
+        return started
 
     def impossible(self) -> list[tuple[Sequence, str]]:
         """Waiting sequences that all attached nodes together could never hold, and what to say of each.

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from flume_weight.sampling import Sampled, Sampler, Shortlist, sample_rows, sample_shortlisted
+from flume_weight.sampling import Outcome, Sampler, Shortlist, sample_rows, sample_shortlisted
 
 
 @dataclass(slots=True)
@@ -28,8 +28,8 @@ class Scores:
         """[R, vocab]."""
         return self.buffer if self.rows is None else self.buffer[self.rows.to(self.buffer.device)]
 
-    def choose(self, samplers: Sequence[Sampler]) -> list[Sampled]:
-        """Each row's token by its sampler, which records it. Once."""
+    def choose(self, samplers: Sequence[Sampler]) -> list[Outcome]:
+        """Choose each row's token by its sampler, which records it; call it once. Rows fail one by one."""
         if self.shortlists is None:
             return sample_rows(samplers, self.logits)
         chosen, self.rows_read = sample_shortlisted(samplers, self.shortlists, self._logits_of)

@@ -53,6 +53,7 @@ class Sequence:
     ran_here: bool = False
     begun: bool = False  # some of its prompt is, or was, in a step
     stalled: bool = False  # it had no place in the last step
+    suspect: bool = False  # runs alone until it has a token
     preempted_at_tokens: int = -1  # its length when it last gave way
 
     @property

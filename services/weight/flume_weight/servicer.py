@@ -9,6 +9,7 @@ from typing import Any, NoReturn
 
 import grpc
 from flume_common.engine_progress import Activity, Progress, activity_message
+from flume_common.failures import FAILURE, Failure
 from flume_common.routes import Route, TokenRange
 from flume_protos.v1 import weight_pb2 as pb
 from flume_protos.v1 import weight_pb2_grpc as rpc
@@ -52,7 +53,7 @@ class WeightServicer(rpc.WeightServicer):
                         if isinstance(last, m.Failed):
                             if batch[:-1]:
                                 yield _encode(batch[:-1])
-                            raise RequestRefused(last.code, last.message)
+                            raise RequestRefused(last.code, last.message, last.failure)
                         yield _encode(batch)
                 finally:
                     if not ended:
@@ -62,7 +63,7 @@ class WeightServicer(rpc.WeightServicer):
         except (InvalidSampling, ValueError) as error:
             await _abort(context, "INVALID_ARGUMENT", str(error))
         except RequestRefused as refused:
-            await _abort(context, refused.code, str(refused))
+            await _abort(context, refused.code, str(refused), refused.failure)
 
     async def Describe(
         self,
@@ -187,6 +188,8 @@ def _logprobs(token: m.Token) -> pb.Logprobs:
     return pb.Logprobs(chosen=pb.TokenLogprob(token_id=token.token_id, logprob=token.logprob or 0.0), top=top)
 
 
-async def _abort(context: grpc.aio.ServicerContext[Any, Any], code: str, message: str) -> NoReturn:
-    await context.abort(grpc.StatusCode[code], message)
+async def _abort(
+    context: grpc.aio.ServicerContext[Any, Any], code: str, message: str, failure: Failure | None = None
+) -> NoReturn:
+    await context.abort(grpc.StatusCode[code], message, ((FAILURE, failure.value),) if failure else ())
     raise AssertionError("abort returned")

@@ -305,6 +305,9 @@ class Supervisor:
                 self.recomputed = message
             case m.StepModel():
                 self._note_model(message)
+            case m.Contained(event=event, traceback=text):
+                log.error(event, sequences=message.sequences, attention_node=message.attention_node or None,
+                          exception=text)  # fmt: skip
             case m.Adopted(sequence=sequence, tokens=tokens):
                 log.info("sequence_adopted", sequence=sequence, adopted_tokens=tokens)
             case m.Recovered():

@@ -19,6 +19,7 @@ from flume_router.errors import (
     ModelNotFound,
     ReaderFailed,
     RouterError,
+    SequenceFailed,
     Unavailable,
     WeightNodeFailed,
 )
@@ -44,13 +45,14 @@ class ErrorReply(msgspec.Struct, frozen=True):
     headers: Mapping[str, str]
 
 
-# The first entry an error is an instance of counts. Headers: the official client retries 503 and 504 by
-# itself unless told not to; after a deadline it would double the load.
+# The first entry an error is an instance of counts. Headers: the official client retries 5xx by
+# itself unless told not to; after a deadline it would double the load, and what failed inside fails again.
 _STATUS_OF: Mapping[type[RouterError], tuple[int, str, Mapping[str, str]]] = {
     BadRequest: (400, INVALID_REQUEST, {}),
     ModelNotFound: (404, INVALID_REQUEST, {}),
     Unavailable: (503, SERVER_ERROR, {}),
     DeadlineExceeded: (504, TIMEOUT, {"x-should-retry": "false"}),
+    SequenceFailed: (500, SERVER_ERROR, {"x-should-retry": "false"}),
     WeightNodeFailed: (500, SERVER_ERROR, {}),
     ReaderFailed: (500, SERVER_ERROR, {"x-should-retry": "false"}),
 }

@@ -9,6 +9,9 @@ The order of operations is the one vLLM documents, on float32 logits:
 4. temperature 0: the largest logit, the lowest token id among equals;
 5. otherwise divide by the temperature, keep by min-p, then top-k, then top-p, and draw from what is left.
 
+Logits with NaN or +inf among them, or with nothing above -inf after 3., raise InvalidLogits: no token is
+drawn from them, and none is recorded.
+
 A draw depends on (seed, number of the token in the answer, token id) only: see `noise.py`. numpy only, on
 the host: a row is tens of thousands of numbers, and torch's threads would be fought over.
 """
@@ -26,6 +29,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from flume_weight.sampling.candidates import candidates, largest
+from flume_weight.sampling.invalid import InvalidLogits, require_finite
 from flume_weight.sampling.noise import all_tokens, gumbels, stream_key
 from flume_weight.sampling.params import SamplingParams
 from flume_weight.sampling.penalties import Penalties
@@ -97,7 +101,12 @@ class Sampler:
         return Ask(max(params.temperature, MIN_TEMPERATURE), key, bool(params.logprobs) or truncates(params))
 
     def sample_from(self, known: Shortlist) -> Sampled | None:
-        """As `sample`, from what the last `ask` asked for; None when that does not tell the token."""
+        """As `sample`, from what the last `ask` asked for; None when that does not tell the token.
+
+        That includes logits that are invalid: read as a whole they tell what is wrong with them.
+        """
+        if not known.valid:
+            return None
         if self.params.temperature == 0:
             token_id = int(known.token_ids[0])
         else:
@@ -111,8 +120,12 @@ class Sampler:
         return Sampled(token_id, *_log_probabilities_of(known, token_id, self.params.logprobs))
 
     def sample(self, logits_row: Tensor | NDArray[np.float32]) -> Sampled:
-        """Chooses and records the next token. logits_row [V] float32 on the host; it is left unchanged."""
+        """Chooses and records the next token. logits_row [V] float32 on the host; it is left unchanged.
+
+        Raises InvalidLogits.
+        """
         logits: NDArray[np.float32] = np.asarray(logits_row)
+        require_finite(float(logits.max()))
         token_id = self._choose(self._adjusted(logits))
         self.accept(token_id)
         if self.params.logprobs is None:
@@ -142,9 +155,12 @@ class Sampler:
 
     def _choose(self, logits: NDArray[np.float32]) -> int:
         params = self.params
+        largest = logits.max()
+        if largest == -np.inf:
+            raise InvalidLogits("no token above -inf but those that min_tokens forbids")
         if params.temperature == 0:
             return int(logits.argmax())
-        scaled = logits - logits.max()
+        scaled = logits - largest
         with np.errstate(over="ignore"):  # to -inf, as a very low temperature should
             scaled /= np.float32(max(params.temperature, MIN_TEMPERATURE))
         ids = self._candidates(scaled)

@@ -58,6 +58,14 @@ class Shortlist:
     best_logit: float
     margin: float  # of the best score over the next
 
+    @property
+    def valid(self) -> bool:
+        """Whether the logits are ones to choose from.
+
+        One NaN or +inf makes the mass NaN, on every device, and it is 0 where all of them are -inf.
+        """
+        return self.mass > 0 and math.isfinite(self.mass)
+
 
 def drawn(params: SamplingParams, key: int, known: Shortlist) -> int | None:
     """The token that a draw from all the logits gives, if what is known proves it. There is a temperature."""

@@ -1,0 +1,37 @@
+"""How a sequence ends that cannot go on: the message for its client, and the word for programs. Pure."""
+
+from __future__ import annotations
+
+from flume_common.failures import Failure
+
+from flume_weight import messages as m
+from flume_weight.sampling import InvalidLogits
+from flume_weight.sequence import Sequence
+
+
+def no_token(sequence: Sequence, error: Exception) -> m.Failed:
+    """No token could be chosen for the sequence."""
+    where = f"token {sequence.completion_tokens + 1} of the answer (position {len(sequence.tokens)})"
+    if isinstance(error, InvalidLogits):
+        message = f"the model produced {error.found} at {where}"
+        return m.Failed(sequence.name, "INTERNAL", message, Failure.MODEL_OUTPUT_INVALID)
+    message = f"choosing {where} failed: {described(error)}"
+    return m.Failed(sequence.name, "INTERNAL", message, Failure.SEQUENCE_FAILED)
+
+
+def step_failed(sequence: Sequence, error: Exception) -> m.Failed:
+    """A step of this sequence alone raised an exception."""
+    message = f"computing position {sequence.position} of {len(sequence.tokens)} failed: {described(error)}"
+    return m.Failed(sequence.name, "INTERNAL", message, Failure.SEQUENCE_FAILED)
+
+
+def message_failed(name: str, what: str, error: Exception) -> m.Failed:
+    """An exception while the engine took in what it was told of this sequence."""
+    return m.Failed(name, "INTERNAL", f"{what} failed: {described(error)}", Failure.SEQUENCE_FAILED)
+
+
+def described(error: BaseException) -> str:
+    """Describe an exception in one line that is not too long for a status."""
+    text = " ".join(str(error).split())
+    name = type(error).__name__
+    return f"{name}: {text[:300]}" if text else name
