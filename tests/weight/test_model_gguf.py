@@ -127,6 +127,11 @@ def test_the_end_tokens_are_those_of_text_and_of_turn(llama, tmp_path):
     assert load_model(write(tmp_path / "m.gguf", llama), torch.float32).config.eos_token_ids == (7, 9)
 
 
+def test_an_end_token_that_is_none_is_none(llama, tmp_path):
+    path = write(tmp_path / "m.gguf", llama, other_fields={"tokenizer.ggml.eom_token_id": 2**32 - 1})
+    assert load_model(path, torch.float32).config.eos_token_ids == (7, 9)
+
+
 def test_progress_counts_the_bytes_of_the_file(llama, tmp_path):
     seen = []
     load_model(
@@ -200,7 +205,11 @@ def refused(path, error, *words):
 @pytest.mark.parametrize(
     "fields, error, words",
     [
-        ({"rope.scaling.type": "yarn"}, UnsupportedFeature, ["llama.rope.scaling.type = 'yarn'", "linear"]),
+        (
+            {"rope.scaling.type": "longrope"},
+            UnsupportedFeature,
+            ["llama.rope.scaling.type = 'longrope'", "yarn"],
+        ),
         ({"expert_count": 8}, UnsupportedFeature, ["llama.expert_count = 8", "dense"]),
         ({"attention.value_length": 8}, UnsupportedFeature, ["llama.attention.value_length = 8", "16"]),
         ({"rope.dimension_count": 8}, UnsupportedFeature, ["llama.rope.dimension_count = 8", "16"]),

@@ -72,7 +72,7 @@ def test_an_untouched_copy_loads(copy_of):
     assert load_model(copy_of(), torch.float32).config.num_layers == 2
 
 
-YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0}
+LONGROPE = {"rope_type": "longrope", "rope_theta": 1e4, "factor": 4.0}
 CONFIG_REFUSALS = [
     ("llama", {"model_type": "gemma3"}, errors.UnknownArchitecture, ["model_type is 'gemma3'", "qwen3"]),
     ("llama", {"model_type": ...}, errors.BadConfig, ["field model_type", "nothing"]),
@@ -82,7 +82,7 @@ CONFIG_REFUSALS = [
         errors.UnknownArchitecture,
         ["'LlamaForSequenceClassification'", "LlamaForCausalLM"],
     ),
-    ("llama", {"rope_parameters": YARN}, errors.UnsupportedFeature, ["rope_parameters.rope_type = 'yarn'"]),
+    ("llama", {"rope_parameters": LONGROPE}, errors.UnsupportedFeature, ["rope_type = 'longrope'"]),
     (
         "llama",
         {"rope_parameters": ..., "rope_scaling": {"type": "dynamic", "factor": 2.0}},
@@ -149,8 +149,20 @@ CONFIG_REFUSALS = [
         ["sliding_window = 4096", "8192"],
     ),
     (
+        "mistral",  # transformers' class does not look at layer_types
+        {"sliding_window": 32, "layer_types": ["full_attention", "full_attention"]},
+        errors.UnsupportedFeature,
+        ["sliding_window = 32"],
+    ),
+    (
+        "llama",
+        {"sliding_window": 32, "layer_types": ["full_attention", "sliding_attention"]},
+        errors.UnsupportedFeature,
+        ["sliding_window = 32"],
+    ),
+    (
         "qwen2",
-        {"sliding_window": 32, "use_sliding_window": True, "layer_types": ...},
+        {"sliding_window": 32, "use_sliding_window": True, "layer_types": ..., "max_window_layers": 1},
         errors.UnsupportedFeature,
         ["sliding_window = 32"],
     ),
@@ -179,6 +191,7 @@ CONFIG_REFUSALS = [
     ("llama", {"tie_word_embeddings": "no"}, errors.BadConfig, ["field tie_word_embeddings", "'no'"]),
     ("llama", {"rope_parameters": 3}, errors.BadConfig, ["field rope_parameters", "an object"]),
     ("llama", {"eos_token_id": [2, "x"]}, errors.BadConfig, ["field eos_token_id", "'x'"]),
+    ("llama", {"eos_token_id": -2}, errors.BadConfig, ["field eos_token_id", "-2"]),
     ("llama", {"eos_token_id": 50}, errors.BadConfig, ["eos_token_id", "below the vocabulary size 50"]),
     ("llama", {"num_key_value_heads": 3}, errors.BadConfig, ["num_key_value_heads", "divisor", "4"]),
     ("qwen2", {"num_key_value_heads": ...}, errors.BadConfig, ["num_key_value_heads", "nothing"]),
@@ -226,6 +239,11 @@ def test_a_config_that_does_not_fit_is_named(family, changes, error, words, copy
         ("mistral", {"sliding_window": 64}),
         ("qwen2", {"sliding_window": 32, "use_sliding_window": False}),
         ("qwen2", {"sliding_window": 32, "use_sliding_window": True}),  # its layer_types are all full
+        (
+            "qwen2",
+            {"sliding_window": 32, "use_sliding_window": True, "layer_types": ..., "max_window_layers": 2},
+        ),
+        ("qwen3", {"sliding_window": 32, "use_sliding_window": True, "layer_types": ...}),  # from the 28th on
         ("llama", {"architectures": ...}),
         ("llama", {"num_key_value_heads": 2, "head_dim": None}),
         ("llama", {"dtype": ..., "torch_dtype": "bfloat16", "rope_parameters": ..., "rope_theta": 10000}),
@@ -258,6 +276,8 @@ def test_both_spellings_of_rope_mean_the_same(copy_of):
         ([5, 6], 7, (5, 6, 7)),
         (None, 9, (9,)),
         (None, None, ()),
+        (-1, None, ()),
+        ([-1, 3], -1, (3,)),
     ],
 )
 def test_end_tokens_come_from_both_configs(config, generation, ids, copy_of):
@@ -274,12 +294,10 @@ def test_a_generation_config_is_optional(copy_of):
     assert read_config(directory).eos_token_ids == (3,)
 
 
-def test_an_old_checkpoints_frequencies_and_a_tied_head_are_passed_over(copy_of):
+def test_an_old_checkpoints_frequencies_are_passed_over(copy_of):
     directory = copy_of()
     inverse = torch.ones(4)
     rewrite(directory, lambda t: t.update({"model.layers.0.self_attn.rotary_emb.inv_freq": inverse}))
-    load_model(directory, torch.float32)
-    edit(directory, {"tie_word_embeddings": True})
     load_model(directory, torch.float32)
 
 

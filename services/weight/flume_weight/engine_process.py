@@ -13,6 +13,7 @@ import torch
 from flume_common.engine_link import EngineLink
 from flume_common.engine_progress import Activity
 from flume_common.lanes import Port
+from flume_common.telemetry import configure_logging
 from flume_common.wire import LaneShape
 from flume_kernels.dtypes import DTYPES
 
@@ -38,6 +39,7 @@ def main(argv: list[str] | None = None) -> int:
     flags.add_argument("--node", required=True)
     add_engine_flags(flags)
     args = flags.parse_args(argv)
+    configure_logging("weight", args.node)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the supervisor decides when we stop
     link: EngineLink[m.Inbound] = EngineLink(args.link_fd, m.Inbound)
     try:

@@ -12,6 +12,7 @@ from flume_weight.cuda.driver import StepDriver
 from flume_weight.cuda.errors import DeviceStuck, StepTimedOut
 from flume_weight.errors import PeerLost
 from flume_weight.model import LocalAttention, Transformer
+from flume_weight.model.config import YarnScaling
 from step_fakes import ON_GPU, HeldPast, random_weights, small_config, step_device
 
 TIMEOUT_S = 20.0
@@ -104,6 +105,7 @@ def test_logits_are_the_models_own_whatever_the_microbatches(watchdog, size):
         {"qk_norm": True},
         {"qkv_bias": True, "tie_word_embeddings": True},
         {"output_bias": True, "mlp_bias": True},
+        {"rope_scaling": YarnScaling(4.0, 24), "rope_attention_factor": 1.14},
     ],
     ids=str,
 )

@@ -16,21 +16,20 @@ from flume_weight.cuda.products import Choice, Normed, Products
 from flume_weight.cuda.shortlist_buffers import ShortlistBuffers
 from flume_weight.model.config import ModelConfig
 from flume_weight.model.linear import Linear
-from flume_weight.model.rope import inverse_frequencies
+from flume_weight.model.rope import cos_and_sin
 
 
 @dataclass(frozen=True, slots=True)
 class Angles:
-    """cos and sin float32 [context, head_dim / 2] of every position."""
+    """cos and sin float32 [context, head_dim / 2] of every position, times RoPE's attention factor."""
 
     cos: Tensor
     sin: Tensor
 
     @classmethod
     def of(cls, config: ModelConfig, device: torch.device) -> Angles:
-        positions = torch.arange(config.context_tokens, dtype=torch.float32)
-        angles = positions[:, None] * inverse_frequencies(config)
-        return cls(angles.cos().to(device), angles.sin().to(device))
+        cos, sin = cos_and_sin(config)
+        return cls(cos.to(device), sin.to(device))
 
 
 class Ops(Protocol):

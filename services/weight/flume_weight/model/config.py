@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from flume_common.layout import KvLayout
@@ -33,7 +34,37 @@ class DivisorScaling:
     divisors: tuple[float, ...]  # head_dim / 2 of them
 
 
-RopeScaling = LinearScaling | Llama3Scaling | DivisorScaling
+@dataclass(frozen=True, slots=True)
+class YarnScaling:
+    """Frequencies that turn seldom in the original context divided by a factor, those that turn often kept.
+
+    Between the two lies a ramp over the pairs of a head: from the pair that turns `beta_fast` times in the
+    original context to the one that turns `beta_slow` times (YaRN, arXiv 2309.00071).
+    """
+
+    factor: float
+    original_context_tokens: int
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    truncate: bool = True  # the ends of the ramp are whole pairs
+
+
+RopeScaling = LinearScaling | Llama3Scaling | DivisorScaling | YarnScaling
+
+
+def yarn_attention_factor(factor: float, mscale: float = 1.0) -> float:
+    """What YaRN multiplies queries and keys by, so that attention over more tokens is as peaked as before."""
+    return 1.0 if factor <= 1 else 0.1 * mscale * math.log(factor) + 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Rope:
+    """How a model turns queries and keys, as read from its file."""
+
+    theta: float
+    scaling: RopeScaling | None
+    attention_factor: float
+    context_tokens: int  # with what the scaling adds
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +88,7 @@ class ModelConfig:
     rms_norm_eps: float
     rope_theta: float
     rope_scaling: RopeScaling | None = None
+    rope_attention_factor: float = 1.0  # cosines and sines are multiplied by it
     tie_word_embeddings: bool = False
     qkv_bias: bool = False
     output_bias: bool = False

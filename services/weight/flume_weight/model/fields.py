@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-import math
+import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from flume_weight.model.errors import BadConfig
+
+LARGEST = 2**31 - 1  # of any size or id; larger ones are damage, and would fill memory
+NO_TOKEN = (-1, 2**32 - 1)  # how files say that there is no such token; the second where ids are unsigned
 
 
 class Fields:
@@ -23,6 +26,9 @@ class Fields:
     def __iter__(self) -> Iterator[str]:
         return iter(self._values)
 
+    def __len__(self) -> int:
+        return len(self._values)
+
     def has(self, name: str) -> bool:
         """Whether it is there and not null; `in` asks only whether it is there."""
         return self._values.get(name) is not None
@@ -37,21 +43,27 @@ class Fields:
         found = self._values.get(name, "nothing")
         return BadConfig(self.path, self.name_of(name), expected, found)
 
-    def integer(self, name: str, default: int | None = None, *, minimum: int = 1) -> int:
+    def integer(
+        self, name: str, default: int | None = None, *, minimum: int = 1, maximum: int = LARGEST
+    ) -> int:
         value = self._values.get(name)
         if value is None and default is not None:
             return default
         if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
             raise self.bad(name, f"an integer of at least {minimum}")
+        if value > maximum:
+            raise self.bad(name, f"an integer of at most {maximum}")
         return value
 
     def number(self, name: str, default: float | None = None) -> float:
         value = self._values.get(name)
         if value is None and default is not None:
             return default
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            raise self.bad(name, "a positive number")
-        if not (math.isfinite(value) and value > 0):
+        if (
+            isinstance(value, bool)
+            or not isinstance(value, int | float)
+            or not 0 < value <= sys.float_info.max
+        ):
             raise self.bad(name, "a positive number")
         return float(value)
 
@@ -72,9 +84,10 @@ class Fields:
         return value
 
     def token_ids(self, name: str) -> tuple[int, ...]:
-        """One id, a list of ids, or nothing."""
+        """One id, a list of ids, or nothing; -1 is none."""
         value = self._values.get(name)
         ids = [] if value is None else value if isinstance(value, list) else [value]
+        ids = [i for i in ids if i not in NO_TOKEN or isinstance(i, bool)]
         if any(isinstance(i, bool) or not isinstance(i, int) or i < 0 for i in ids):
             raise self.bad(name, "a token id or a list of them")
         return tuple(ids)

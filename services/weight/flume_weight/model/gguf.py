@@ -17,11 +17,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from flume_weight.model.config import DivisorScaling, LinearScaling, ModelConfig, RopeScaling
+from flume_weight.model.config import DivisorScaling, ModelConfig
 from flume_weight.model.errors import BadConfig, UnknownArchitecture, UnsupportedDtype, UnsupportedFeature
+from flume_weight.model.field_lists import Only
 from flume_weight.model.fields import Fields
 from flume_weight.model.gguf_file import GgufFile, GgufTensor, open_gguf
-from flume_weight.model.huggingface import require_consistent
+from flume_weight.model.gguf_keys import ARCHITECTURE_KEYS, OTHER_KEYS
+from flume_weight.model.gguf_rope import read_rope
+from flume_weight.model.huggingface import MAX_CONTEXT, MAX_LAYERS, require_consistent, warn_of_unknown
 from flume_weight.model.source import Stored
 
 ARCHITECTURES = ("llama", "qwen2", "qwen3")  # Mistral calls itself llama here
@@ -47,7 +50,6 @@ LAYER_NAMES = {
     "ffn_down": "mlp.down_proj",
 }
 LAYER_NAME = re.compile(r"blk\.(\d+)\.(\w+)\.(weight|bias)")
-SCALES = ("attention.scale", "embedding_scale", "residual_scale", "logit_scale")
 END_TOKENS = ("eos", "eot", "eom")  # end of text, of a turn, of a message to a tool
 
 
@@ -57,7 +59,7 @@ class GgufSource:
     def __init__(self, path: Path) -> None:
         self._file = open_gguf(path)
         self.path = self._file.path
-        self.config = _config(self._file)
+        self.config = config_of(self._file)
         self._by_name = {
             _checkpoint_name(name): tensor
             for name, tensor in self._file.tensors.items()
@@ -113,7 +115,8 @@ def _dequantise(tensor: GgufTensor, first: int, last: int) -> Tensor:
     return torch.from_numpy(np.require(values, requirements="W"))
 
 
-def _config(file: GgufFile) -> ModelConfig:
+def config_of(file: GgufFile) -> ModelConfig:
+    """Raises a ModelError that names the key. Keys that cannot be judged are named in the log."""
     general = Fields(file.path, file.fields)
     architecture = general.text("general.architecture")
     if architecture not in ARCHITECTURES:
@@ -123,23 +126,27 @@ def _config(file: GgufFile) -> ModelConfig:
     fields = Fields(file.path, own, prefix)
     heads, hidden = fields.integer("attention.head_count"), fields.integer("embedding_length")
     head_dim = fields.integer("attention.key_length", max(1, hidden // heads))
-    context = fields.integer("context_length")
-    _refuse_what_is_not_computed(fields, head_dim, context)
+    unknown = ARCHITECTURE_KEYS.check(fields) + OTHER_KEYS.check(
+        general, [name for name in general if not name.startswith(prefix)]
+    )
+    rope = read_rope(fields, fields.integer("context_length", maximum=MAX_CONTEXT))
+    _refuse_what_is_not_computed(fields, head_dim, hidden, rope.context_tokens)
     names = file.tensors.keys()
     config = ModelConfig(
         architecture=architecture,
         vocab_size=_vocabulary(file, fields),
-        context_tokens=context,
+        context_tokens=rope.context_tokens,
         eos_token_ids=_eos(general),
         hidden_size=hidden,
         intermediate_size=fields.integer("feed_forward_length"),
-        num_layers=fields.integer("block_count"),
+        num_layers=fields.integer("block_count", maximum=MAX_LAYERS),
         num_query_heads=heads,
         num_kv_heads=fields.integer("attention.head_count_kv", heads),
         head_dim=head_dim,
         rms_norm_eps=fields.number("attention.layer_norm_rms_epsilon"),
-        rope_theta=fields.number("rope.freq_base", 10000.0),
-        rope_scaling=_scaling(fields),
+        rope_theta=rope.theta,
+        rope_scaling=rope.scaling,
+        rope_attention_factor=rope.attention_factor,
         tie_word_embeddings="output.weight" not in names,
         qkv_bias=architecture == "qwen2" or "blk.0.attn_q.bias" in names,
         output_bias="blk.0.attn_output.bias" in names,
@@ -149,23 +156,25 @@ def _config(file: GgufFile) -> ModelConfig:
     require_consistent(
         fields, config, "attention.head_count", "attention.head_count_kv", "attention.key_length"
     )
+    warn_of_unknown(general, unknown)
     return _with_divisors(file, config)
 
 
-def _refuse_what_is_not_computed(fields: Fields, head_dim: int, context: int) -> None:
+def _refuse_what_is_not_computed(fields: Fields, head_dim: int, hidden: int, context: int) -> None:
     path = fields.path
-    if fields.has("expert_count") and fields.raw("expert_count") != 0:
+    for name, size in {
+        "attention.value_length": head_dim,
+        "rope.dimension_count": head_dim,
+        "embedding_length_out": hidden,
+    }.items():
+        if fields.integer(name, size) != size:
+            supported = f"the {'hidden' if size == hidden else 'head'} size {size}"
+            raise UnsupportedFeature(path, fields.name_of(name), fields.raw(name), supported)
+    usual = Only((0, head_dim**-0.5), f"{head_dim**-0.5:g}, as heads have {head_dim} elements")
+    if fields.has("attention.scale") and not usual.allows(fields.raw("attention.scale")):
         raise UnsupportedFeature(
-            path, fields.name_of("expert_count"), fields.raw("expert_count"), "dense models"
+            path, fields.name_of("attention.scale"), fields.raw("attention.scale"), usual.supported
         )
-    for name in ("attention.value_length", "rope.dimension_count"):
-        if fields.integer(name, head_dim) != head_dim:
-            raise UnsupportedFeature(
-                path, fields.name_of(name), fields.raw(name), f"the head size {head_dim}"
-            )
-    for name in SCALES:
-        if fields.has(name):
-            raise UnsupportedFeature(path, fields.name_of(name), fields.raw(name), "models without it")
     window = fields.integer("attention.sliding_window", 0, minimum=0)
     if 0 < window < context:
         supported = f"full attention (a window of at least context_length {context})"
@@ -177,16 +186,6 @@ def _vocabulary(file: GgufFile, fields: Fields) -> int:
     embedding = file.tensors.get("token_embd.weight")
     fallback = tokens or (embedding.shape[0] if embedding else None)
     return fields.integer("vocab_size", fallback)
-
-
-def _scaling(fields: Fields) -> RopeScaling | None:
-    kind = fields.text("rope.scaling.type", "none")
-    match kind:
-        case "none":
-            return None
-        case "linear":
-            return LinearScaling(fields.number("rope.scaling.factor"))
-    raise UnsupportedFeature(fields.path, fields.name_of("rope.scaling.type"), kind, "none, linear")
 
 
 def _with_divisors(file: GgufFile, config: ModelConfig) -> ModelConfig:

@@ -107,7 +107,7 @@ class _Part:
     def _check_place(self, number: int, count: int) -> None:
         fields = self.header.fields
         named = "is the whole model" if count == 1 else f"is part {number} of {count}"
-        if fields.get("split.count", 1) != count:
+        if (fields.get("split.count") or 1) != count:  # 0: parts that were merged again
             raise self._damaged(
                 f"split.count is {fields.get('split.count', 'absent')}, but by its name this {named}: "
                 "parts are found by their names, which are to be like NAME-00001-of-00003.gguf"

@@ -1,23 +1,20 @@
 """`config.json` and `generation_config.json` of a Hugging Face directory -> ModelConfig.
 
-Reads both spellings: `rope_theta` + `rope_scaling` + `torch_dtype` (transformers 4) and
-`rope_parameters` + `dtype` (transformers 5). Whatever the forward pass does not compute is refused
-by name here, before a weight is read.
+Whatever the forward pass does not compute is refused by name here, before a weight is read: each field is
+in one of the lists of `config_fields`.
 """
 
 from __future__ import annotations
 
 import json
 import math
+from collections.abc import Sequence
 from pathlib import Path
 
-from flume_weight.model.config import (
-    ARCHITECTURES,
-    LinearScaling,
-    Llama3Scaling,
-    ModelConfig,
-    RopeScaling,
-)
+import structlog
+
+from flume_weight.model.config import ARCHITECTURES, ModelConfig
+from flume_weight.model.config_fields import CONFIG_FIELDS
 from flume_weight.model.errors import (
     BadConfig,
     DamagedFile,
@@ -26,37 +23,43 @@ from flume_weight.model.errors import (
     UnsupportedFeature,
 )
 from flume_weight.model.fields import Fields
+from flume_weight.model.huggingface_rope import read_rope
 
 CLASSES = tuple(f"{name}ForCausalLM" for name in ("Llama", "Mistral", "Qwen2", "Qwen3"))
-ROPE_TYPES = "default, linear, llama3"
 DEFAULT_WINDOW = 4096  # of transformers' Mistral and Qwen configs
+FIRST_WINDOW_LAYER = 28  # what max_window_layers defaults to in transformers' Qwen configs
+MAX_CONTEXT = 1 << 24  # tokens; cosines and sines of every position are kept
+MAX_LAYERS = 10_000
+log = structlog.get_logger()
 
 
 def read_config(directory: Path) -> ModelConfig:
-    """Raises a ModelError that names the field."""
+    """Raises a ModelError that names the field. Fields that cannot be judged are named in the log."""
     fields = read_json(directory / "config.json", "a Hugging Face model directory has one")
     architecture = _architecture(fields)
+    unknown = CONFIG_FIELDS[architecture].check(fields)
     _refuse_what_is_not_computed(fields)
     heads = fields.integer("num_attention_heads")
     hidden = fields.integer("hidden_size")
-    context = fields.integer("max_position_embeddings")
-    _refuse_sliding_window(fields, architecture, context)
-    theta, scaling = _rope(fields, context)
+    layers = fields.integer("num_hidden_layers", maximum=MAX_LAYERS)
+    rope, unknown_rope = read_rope(fields, fields.integer("max_position_embeddings", maximum=MAX_CONTEXT))
+    _refuse_sliding_window(fields, architecture, layers, rope.context_tokens)
     bias = fields.flag("attention_bias", False) if architecture in ("llama", "qwen3") else False
     config = ModelConfig(
         architecture=architecture,
         vocab_size=fields.integer("vocab_size"),
-        context_tokens=context,
+        context_tokens=rope.context_tokens,
         eos_token_ids=_eos(fields, directory),
         hidden_size=hidden,
         intermediate_size=fields.integer("intermediate_size"),
-        num_layers=fields.integer("num_hidden_layers"),
+        num_layers=layers,
         num_query_heads=heads,
         num_kv_heads=_kv_heads(fields, architecture, heads),
         head_dim=fields.integer("head_dim", _head_dim(architecture, hidden, heads)),
         rms_norm_eps=fields.number("rms_norm_eps", 1e-6),
-        rope_theta=theta,
-        rope_scaling=scaling,
+        rope_theta=rope.theta,
+        rope_scaling=rope.scaling,
+        rope_attention_factor=rope.attention_factor,
         tie_word_embeddings=fields.flag("tie_word_embeddings", False),
         qkv_bias=bias or architecture == "qwen2",
         output_bias=bias,
@@ -64,6 +67,8 @@ def read_config(directory: Path) -> ModelConfig:
         qk_norm=architecture == "qwen3",
     )
     require_consistent(fields, config, "num_attention_heads", "num_key_value_heads", "head_dim")
+    _require_usual_scale(fields, config.head_dim)
+    warn_of_unknown(fields, unknown + unknown_rope)
     return config
 
 
@@ -95,6 +100,22 @@ def require_consistent(fields: Fields, config: ModelConfig, heads: str, kv_heads
             raise BadConfig(fields.path, "eos_token_id", expected, token)
 
 
+def warn_of_unknown(fields: Fields, names: Sequence[str]) -> None:
+    """Name in the log the fields that are in no list: they may change the model's arithmetic, or nothing."""
+    if names:
+        log.warning("model_fields_unknown", file=str(fields.path), fields=list(names))
+
+
+def _require_usual_scale(fields: Fields, head_dim: int) -> None:
+    """Raises UnsupportedFeature where attention would be scaled by something else than head_dim^-0.5."""
+    usual = {"attention_multiplier": head_dim**-0.5, "query_pre_attn_scalar": float(head_dim)}
+    for name, value in usual.items():
+        if not math.isclose(fields.number(name, value), value, rel_tol=1e-4):
+            raise UnsupportedFeature(
+                fields.path, name, fields.raw(name), f"{value:g}, as head_dim is {head_dim}"
+            )
+
+
 def _architecture(fields: Fields) -> str:
     found = fields.text("model_type")
     if found not in ARCHITECTURES:
@@ -122,25 +143,27 @@ def _refuse_what_is_not_computed(fields: Fields) -> None:
     activation = fields.text("hidden_act", "silu")
     if activation not in ("silu", "swish"):
         raise UnsupportedFeature(fields.path, "hidden_act", activation, "silu")
-    rotary = fields.number("partial_rotary_factor", 1.0)
-    if rotary != 1.0:
-        raise UnsupportedFeature(fields.path, "partial_rotary_factor", rotary, "1.0")
 
 
-def _refuse_sliding_window(fields: Fields, architecture: str, context: int) -> None:
+def _refuse_sliding_window(fields: Fields, architecture: str, layers: int, context: int) -> None:
     """Windows need masks at range edges. A window that no position can leave is no window."""
     kinds = _list(fields, "layer_types")
     for kind in kinds:
         if kind not in ("full_attention", "sliding_attention"):
             raise UnsupportedFeature(fields.path, "layer_types", kind, "full_attention")
-    active = {
-        "llama": False,
-        "mistral": True,
-        "qwen2": fields.flag("use_sliding_window", False),
-        "qwen3": fields.flag("use_sliding_window", False),
-    }[architecture] and (not kinds or "sliding_attention" in kinds)
+    match architecture:
+        case "llama":
+            windowed = "sliding_attention" in kinds
+        case "mistral":
+            windowed = True  # this class has a window in every layer, whatever layer_types says
+        case _:
+            windowed = fields.flag("use_sliding_window", False) and (
+                "sliding_attention" in kinds
+                if kinds
+                else fields.integer("max_window_layers", FIRST_WINDOW_LAYER, minimum=0) < layers
+            )
     window = _window(fields)
-    if active and window < context:
+    if windowed and window < context:
         supported = f"full attention (a window of at least max_position_embeddings {context})"
         raise UnsupportedFeature(fields.path, "sliding_window", window, supported)
 
@@ -150,46 +173,6 @@ def _window(fields: Fields) -> float:
     if "sliding_window" in fields and not fields.has("sliding_window"):
         return math.inf
     return fields.integer("sliding_window", DEFAULT_WINDOW)
-
-
-def _rope(fields: Fields, context: int) -> tuple[float, RopeScaling | None]:
-    theta = fields.number("rope_theta", 10000.0)
-    parameters = fields.sub("rope_scaling") or fields.sub("rope_parameters")
-    if parameters is None:
-        return theta, None
-    for name in parameters:
-        if isinstance(parameters.raw(name), dict):
-            raise UnsupportedFeature(
-                fields.path, parameters.name_of(name), parameters.raw(name), "one RoPE for all layers"
-            )
-    return parameters.number("rope_theta", theta), _scaling(parameters, context)
-
-
-def _scaling(fields: Fields, context: int) -> RopeScaling | None:
-    kind = fields.text("rope_type", fields.text("type", "default"))
-    rotary = fields.number("partial_rotary_factor", 1.0)
-    if rotary != 1.0:
-        raise UnsupportedFeature(fields.path, fields.name_of("partial_rotary_factor"), rotary, "1.0")
-    match kind:
-        case "default":
-            return None
-        case "linear":
-            return LinearScaling(fields.number("factor"))
-        case "llama3":
-            return _llama3(fields, context)
-    raise UnsupportedFeature(fields.path, fields.name_of("rope_type"), kind, ROPE_TYPES)
-
-
-def _llama3(fields: Fields, context: int) -> Llama3Scaling:
-    scaling = Llama3Scaling(
-        factor=fields.number("factor"),
-        low_freq_factor=fields.number("low_freq_factor"),
-        high_freq_factor=fields.number("high_freq_factor"),
-        original_context_tokens=fields.integer("original_max_position_embeddings", context),
-    )
-    if scaling.high_freq_factor <= scaling.low_freq_factor:
-        raise fields.bad("high_freq_factor", f"more than low_freq_factor {scaling.low_freq_factor}")
-    return scaling
 
 
 def _kv_heads(fields: Fields, architecture: str, heads: int) -> int:

@@ -2,6 +2,8 @@
 
 The pairing is the "half" one of Hugging Face checkpoints: element i turns with element i + d/2.
     q' = q · cos(pθ) + rotate_half(q) · sin(pθ),   θ_i = base^(−2i/d)
+
+YaRN also scales attention: cosines and sines carry the factor, so that queries and keys both have it.
 """
 
 from __future__ import annotations
@@ -11,7 +13,13 @@ import math
 import torch
 from torch import Tensor
 
-from flume_weight.model.config import DivisorScaling, LinearScaling, Llama3Scaling, ModelConfig
+from flume_weight.model.config import (
+    DivisorScaling,
+    LinearScaling,
+    Llama3Scaling,
+    ModelConfig,
+    YarnScaling,
+)
 
 
 class RopeTable:
@@ -21,10 +29,8 @@ class RopeTable:
     """
 
     def __init__(self, config: ModelConfig, dtype: torch.dtype, device: torch.device | str = "cpu") -> None:
-        positions = torch.arange(config.context_tokens, dtype=torch.float32)
-        angles = positions[:, None] * inverse_frequencies(config)
-        self._cos = angles.cos().to(device, dtype)
-        self._sin = angles.sin().to(device, dtype)
+        cos, sin = cos_and_sin(config)
+        self._cos, self._sin = cos.to(device, dtype), sin.to(device, dtype)
         self._half = config.head_dim // 2
 
     def at(self, positions: Tensor) -> tuple[Tensor, Tensor]:
@@ -43,6 +49,13 @@ class RopeTable:
         return (x * cos).add_(x.roll(self._half, -1).mul_(signed_sin))
 
 
+def cos_and_sin(config: ModelConfig) -> tuple[Tensor, Tensor]:
+    """Float32 [context, head_dim / 2] each, times the config's attention factor."""
+    positions = torch.arange(config.context_tokens, dtype=torch.float32)
+    angles = positions[:, None] * inverse_frequencies(config)
+    return angles.cos() * config.rope_attention_factor, angles.sin() * config.rope_attention_factor
+
+
 def inverse_frequencies(config: ModelConfig) -> Tensor:
     """Float32 [head_dim / 2], after the config's scaling."""
     exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float32) / config.head_dim
@@ -52,10 +65,38 @@ def inverse_frequencies(config: ModelConfig) -> Tensor:
             return frequencies / factor
         case Llama3Scaling() as scaling:
             return _llama3(frequencies, scaling)
+        case YarnScaling() as scaling:
+            return _yarn(frequencies, scaling, config)
         case DivisorScaling(divisors):
             return frequencies / torch.tensor(divisors, dtype=torch.float32)
         case None:
             return frequencies
+
+
+def _yarn(frequencies: Tensor, scaling: YarnScaling, config: ModelConfig) -> Tensor:
+    """The YaRN rule: a ramp over pairs, from kept frequencies to divided ones."""
+    low, high = yarn_ramp(scaling, config.rope_theta, config.head_dim)
+    pairs = torch.arange(config.head_dim // 2, dtype=torch.float32)
+    divided = ((pairs - low) / (high - low)).clamp(0, 1)
+    return frequencies / scaling.factor * divided + frequencies * (1 - divided)
+
+
+def yarn_ramp(scaling: YarnScaling, theta: float, head_dim: int) -> tuple[float, float]:
+    """The pairs at which YaRN's ramp begins and ends."""
+
+    def pair(turns: float) -> float:
+        """The pair that turns so often in the original context."""
+        return (
+            head_dim
+            * math.log(scaling.original_context_tokens / (turns * 2 * math.pi))
+            / (2 * math.log(theta))
+        )
+
+    low, high = pair(scaling.beta_fast), pair(scaling.beta_slow)
+    if scaling.truncate:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, head_dim - 1)
+    return low, high + 0.001 if low == high else high  # a ramp without length is a step
 
 
 def _llama3(frequencies: Tensor, scaling: Llama3Scaling) -> Tensor:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from flume_weight.model.errors import MissingTensor, TensorShape, UnexpectedTensor
 
+FREQUENCIES = ".rotary_emb.inv_freq"  # old checkpoints carry them without need
 Progress = Callable[[int, int], None]  # bytes read so far, bytes to read
 
 
@@ -41,13 +42,8 @@ def check(source: TensorSource, slots: Mapping[str, Tensor], architecture: str) 
         if stored.shape != tuple(place.shape):
             raise TensorShape(stored.path, stored.name, place.shape, stored.shape)
     for name, stored in source.tensors.items():
-        if name not in slots and not _passed_over(name):
+        if name not in slots and not name.endswith(FREQUENCIES):
             raise UnexpectedTensor(stored.path, stored.name, stored.shape, architecture)
-
-
-def _passed_over(name: str) -> bool:
-    """What checkpoints carry without need: RoPE's frequencies, and a head where it is the embedding."""
-    return name.endswith(".rotary_emb.inv_freq") or name == "lm_head.weight"
 
 
 def fill(source: TensorSource, slots: Mapping[str, Tensor], progress: Progress | None) -> None:
