@@ -8,9 +8,10 @@ import pytest
 import pytest_asyncio
 from flume_attention import messages as m
 from flume_attention import supervisor as module
-from flume_attention.errors import AttachRefused, EngineGone
+from flume_attention.errors import AttachRefused, EngineBusy, EngineGone
 from flume_attention.supervisor import Supervisor
 from flume_common.engine_link import LinkClosed
+from flume_common.engine_progress import Activity, ProgressPage
 from flume_common.layout import KvLayout
 from flume_common.membership import State
 from flume_common.tasks import background
@@ -23,8 +24,13 @@ class FakeEngine:
         self.returncode = -9
         self.sent = []
         self.silence_s = None
+        self.page = ProgressPage()
         self.outbox = asyncio.Queue()
         self.outbox.put_nowait(m.Started(main_at_s=time.monotonic(), phases_ms={"port": 1.0}))
+
+    @property
+    def progress(self):
+        return self.page.read()
 
     def send(self, message):
         self.sent.append(message)
@@ -171,6 +177,24 @@ async def test_while_kernels_are_compiled_an_engine_may_be_silent_and_one_lane_i
     answer = attached(engine.sent[1].request)
     engine.outbox.put_nowait(answer)
     assert await again == answer
+
+
+@pytest.mark.parametrize("works", [True, False])
+async def test_an_engine_that_is_busy_is_told_from_one_that_stands_still(
+    engines, supervisor, monkeypatch, works
+):
+    monkeypatch.setattr(module, "ATTACH_S", 0.2)
+    engines[0].page.begin(Activity.STEPPING)
+    if not works:
+        await asyncio.sleep(0.3)
+    waiting = attach(supervisor)
+    with pytest.raises(EngineGone) as error:
+        while not waiting.done():
+            if works:
+                engines[0].page.beat()
+            await asyncio.sleep(0.02)
+        await waiting
+    assert isinstance(error.value, EngineBusy) is works
 
 
 async def test_an_engine_that_dies_compiling_leaves_nothing_behind(engines, supervisor):

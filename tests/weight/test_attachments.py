@@ -153,6 +153,27 @@ async def test_an_engine_in_a_long_step_is_not_waited_for_without_end(monkeypatc
         assert node.attached == 1 and ours.up == ["a"]
 
 
+async def test_a_node_in_a_long_step_has_not_failed_and_is_asked_again_at_once(ours):
+    node = Node(pb.AdoptReply(ranges=[pb.HeldRange(start=0, tokens=5)]))
+    busy = [True] * 3
+
+    async def attach(request, context):
+        if busy:
+            busy.pop()
+            await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, "the engine answers long steps")
+        return pb.AttachReply(node="a", epoch=9, worker_address=b"theirs", lane=3, capacity_blocks=10)
+
+    node.Attach = attach
+    async with listed("a", node) as one:
+        asked = asyncio.create_task(ours.kept("s", "w1", Listing(one)))
+        began_s = time.monotonic()
+        while not ours.up:
+            await ours.reconcile([one])
+            await asyncio.sleep(0.01)
+        assert time.monotonic() - began_s < 1.0, "no longer and longer pauses"
+        assert await asked == [m.KeptRange("a", 0, 5)], "it was being attached all the while"
+
+
 async def test_every_node_is_asked_until_it_has_noticed_that_the_other_weight_node_is_gone(ours):
     kept = pb.AdoptReply(ranges=[pb.HeldRange(start=0, tokens=5), pb.HeldRange(start=9, tokens=2)])
     slow = Node(pb.AdoptReply(in_use=True), pb.AdoptReply(in_use=True), kept)

@@ -200,7 +200,7 @@ class LaneStats(_message.Message):
     def __init__(self, weight_node: _Optional[str] = ..., epoch: _Optional[int] = ..., granted_blocks: _Optional[int] = ..., held_blocks: _Optional[int] = ..., sequences: _Optional[int] = ..., ranges: _Optional[int] = ..., steps: _Optional[int] = ..., direct: _Optional[bool] = ...) -> None: ...
 
 class StatsReply(_message.Message):
-    __slots__ = ("node", "state", "capacity_tokens", "used_tokens", "capacity_blocks", "used_blocks", "kv_bytes", "epoch_rejected", "lanes", "safe_to_delete", "orphan_tokens", "pulled_tokens", "pulls_refused", "reads")
+    __slots__ = ("node", "state", "capacity_tokens", "used_tokens", "capacity_blocks", "used_blocks", "kv_bytes", "epoch_rejected", "lanes", "safe_to_delete", "orphan_tokens", "pulled_tokens", "pulls_refused", "reads", "engine")
     NODE_FIELD_NUMBER: _ClassVar[int]
     STATE_FIELD_NUMBER: _ClassVar[int]
     CAPACITY_TOKENS_FIELD_NUMBER: _ClassVar[int]
@@ -215,6 +215,7 @@ class StatsReply(_message.Message):
     PULLED_TOKENS_FIELD_NUMBER: _ClassVar[int]
     PULLS_REFUSED_FIELD_NUMBER: _ClassVar[int]
     READS_FIELD_NUMBER: _ClassVar[int]
+    ENGINE_FIELD_NUMBER: _ClassVar[int]
     node: str
     state: _common_pb2.NodeState
     capacity_tokens: int
@@ -229,7 +230,8 @@ class StatsReply(_message.Message):
     pulled_tokens: int
     pulls_refused: int
     reads: ReadSums
-    def __init__(self, node: _Optional[str] = ..., state: _Optional[_Union[_common_pb2.NodeState, str]] = ..., capacity_tokens: _Optional[int] = ..., used_tokens: _Optional[int] = ..., capacity_blocks: _Optional[int] = ..., used_blocks: _Optional[int] = ..., kv_bytes: _Optional[int] = ..., epoch_rejected: _Optional[int] = ..., lanes: _Optional[_Iterable[_Union[LaneStats, _Mapping]]] = ..., safe_to_delete: _Optional[bool] = ..., orphan_tokens: _Optional[int] = ..., pulled_tokens: _Optional[int] = ..., pulls_refused: _Optional[int] = ..., reads: _Optional[_Union[ReadSums, _Mapping]] = ...) -> None: ...
+    engine: _common_pb2.EngineActivity
+    def __init__(self, node: _Optional[str] = ..., state: _Optional[_Union[_common_pb2.NodeState, str]] = ..., capacity_tokens: _Optional[int] = ..., used_tokens: _Optional[int] = ..., capacity_blocks: _Optional[int] = ..., used_blocks: _Optional[int] = ..., kv_bytes: _Optional[int] = ..., epoch_rejected: _Optional[int] = ..., lanes: _Optional[_Iterable[_Union[LaneStats, _Mapping]]] = ..., safe_to_delete: _Optional[bool] = ..., orphan_tokens: _Optional[int] = ..., pulled_tokens: _Optional[int] = ..., pulls_refused: _Optional[int] = ..., reads: _Optional[_Union[ReadSums, _Mapping]] = ..., engine: _Optional[_Union[_common_pb2.EngineActivity, _Mapping]] = ...) -> None: ...
 
 class ReadSums(_message.Message):
     __slots__ = ("steps", "bytes", "seconds", "bytes_squared", "seconds_squared", "bytes_seconds")

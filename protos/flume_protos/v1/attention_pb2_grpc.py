@@ -131,7 +131,7 @@ class AttentionServicer:
         takes them with a lane message (Op.TAKE) soon; what nobody takes is freed after a grace time. Answers
         when the last byte is in its place; ranges that are gone, or that there is no room for, are left out.
         FAILED_PRECONDITION: this node drains, or holds another layout than the lender; UNAVAILABLE: the
-        lender cannot be reached.
+        lender cannot be reached. It may take long: one of which nothing arrives for 20 s is ended by this node.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -67,6 +67,8 @@ QUIET_CREDIT_S = 0.1
 LINK_INTERVAL_S = 0.002
 # A lane that died while nothing moves on it is noticed at the latest after this.
 IDLE_LOOK_S = 0.5
+# Work for one lane that takes longer is shown to the others.
+LONG_WORK_S = 0.5
 # How long a new lane waits for steps of others to end.
 STEP_END_S = 2.0
 # SmolLM2-135M in float32: 2.9 MB, 1 ms of a step at each end.
@@ -123,9 +125,12 @@ class Engine:
         worked = False
         for session in list(self._sessions.values()):
             try:
+                began_s = time.monotonic()
                 if session.advance():
                     worked = True
                     self._link.progress.beat()
+                    if time.monotonic() - began_s > LONG_WORK_S:
+                        self._show_others(session)
                     if session.changed:
                         session.changed = False
                         self._note_change()
@@ -140,6 +145,16 @@ class Engine:
                 self._pulls.changed = False
                 self._note_change()
         return worked
+
+    def _show_others(self, worked_for: LaneSession) -> None:
+        """Tell weight nodes whose turn comes later that this node works: they would take it for lost."""
+        for session in list(self._sessions.values()):
+            if session is worked_for:
+                continue
+            try:
+                session.send_credit()
+            except LaneDown as error:
+                self._orphan(session, str(error))
 
     def _note_change(self) -> None:
         """Memory or credit moved: give out what can be given, and tell others of the rest in time."""

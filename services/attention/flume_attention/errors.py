@@ -6,6 +6,7 @@
 * ClaimUnverified etcd could not be asked whether it does
 * ConfigRefused   a flag's value cannot be
 * EngineGone      the engine is not up now, or did not answer; it is being restarted
+  + EngineBusy    it works and is in a long step, or compiles kernels: ask again
 * LenderGone      the node that ranges should be pulled from did not answer, or refused
 * DeviceStuck     the device did not end a step although its wait was released: the engine must go
 * ProtocolError   a weight node's messages contradict each other; its lane is closed
@@ -50,6 +51,10 @@ class ConfigRefused(Exception):
 
 class EngineGone(Exception):
     """Answered with UNAVAILABLE: worth a retry."""
+
+
+class EngineBusy(EngineGone):
+    """Answered with RESOURCE_EXHAUSTED: nothing failed, it only takes longer than one waits."""
 
 
 class LenderGone(Exception):

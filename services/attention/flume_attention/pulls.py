@@ -155,9 +155,9 @@ class Pulls:
         self._pulls.append(_Pull(request.request, session))
 
     def end(self, request: int) -> None:
-        """Nobody waits for this pull any more, or it will not come to one that was prepared.
+        """This pull takes too long, or it will not come to one that was prepared.
 
-        What it had finished is kept for a while all the same.
+        What it had finished is answered, and kept for a while.
         """
         if (lane := self._prepared.pop(request, None)) is not None:
             self._port.leave(lane)
@@ -167,8 +167,7 @@ class Pulls:
                     pull.session.abort()
                 except LaneDown:
                     pull.session.close()
-                self._pulls.remove(pull)
-                self.changed = True
+                self._end_pull(pull, "it was ended before all was read")
                 return
 
     def _advance_pull(self, pull: _Pull, steps: int) -> bool:
@@ -177,6 +176,8 @@ class Pulls:
         except (LaneDown, ProtocolError) as error:
             self._end_pull(pull, str(error))
             return True
+        if moved:
+            self._link.progress.move()
         if pull.session.done:
             self._end_pull(pull, "")
         return moved

@@ -10,6 +10,7 @@ from typing import Any
 import grpc
 import msgspec
 import structlog
+from flume_common.engine_progress import Progress, activity_message
 from flume_common.layout import KvLayout, LayoutMismatch
 from flume_common.membership import State
 from flume_common.serving import status_errors
@@ -20,7 +21,14 @@ from flume_protos.v1 import common_pb2
 
 from flume_attention import messages as m
 from flume_attention.claims import Claim, Claims
-from flume_attention.errors import AttachRefused, ClaimRefused, ClaimUnverified, EngineGone, LenderGone
+from flume_attention.errors import (
+    AttachRefused,
+    ClaimRefused,
+    ClaimUnverified,
+    EngineBusy,
+    EngineGone,
+    LenderGone,
+)
 from flume_attention.pulling import PULL_TIMEOUT_S, pull
 from flume_attention.supervisor import Supervisor
 
@@ -31,6 +39,7 @@ STATUS_OF: dict[type[Exception], grpc.StatusCode] = {
     ClaimRefused: grpc.StatusCode.FAILED_PRECONDITION,
     ClaimUnverified: grpc.StatusCode.UNAVAILABLE,
     LayoutMismatch: grpc.StatusCode.FAILED_PRECONDITION,
+    EngineBusy: grpc.StatusCode.RESOURCE_EXHAUSTED,
     EngineGone: grpc.StatusCode.UNAVAILABLE,
     LenderGone: grpc.StatusCode.UNAVAILABLE,
     ValueError: grpc.StatusCode.INVALID_ARGUMENT,
@@ -163,9 +172,12 @@ class AttentionServicer(rpc.AttentionServicer):
     async def Stats(
         self, request: pb.StatsRequest, context: grpc.aio.ServicerContext[pb.StatsRequest, pb.StatsReply]
     ) -> pb.StatsReply:
-        report = await self._supervisor.fresh_report()
+        supervisor = self._supervisor
+        report = await supervisor.fresh_report()
         stale = self.claims.stale if self.claims else 0
-        return stats(self.node, self._kv_bytes, self._supervisor.state, report, stale_claims=stale)
+        return stats(
+            self.node, self._kv_bytes, supervisor.state, report, supervisor.progress, stale_claims=stale
+        )
 
     async def _verified(self, request: _Claiming, context: _Context) -> int:
         """The weight node's epoch, for the engine. Raises ClaimRefused, ClaimUnverified, ValueError."""
@@ -264,9 +276,15 @@ def _hop(attached: m.Attached) -> dict[str, str]:
 
 
 def stats(
-    node: str, kv_bytes: int, state: State, report: m.Report, *, stale_claims: int = 0
+    node: str,
+    kv_bytes: int,
+    state: State,
+    report: m.Report,
+    progress: Progress | None = None,
+    *,
+    stale_claims: int = 0,
 ) -> pb.StatsReply:
-    """The engine's report as the API shows it."""
+    """The engine's report as the API shows it, and what it is doing."""
     lanes = [
         pb.LaneStats(**{name: getattr(lane, name) for name in m.LaneReport.__struct_fields__})
         for lane in report.lanes
@@ -286,6 +304,7 @@ def stats(
         pulled_tokens=report.pulled_tokens,
         pulls_refused=report.pulls_refused,
         reads=pb.ReadSums(**msgspec.structs.asdict(report.reads)),
+        engine=activity_message(progress) if progress is not None else None,
     )
 
 

@@ -16,12 +16,13 @@ from typing import Any, NoReturn, TypeVar
 import structlog
 from flume_common.backoff import Backoff
 from flume_common.engine_link import PREPARE_S, Engine, LinkClosed, run_engine
+from flume_common.engine_progress import Progress
 from flume_common.membership import Registration, State
 from flume_common.serving import Server
 from flume_common.tasks import background
 
 from flume_attention import messages as m
-from flume_attention.errors import AttachRefused, ConfigRefused, EngineGone
+from flume_attention.errors import AttachRefused, ConfigRefused, EngineBusy, EngineGone
 from flume_attention.startup import elapsed_ms
 
 log = structlog.get_logger()
@@ -34,6 +35,7 @@ ENGINE_SILENCE_S = 15.0
 STABLE_S = 10.0
 PUBLISH_INTERVAL_S = 0.5
 ANSWER_S = 10.0
+FRESH_S = 0.3  # whoever asks how a node is gives it half a second
 ATTACH_S = 4.0
 """Less than a weight node waits, so that it hears why there is no lane yet. It asks again."""
 LONG_MS = 1000
@@ -71,6 +73,11 @@ class Supervisor:
     @property
     def engine_pid(self) -> int | None:
         return self._engine.pid if self._engine else None
+
+    @property
+    def progress(self) -> Progress | None:
+        """What the engine is doing, which is never asked for it; None without an engine."""
+        return self._engine.progress if self._engine else None
 
     async def wait_up(self) -> None:
         """Until an engine runs."""
@@ -171,18 +178,20 @@ class Supervisor:
         self._changed.set()
 
     async def attach(self, make: Callable[[int], m.Attach]) -> m.Attached:
-        """As `ask`. Raises EngineGone, too, where it takes longer than a weight node waits: the engine goes
-        on, and whoever asks again finds what was compiled meanwhile.
+        """As `ask`. Raises EngineBusy where it takes longer than a weight node waits though the engine works:
+        it goes on, and whoever asks again finds what was compiled meanwhile.
         """
         try:
             async with asyncio.timeout(ATTACH_S):
                 await self._prepared.wait()
                 return await self.ask(make, m.Attached)
         except TimeoutError as error:
-            if not self._preparing:
-                raise EngineGone(f"the engine did not answer within {ATTACH_S:g} s") from error
-            log.warning("lane_takes_long", reason="kernels for this layout are being compiled")
-            raise EngineGone("kernels for this layout are being compiled, once; ask again") from error
+            if self._preparing:
+                log.warning("lane_takes_long", reason="kernels for this layout are being compiled")
+                raise EngineBusy("kernels for this layout are being compiled, once; ask again") from error
+            if self._engine is not None and self._engine.progress.quiet_s < ATTACH_S:
+                raise EngineBusy("the engine answers long steps; ask again") from error
+            raise EngineGone(f"the engine did not answer within {ATTACH_S:g} s") from error
 
     async def ask(
         self,
@@ -227,7 +236,7 @@ class Supervisor:
     async def fresh_report(self) -> m.Report:
         """How the engine is now, or was when it last said: a long step does not hold this up."""
         try:
-            async with asyncio.timeout(1.0):
+            async with asyncio.timeout(FRESH_S):
                 return await self.ask(lambda number: m.Ask(request=number), m.Report)
         except (EngineGone, TimeoutError):
             return self.report

@@ -45,6 +45,7 @@ class _Word(IntEnum):
     PREFILL_TOKENS = 6  # of the step under way
     SEQUENCES = 7
     AWAITED = 8  # 1 while the step waits for another node
+    MOVED = 9  # pieces of KV read from other nodes
 
 
 class Progress(msgspec.Struct, frozen=True, kw_only=True):
@@ -62,6 +63,8 @@ class Progress(msgspec.Struct, frozen=True, kw_only=True):
     prefill_tokens: int = 0
     sequences: int = 0
     awaited: bool = False
+    moved: int = 0
+    """Pieces of KV read from other nodes since the engine started."""
 
     @property
     def preparing(self) -> bool:
@@ -113,6 +116,12 @@ class ProgressPage:
         words[_Word.AWAITED] = awaited
         words[_Word.BEAT_NS] = time.monotonic_ns()
 
+    def move(self) -> None:
+        """Another piece of KV was read from another node."""
+        words = self._words
+        words[_Word.MOVED] += 1
+        words[_Word.BEAT_NS] = time.monotonic_ns()
+
     def turn(self) -> None:
         """Progress; an engine that looks for messages has started."""
         if self._words[_Word.ACTIVITY] < Activity.IDLE:
@@ -144,6 +153,7 @@ class ProgressPage:
             prefill_tokens=words[_Word.PREFILL_TOKENS],
             sequences=words[_Word.SEQUENCES],
             awaited=bool(words[_Word.AWAITED]),
+            moved=words[_Word.MOVED],
         )
 
 

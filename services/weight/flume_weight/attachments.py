@@ -228,6 +228,10 @@ class Attachments:
             reply = await self._call(member, ours, identity)
         except grpc.aio.AioRpcError as error:
             self._send(m.CloseLane(ours.lane))
+            if error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED:  # it works, and nothing has failed
+                attachment.retry_at_s = time.monotonic() + _RETRY_S[0]
+                log.info("attach_takes_long", attention_node=member.id, reason=error.details())
+                return
             delay_s = _delay(attachment)
             log.warning("attach_failed", attention_node=member.id, code=error.code().name,
                         reason=error.details(), retry_s=delay_s)  # fmt: skip

@@ -11,6 +11,7 @@ import grpc
 import structlog
 from flume_common.engine_link import LinkClosed
 from flume_common.membership import Member, Members, Role
+from flume_common.serving import channel
 from flume_protos.v1 import attention_pb2 as pb
 from flume_protos.v1 import attention_pb2_grpc as rpc
 
@@ -19,7 +20,7 @@ from flume_weight.identity import Identity
 
 log = structlog.get_logger()
 
-_PULL_TIMEOUT_S = 30.0
+_PULL_TIMEOUT_S = 600.0  # the target ends one that stands still
 
 
 async def move_ranges(
@@ -51,8 +52,9 @@ async def _pull(request: m.MoveRanges, source: Member, target: Member, ours: Ide
         ranges=ranges,
     )
     try:
-        async with grpc.aio.insecure_channel(target.address) as channel:
-            stub = rpc.AttentionStub(channel)  # type: ignore[no-untyped-call]
+        # With keepalive: a target that is stopped or cut off is not waited for that long.
+        async with channel(target.address) as opened:
+            stub = rpc.AttentionStub(opened)  # type: ignore[no-untyped-call]
             reply: pb.PullReply = await stub.Pull(call, timeout=_PULL_TIMEOUT_S)
     except grpc.aio.AioRpcError as error:
         log.warning("pull_failed", source=source.id, target=target.id, code=error.code().name,

@@ -20,6 +20,7 @@ from flume_weight.cuda.captured_steps import CapturedStep
 from flume_weight.cuda.errors import DeviceStuck, StepTimedOut
 
 DRAIN_TIMEOUT_S = 5.0
+_ROUNDS_PER_BEAT = 4096  # some milliseconds; the watchdog ends a step that the device does not end
 
 
 class StepExchange(Protocol):
@@ -103,6 +104,7 @@ class StepDriver:
     ) -> None:
         self._watchdog = watchdog
         self.timeout_s = timeout_s  # of one step
+        self.beat: Callable[[], None] = lambda: None  # the host goes on; called now and then
         self._drain_timeout_s = drain_timeout_s
 
     def run(self, step: CapturedStep, exchange: StepExchange) -> StepTimes:
@@ -119,7 +121,7 @@ class StepDriver:
         step.launch()
         try:
             with self._watchdog.guard(self.timeout_s, flags.poison):
-                _serve(microbatches, flags.signals[-1], exchange)
+                _serve(microbatches, flags.signals[-1], exchange, self.beat)
         except Poisoned:
             self._undo(step)
             waiting = [each.waits_for for each in microbatches if each.waits_for is not None]
@@ -143,11 +145,16 @@ class StepDriver:
         step.buffers.flags.rearm()
 
 
-def _serve(microbatches: list[_Microbatch], ended: Signals, exchange: StepExchange) -> None:
-    under_way, over = list(microbatches), False
+def _serve(
+    microbatches: list[_Microbatch], ended: Signals, exchange: StepExchange, beat: Callable[[], None]
+) -> None:
+    under_way, over, rounds = list(microbatches), False, 0
     turns = cycle(microbatches)  # as the device signals, whichever flag is looked at first
     turn = next(turns)
     while under_way or not over:
+        rounds += 1
+        if not rounds % _ROUNDS_PER_BEAT:
+            beat()
         exchange.progress()
         while turn.follow(exchange):
             turn = next(turns)

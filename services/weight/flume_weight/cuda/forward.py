@@ -76,7 +76,7 @@ class CapturedForward:
         self._exchange.may_leave = self._attention.may_leave
         self._exchange.begin(number, batch.exchanges, step.buffers)
         self._attention.begin(number, batch.exchanges, batch.chunks, direct)
-        self._driver.timeout_s = self._attention.timeout_s
+        self._driver.timeout_s, self._driver.beat = self._attention.timeout_s, self._attention.progress.beat
         try:
             self.times = self._driver.run(step, self._exchange)
         except StepTimedOut as error:
