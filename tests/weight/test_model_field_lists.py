@@ -5,6 +5,7 @@ A test that fails here after an upgrade asks a person to read what the new field
 
 import inspect
 import json
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -344,3 +345,47 @@ def test_sizes_beyond_reason_are_refused_by_field(changes, config):
 
 def test_the_namespace_of_another_architecture_means_nothing():
     assert gguf_config(**{"qwen2.attn_logit_softcapping": 30.0}) == gguf_config()
+
+
+JUNK = [
+    "",
+    "x",
+    [],
+    [None],
+    [[1]],
+    {},
+    {"a": {}},
+    True,
+    False,
+    0,
+    -1,
+    0.0,
+    1.5,
+    -0.5,
+    2**70,
+    1e400,
+    "inf",
+    [{}],
+]
+
+
+@pytest.mark.parametrize("family", CLASSES)
+def test_no_value_of_a_used_field_is_anything_but_read_or_refused(family, config):
+    for name in CONFIG_FIELDS[family].used:
+        for value in (*JUNK, float("nan")):
+            with suppress(errors.ModelError):
+                config(family, **{name: value})
+    for kind, lists in ROPE_FIELDS.items():
+        for name in lists.used:
+            for value in JUNK:
+                with suppress(errors.ModelError):
+                    config(family, rope_parameters={"rope_type": kind, "factor": 2.0, name: value})
+
+
+def test_no_value_of_a_used_key_is_anything_but_read_or_refused():
+    names = [f"llama.{name}" for name in ARCHITECTURE_KEYS.used] + list(OTHER_KEYS.used)
+    for name in names:
+        for value in (*JUNK, float("nan")):
+            for more in ({}, {"llama.rope.scaling.type": "yarn", "llama.rope.scaling.factor": 2.0}):
+                with suppress(errors.ModelError):
+                    gguf_config(**more | {name: value})

@@ -246,9 +246,21 @@ def test_a_tensor_too_many_is_named(llama, tmp_path):
     refused(path, UnexpectedTensor, "blk.0.attn_gate.weight", "[4, 4]")
 
 
-def test_divisors_of_the_wrong_length_are_refused(llama, tmp_path):
-    path = write(tmp_path / "m.gguf", llama, tensors={"rope_freqs.weight": np.ones(5, np.float32)})
-    refused(path, BadConfig, "rope_freqs.weight", "8 numbers")
+@pytest.mark.parametrize(
+    "divisors, fields, error, words",
+    [
+        ([1.0] * 5, {}, BadConfig, ["8 numbers", "[5]"]),
+        ([1.0] * 7 + [0.0], {}, BadConfig, ["positive numbers"]),
+        ([1.0] * 7 + [float("nan")], {}, BadConfig, ["positive numbers"]),
+        ([1.0] * 7 + [float("inf")], {}, BadConfig, ["positive numbers"]),
+        ([1.0] * 8, {"rope.scaling.factor": 4.0}, UnsupportedFeature, ["LinearScaling", "no other scaling"]),
+    ],
+    ids=str,
+)
+def test_divisors_that_make_no_sense_are_refused(divisors, fields, error, words, llama, tmp_path):
+    tensors = {"rope_freqs.weight": np.array(divisors, np.float32)}
+    path = write(tmp_path / "m.gguf", llama, tensors=tensors, fields=fields)
+    refused(path, error, "rope_freqs.weight", *words)
 
 
 def test_a_quantisation_that_cannot_be_undone_is_named(llama, tmp_path):

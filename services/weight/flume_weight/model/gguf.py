@@ -193,10 +193,15 @@ def _with_divisors(file: GgufFile, config: ModelConfig) -> ModelConfig:
     tensor = file.tensors.get(ROPE_DIVISORS)
     if tensor is None:
         return config
-    if math.prod(tensor.shape) != config.head_dim // 2 or config.rope_scaling:
-        expected = f"{config.head_dim // 2} numbers and no other scaling"
-        raise BadConfig(file.path, ROPE_DIVISORS, expected, list(tensor.shape))
+    if config.rope_scaling:
+        supported = "no other scaling of RoPE beside it"
+        raise UnsupportedFeature(tensor.path, ROPE_DIVISORS, config.rope_scaling, supported)
+    pairs = config.head_dim // 2
+    if math.prod(tensor.shape) != pairs:
+        raise BadConfig(tensor.path, ROPE_DIVISORS, f"{pairs} numbers", list(tensor.shape))
     divisors = _dequantise(tensor, 0, 1).flatten().tolist()
+    if not all(0 < divisor < math.inf for divisor in divisors):
+        raise BadConfig(tensor.path, ROPE_DIVISORS, "positive numbers", divisors)
     return replace(config, rope_scaling=DivisorScaling(tuple(divisors)))
 
 
