@@ -6,7 +6,6 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -15,81 +14,7 @@ from flume_controller import processes
 from flume_controller.cluster_files import ClusterFiles
 from flume_controller.foreground import decode, encode
 from flume_controller.local_cluster import ClusterConfig
-from flume_controller.supervise import kill_all
-
-HERE = Path(__file__).parent
-
-
-class Local:
-    """A cluster in a directory and on ports of its own."""
-
-    def __init__(self, folder):
-        self.data_dir = folder / "data"
-        self.state = folder / "state"
-        self.state.mkdir()
-        self.modules = folder / "modules"
-        self._fake("flume_weight", "import fake_node; fake_node.run('weight')")
-        self._fake("flume_router", "import fake_node; fake_node.run('router')")
-        self._fake(
-            "flume_attention",
-            f"import runpy; runpy.run_path({str(HERE / 'fake_attention_node.py')!r}, run_name='__main__')",
-        )
-        self.ports = {flag: free_port() for flag in ("--http-port", "--admin-port", "--etcd-port")}
-        self.files = ClusterFiles(self.data_dir, "default")
-
-    def _fake(self, package, code):
-        (self.modules / package).mkdir(parents=True)
-        (self.modules / package / "__init__.py").touch()
-        (self.modules / package / "__main__.py").write_text(code)
-
-    def start(self, *words, **ports):
-        """flumectl, not waited for."""
-        flags = ["--data-dir", str(self.data_dir)] if words[0] in ("up", "down") else []
-        if words[0] == "up":
-            flags += [part for flag, port in {**self.ports, **ports}.items() for part in (flag, str(port))]
-        path = os.pathsep.join([str(self.modules), str(HERE), os.environ.get("PYTHONPATH", "")])
-        env = {
-            **os.environ, "PYTHONPATH": path, "FAKE_STATE": str(self.state),
-            "FLUME_DATA_DIR": str(self.data_dir), "PYTHONUNBUFFERED": "1",
-        }  # fmt: skip
-        return subprocess.Popen(
-            [sys.executable, "-m", "flume_controller.flumectl", *words, *flags],
-            env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        )  # fmt: skip
-
-    def flumectl(self, *words, **ports):
-        child = self.start(*words, **ports)
-        out, err = child.communicate(timeout=60)
-        return subprocess.CompletedProcess(words, child.returncode, out, err)
-
-    def up(self, *words):
-        done = self.flumectl("up", "--detach", *words)
-        assert done.returncode == 0, done.stdout + done.stderr
-
-    def nodes(self):
-        rows = json.loads(self.flumectl("get", "nodes", "-o", "json").stdout)
-        return {row["id"]: row for row in rows}
-
-    def running(self):
-        """Processes that mention our directory or hold our ports."""
-        found = []
-        for path in Path("/proc").glob("[0-9]*/cmdline"):
-            try:
-                command = path.read_bytes().decode(errors="replace").replace("\0", " ")
-            except (FileNotFoundError, ProcessLookupError):
-                continue
-            ours = str(self.data_dir) in command or any(
-                f":{port} " in command for port in self.ports.values()
-            )
-            if ours and int(path.parent.name) != os.getpid():
-                found.append(command)
-        return found
-
-    def close(self):
-        record = self.files.read()
-        if record and record.running:
-            processes.kill_session(record.supervisor)
-        kill_all(self.files.records)
+from local_rig import Local, until
 
 
 @pytest.fixture
@@ -97,14 +22,6 @@ def local(tmp_path):
     made = Local(tmp_path)
     yield made
     made.close()
-
-
-def until(predicate, timeout_s=20.0):
-    deadline_s = time.monotonic() + timeout_s
-    while not (value := predicate()):
-        assert time.monotonic() < deadline_s, f"not within {timeout_s} s"
-        time.sleep(0.05)
-    return value
 
 
 def test_up_runs_everything_and_down_leaves_nothing(local):
@@ -120,7 +37,7 @@ def test_up_runs_everything_and_down_leaves_nothing(local):
     done = local.flumectl("down")
     assert (done.returncode, done.stdout) == (0, "cluster 'default' stopped\n")
     assert local.running() == []
-    assert local.files.read() is None and not local.files.etcd.exists()
+    assert local.files.read() is None and local.files.etcd.exists(), "what it knows is kept"
     done = local.flumectl("down")
     assert (done.returncode, done.stdout) == (0, "cluster 'default' is not running\n")
 
@@ -265,11 +182,8 @@ def test_a_process_that_dies_is_started_again(local, node):
 
 def test_down_cleans_up_after_an_up_that_was_killed(local):
     local.up()
-    os.kill(local.files.read().supervisor.pid, signal.SIGKILL)
-    until(lambda: not local.files.read().running)
+    local.kill_up()
     assert len(local.files.leftovers()) == 5, "they outlive it"
-    done = local.flumectl("up")
-    assert done.returncode == 1 and "`flumectl down` cleans up" in done.stderr
     done = local.flumectl("down")
     assert (
         done.returncode == 0 and "what had been left behind: router-1, weight-1, controller-1" in done.stdout

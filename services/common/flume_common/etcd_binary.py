@@ -6,6 +6,7 @@ For laptops and tests. Production brings its own etcd (3.5.9 or newer).
 from __future__ import annotations
 
 import asyncio
+import errno
 import importlib.util
 import os
 import shutil
@@ -24,6 +25,7 @@ class EtcdError(Exception):
     * EtcdError
       + EtcdNotFound   no binary on this machine
       + PortInUse      somebody else listens on the port
+      + CannotBind     the address is not this machine's, or the port not for us
       + EtcdFailed     it ended, or did not answer in time; carries the end of its log
     """
 
@@ -39,6 +41,13 @@ class PortInUse(EtcdError):
     def __init__(self, port: int, host: str) -> None:
         super().__init__(f"port {port} on {host} is already in use")
         self.port = port
+        self.host = host
+
+
+class CannotBind(EtcdError):
+    def __init__(self, host: str, reason: str, port: int = 0) -> None:
+        where = f"port {port} on {host!r}" if port else f"{host!r}"
+        super().__init__(f"cannot listen on {where}: {reason}")
         self.host = host
 
 
@@ -70,13 +79,21 @@ def free_port(host: str = "127.0.0.1") -> int:
 
 
 def require_free(port: int, host: str) -> None:
-    """Raises PortInUse."""
-    with socket.socket() as probe:
+    """Raises PortInUse, or CannotBind for an address that is not ours."""
+    try:
+        [(family, kind, _, _, where), *_] = socket.getaddrinfo(
+            host.strip("[]") or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )
+    except OSError as error:
+        raise CannotBind(host, error.strerror or str(error)) from error
+    with socket.socket(family, kind) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
-            probe.bind((host, port))
+            probe.bind(where)
         except OSError as error:
-            raise PortInUse(port, host) from error
+            if error.errno == errno.EADDRINUSE:
+                raise PortInUse(port, host) from error
+            raise CannotBind(host, error.strerror or str(error), port) from error
 
 
 class EmbeddedEtcd:

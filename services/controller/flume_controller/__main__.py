@@ -55,6 +55,10 @@ from flume_controller.serve import run
     help="Desired number of attention nodes where none has been set yet.",
 )  # fmt: skip
 @click.option(
+    "--prefer-ids", default="", metavar="ID[,…]",
+    help="Ids that new attention nodes get before any other.",
+)  # fmt: skip
+@click.option(
     "--data-dir", type=click.Path(path_type=Path, file_okay=False), required=True,
     help="For records of the processes it starts and their logs.",
 )  # fmt: skip
@@ -86,6 +90,7 @@ from flume_controller.serve import run
 def main(
     attention_command: str,
     attention_args: str,
+    prefer_ids: str,
     lease_s: float,
     renew_deadline_s: float,
     retry_s: float,
@@ -104,6 +109,7 @@ def main(
     config = ControllerConfig(
         attention_command=tuple(shlex.split(attention_command)),
         attention_args=tuple(shlex.split(attention_args)),
+        preferred_ids=tuple(filter(None, prefer_ids.split(","))),
         election=election,
         store=store,
         **settings,

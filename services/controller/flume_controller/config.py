@@ -37,6 +37,9 @@ class ControllerConfig(msgspec.Struct, frozen=True, kw_only=True):
     initial_attention: Annotated[int, msgspec.Meta(ge=0)] = 1
     """The desired number where none has been set yet."""
 
+    preferred_ids: tuple[str, ...] = ()
+    """Ids that new attention nodes get before any other: those there were before the cluster was stopped."""
+
     lease_ttl_s: Positive = 10.0
     resync_s: Positive = 5.0
     """A pass runs at least this often, whatever was or was not heard."""

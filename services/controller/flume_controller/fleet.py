@@ -79,6 +79,7 @@ class AttentionFleet:
         tell: Callable[..., None] = lambda *happenings: None,
         patience: Patience | None = None,
         progress_deadline_s: float = 600.0,
+        preferred_ids: Sequence[str] = (),
         clock: Callable[[], float] = time.time,
     ) -> None:
         """`tell` takes what happened, for the events; `leader` is the id that the status names."""
@@ -92,6 +93,7 @@ class AttentionFleet:
         self._tell = tell
         self._patience = patience or Patience()
         self._progress_deadline_s = progress_deadline_s
+        self._preferred_ids = preferred_ids
         self._clock = clock
         self._memory = Memory()
         self._unreadable: dict[str, int] = {}  # member keys, at the revision that was logged
@@ -259,7 +261,7 @@ class AttentionFleet:
         if self._memory.backoff.wait_s(self._clock()) > 0:
             return
         taken |= {instance.id for instance in await self._provider.instances()}
-        for node in free_ids(count, taken):
+        for node in free_ids(count, taken, preferred=self._preferred_ids):
             await _to_the_end(self._provider.start(node))
 
     async def _stop(self, node: str, members: Members) -> None:

@@ -4,31 +4,26 @@ from __future__ import annotations
 
 import asyncio
 import os
+import shlex
 import signal
 import sys
-from pathlib import Path
+from contextlib import suppress
 from typing import Any
 
 import click
-import msgspec
 from flume_common.etcd_binary import EtcdError
 from flume_common.model_source import ModelSourceError
 from flume_common.telemetry import configure_logging
 
-from flume_controller.cluster_files import ClusterRecord
-from flume_controller.local_cluster import ClusterConfig, ClusterError, local_cluster
+from flume_controller.cluster_config import ClusterConfig, UnreadableConfig, decode, encode
+from flume_controller.cluster_files import DATA_DIR_VARIABLE, NAME_VARIABLE, ClusterRecord
+from flume_controller.local_cluster import ClusterError, local_cluster
 from flume_controller.supervise import ChildFailed, kill_all
 
-REFUSALS = (ClusterError, ChildFailed, ModelSourceError, EtcdError)
+__all__ = ["REFUSALS", "decode", "encode", "main", "run"]
+
+REFUSALS = (ClusterError, ChildFailed, ModelSourceError, EtcdError, UnreadableConfig)
 """Everything that keeps a cluster from coming up and that says by itself what to do."""
-
-
-def encode(config: ClusterConfig) -> str:
-    return msgspec.json.encode(config, enc_hook=str).decode()
-
-
-def decode(text: str) -> ClusterConfig:
-    return msgspec.json.decode(text, type=ClusterConfig, dec_hook=lambda _, value: Path(value))
 
 
 async def run(config: ClusterConfig) -> None:
@@ -38,13 +33,13 @@ async def run(config: ClusterConfig) -> None:
     assert running is not None
     stopping = _stop_on_signals(running, config)
     try:
-        async with local_cluster(config, click.echo) as record:
-            click.echo(_hints(record))
+        async with local_cluster(config, _say) as record:
+            _say(_hints(record, config))
             await asyncio.get_running_loop().create_future()
     except asyncio.CancelledError:
         if not stopping.is_set():
             raise
-        click.echo("stopped")
+        _say("stopped")
 
 
 def _stop_on_signals(running: asyncio.Task[Any], config: ClusterConfig) -> asyncio.Event:
@@ -57,30 +52,44 @@ def _stop_on_signals(running: asyncio.Task[Any], config: ClusterConfig) -> async
             config.files.forget()
             os._exit(128 + number)
         stopping.set()
-        click.echo("stopping (once more: at once)", err=True)
         running.cancel()
+        _say("stopping (once more: at once)", err=True)
 
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         asyncio.get_running_loop().add_signal_handler(number, on_signal, number)
     return stopping
 
 
-def _hints(record: ClusterRecord) -> str:
-    name = "" if record.name == "default" else f" --name {record.name}"
+def _say(line: str, *, err: bool = False) -> None:
+    with suppress(OSError):  # a file on a disk that is full, a terminal that is gone
+        click.echo(line, err=err)
+
+
+def _hints(record: ClusterRecord, config: ClusterConfig) -> str:
+    flags = config.files.flags
+    other = f"\n\n{_context(config)}" if flags else ""
     return f"""
 OpenAI API   {record.http_url}/v1
 Admin API    {record.admin_address}
 
   curl {record.http_url}/v1/chat/completions -H 'Content-Type: application/json' \\
     -d '{{"model": "{record.model_name}", "messages": [{{"role": "user", "content": "Hello!"}}]}}'
-  flumectl generate{name} "Why is the sky blue?"
-  flumectl scale attention{name} --replicas 3
-  flumectl get nodes{name}
+  flumectl generate{flags} "Why is the sky blue?"
+  flumectl scale attention{flags} --replicas 3
+  flumectl get nodes{flags}{other}
 
-`flumectl down{name}` stops it, in the foreground Ctrl-C does, too."""
+`flumectl down{flags}` stops it, in the foreground Ctrl-C does, too."""
+
+
+def _context(config: ClusterConfig) -> str:
+    """What saves typing these flags each time."""
+    directory = shlex.quote(str(config.files.data_dir.absolute()))
+    variables = f"{NAME_VARIABLE}={config.name} {DATA_DIR_VARIABLE}={directory}"
+    return f"`export {variables}` makes it the one that flumectl means."
 
 
 def main(argument: str) -> None:
+    os.umask(0o077)
     try:
         asyncio.run(run(decode(argument)))
     except REFUSALS as error:

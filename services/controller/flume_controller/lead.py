@@ -135,6 +135,7 @@ class Leader:
             leader=config.node,
             tell=events.tell,
             progress_deadline_s=config.progress_deadline_s,
+            preferred_ids=config.preferred_ids,
         )
 
     def _autoscaler(self, fenced: Fenced, fleet: AttentionFleet, events: EventWriter) -> Autoscaler:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections import deque
 from pathlib import Path
 from typing import Any
@@ -41,6 +42,8 @@ class LineReader:
     def lines(self) -> list[str]:
         try:
             with self._path.open("rb") as file:
+                if file.seek(0, os.SEEK_END) < self._offset:
+                    self._offset = 0  # it was emptied, as it had become too long
                 file.seek(self._offset)
                 fresh = file.read()
         except FileNotFoundError:

@@ -120,10 +120,13 @@ def _phase(
     return Phase.STARTING if last_seen_s is None else Phase.LOST
 
 
-def free_ids(count: int, taken: Iterable[str], stem: str = "attention-") -> list[str]:
-    """The `count` lowest numbers nobody has, as node ids."""
+def free_ids(
+    count: int, taken: Iterable[str], stem: str = "attention-", preferred: Iterable[str] = ()
+) -> list[str]:
+    """`count` node ids that are not taken: of the `preferred` ones first, then the lowest numbers."""
     used = set(taken)
-    found: list[str] = []
+    found = [name for name in dict.fromkeys(preferred) if name not in used][:count]
+    used.update(found)
     number = 1
     while len(found) < count:
         if (name := f"{stem}{number}") not in used:

@@ -11,6 +11,7 @@ Not here: when to start or restart anything (`providers/local.py`, `supervise.py
 from __future__ import annotations
 
 import asyncio
+import errno
 import os
 import signal
 import subprocess
@@ -18,11 +19,14 @@ import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import BinaryIO
 
 import msgspec
 
 LEAST_WORDS = 3
 """By which a command line that is cut off in front is still known."""
+
+_NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 
 KILL_S = 5.0
 """How long what was killed may take to be gone; longer only in an uninterruptible call."""
@@ -57,11 +61,18 @@ class Intent(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def spawn(
-    argv: Sequence[str], log: Path, *, env: Mapping[str, str] | None = None, pass_fds: Sequence[int] = ()
+    argv: Sequence[str],
+    log: Path,
+    *,
+    env: Mapping[str, str] | None = None,
+    cwd: Path | None = None,
+    pass_fds: Sequence[int] = (),
 ) -> subprocess.Popen[bytes]:
-    """Start a process in a session of its own, output appended to `log`. Raises OSError."""
-    log.parent.mkdir(parents=True, exist_ok=True)
-    with log.open("ab") as output:
+    """Start a process in a session of its own, output appended to `log`. Raises OSError.
+
+    What it writes is for our user alone.
+    """
+    with open_log(log) as output:
         return subprocess.Popen(
             argv,
             stdin=subprocess.DEVNULL,
@@ -69,8 +80,16 @@ def spawn(
             stderr=subprocess.STDOUT,
             start_new_session=True,
             pass_fds=pass_fds,
+            cwd=cwd,
+            umask=0o077,
             env=None if env is None else dict(env),
         )
+
+
+def open_log(path: Path) -> BinaryIO:
+    """To be appended to, by more than one process and while it is emptied. Raises OSError."""
+    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    return os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600), "ab")
 
 
 def record_of(pid: int, *, id: str, role: str, log: Path | str = "") -> ProcessRecord:
@@ -168,12 +187,25 @@ class RecordDir:
         self.path = path
 
     def save(self, record: ProcessRecord) -> None:
-        self.path.mkdir(parents=True, exist_ok=True)
+        """Raises OSError."""
+        self.path.mkdir(parents=True, exist_ok=True, mode=0o700)
+        data = msgspec.json.encode(record)
         # Written beside and renamed: whoever reads it sees all of it or the old one.
         draft = self.path / f".{record.id}.{os.getpid()}"
-        draft.write_bytes(msgspec.json.encode(record))
-        draft.replace(self._file(record.id))
+        try:
+            draft.write_bytes(data)
+            draft.replace(self._file(record.id))
+        except OSError as error:
+            draft.unlink(missing_ok=True)
+            if error.errno not in _NO_SPACE:
+                raise
+            self._overwrite(record.id, data)
         self._begun(record.id).unlink(missing_ok=True)
+
+    def _overwrite(self, id: str, data: bytes) -> None:
+        """On a full disk: into the space that the old record has, which JSON lets us fill up with blanks."""
+        with self._file(id).open("r+b") as file:
+            file.write(data.ljust(os.fstat(file.fileno()).st_size))
 
     def begin(self, intent: Intent) -> None:
         """To be called before the process is started."""

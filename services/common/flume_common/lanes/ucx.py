@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 from typing import Any, Final
 
-from flume_common.lanes.devices import devices_of
+from flume_common.network_cards import devices_of
 
 DEFAULT_TLS: Final = "tcp,sm,self"
 _OVER_CARDS: Final = frozenset(DEFAULT_TLS.split(","))

@@ -9,7 +9,13 @@ from typing import Any
 
 import click
 
-from flume_controller.cluster_files import DEFAULT_DATA_DIR, DEFAULT_NAME, ClusterFiles
+from flume_controller.cluster_files import (
+    DATA_DIR_VARIABLE,
+    DEFAULT_DATA_DIR,
+    DEFAULT_NAME,
+    NAME_VARIABLE,
+    ClusterFiles,
+)
 from flume_controller.flumectl.client import Target
 from flume_controller.flumectl.duration import DURATION
 from flume_controller.flumectl.output import FORMATS
@@ -30,7 +36,8 @@ name_option = click.option(
     "--name",
     default=DEFAULT_NAME,
     show_default=True,
-    envvar="FLUME_CLUSTER",
+    envvar=NAME_VARIABLE,
+    show_envvar=True,
     metavar="CLUSTER",
     callback=_validated_name,
     help="The cluster's name.",
@@ -39,8 +46,9 @@ data_dir_option = click.option(
     "--data-dir",
     type=click.Path(path_type=Path, file_okay=False),
     default=DEFAULT_DATA_DIR,
-    envvar="FLUME_DATA_DIR",
-    help="Where local clusters keep logs and state.  [default: ~/.local/share/kernelflume]",
+    envvar=DATA_DIR_VARIABLE,
+    help="Where local clusters keep logs and state.  "
+    f"[env: {DATA_DIR_VARIABLE}; default: ~/.local/share/kernelflume]",
 )
 server_option = click.option(
     "--server",

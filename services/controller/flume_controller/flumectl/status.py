@@ -31,7 +31,17 @@ def status(target: Target, fmt: str, watch: bool) -> None:
     request = admin_pb2.StatusRequest(watch=watch)
     with admin(target) as stub:
         for reply in stub.Status(request, timeout=None if watch else CALL_DEADLINE_S):
-            click.echo(_render(status_row(reply), fmt, time.time(), stream=watch))
+            row = {**status_row(reply), **_local_row(target)}
+            click.echo(_render(row, fmt, time.time(), stream=watch))
+
+
+def _local_row(target: Target) -> Row:
+    """What only this machine can tell; nothing of a cluster that was named by --server."""
+    if target.server:
+        return {}
+    found = target.local()
+    local = {"supervision": found.supervision.value, "pid": found.pid, "troubles": found.troubles}
+    return {"local": local}
 
 
 def _render(row: Row, fmt: str, now_s: float, *, stream: bool) -> str:
@@ -62,6 +72,7 @@ def to_text(row: Row, now_s: float) -> str:
         *(f"  {line}" for line in _activity(row)),
         f"Routers:       {row['routers']}",
         f"Store:         {'connected' if row['store_connected'] else 'unreachable, last known state shown'}",
+        *_local_lines(row.get("local")),
         "",
     ]
     columns = (
@@ -77,6 +88,13 @@ def to_text(row: Row, now_s: float) -> str:
 def _activity(row: Row) -> list[str]:
     silent = [f"{node}: did not answer in time" for node in row.get("unanswered", ())]
     return [activity_line(item) for item in row.get("activity", ())] + silent
+
+
+def _local_lines(local: Row | None) -> list[str]:
+    if local is None:
+        return []
+    by = f"by `flumectl up` (pid {local['pid']})" if local["pid"] else "by nobody"
+    return [f"Supervised:    {by}", *(f"Trouble:       {trouble}" for trouble in local["troubles"])]
 
 
 def _leaving(row: Row) -> str:

@@ -183,8 +183,12 @@ class LocalProvider:
         task.add_done_callback(self._running.discard)
 
     def _save(self, record: ProcessRecord) -> ProcessRecord:
+        """A disk that is full costs the next controller its knowledge of a node, and us nothing."""
         self._records[record.id] = record
-        self._dir.save(record)
+        try:
+            self._dir.save(record)
+        except OSError as error:
+            log.warning("record_not_written", node=record.id, reason=str(error))
         return record
 
     async def _end(self, record: ProcessRecord) -> None:

@@ -136,7 +136,10 @@ class Standbys:
 
     def _follow(self, record: ProcessRecord, began_s: float = 0.0) -> None:
         self._records[record.id] = record
-        self._dir.save(record)
+        try:
+            self._dir.save(record)
+        except OSError as error:
+            log.warning("record_not_written", node=record.id, reason=str(error))
         self._spawn(self._reap(record, began_s), f"follow {record.id}")
 
     async def _reap(self, record: ProcessRecord, began_s: float) -> None:

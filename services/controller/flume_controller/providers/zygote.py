@@ -64,8 +64,7 @@ class Zygote:
             args=list(argv[len(_ATTENTION) :]),
             env={**os.environ, ENGINE_ZYGOTE: self._engines},
         )
-        logfile.parent.mkdir(parents=True, exist_ok=True)
-        with logfile.open("ab") as output:
+        with processes.open_log(logfile) as output:
             return await fork(self._supervisors, request, (output.fileno(), output.fileno()))
 
     def ensure(self) -> ProcessRecord | None:
@@ -105,7 +104,11 @@ class Zygote:
                 self._child.poll()  # reaped
             self._child = processes.spawn(argv, self._log, pass_fds=fds)
         record = processes.record_of(self._child.pid, id=ID, role=ROLE, log=self._log)
-        self._records.save(record)
+        try:
+            self._records.save(record)
+        except OSError:
+            processes.kill_session(record)  # or nobody would ever end it
+            raise
         log.info("zygote_started", pid=record.pid)
         return record
 

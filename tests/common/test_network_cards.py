@@ -6,7 +6,7 @@ import sys
 
 import psutil
 import pytest
-from flume_common.lanes.devices import ALL, choose, devices_of
+from flume_common.network_cards import ALL, choose, devices_of
 
 CARDS = {
     "lo": ["127.0.0.1", "::1"],
