@@ -126,7 +126,8 @@ async def test_models_are_listed(http, client):
     [model] = [model async for model in client.models.list()]
     assert (model.id, model.object, model.owned_by) == ("smollm2-135m", "model", "kernelflume")
     assert (await client.models.retrieve("smollm2-135m")).id == "smollm2-135m"
-    assert (await http.get("/v1/models")).json()["data"][0]["max_model_len"] == 512
+    for path in ("/v1/models", "/v1/models/"):
+        assert (await http.get(path)).json()["data"][0]["max_model_len"] == 512
 
 
 @pytest.mark.parametrize("path", ["/health", "/healthz", "/livez", "/readyz", "/version"])
@@ -140,8 +141,22 @@ async def test_metrics_are_what_prometheus_reads_and_as_things_are(http, router)
     families = {family.name: family for family in text_string_to_metric_families(answer.text)}
     (build,) = families.pop("flume_build_info").samples
     assert build.labels == {"version": (await http.get("/version")).json()["version"]}
+    refused = {sample.labels["reason"]: sample.value for sample in families.pop("flume_http_refused").samples}
+    assert {"queue", "connections", "header_timeout", "too_large"} <= set(refused)
+    assert set(refused.values()) == {0}
+    connections = families.pop("flume_http_connections").samples
+    assert sum(sample.value for sample in connections) >= 1
     values = {name: family.samples[0].value for name, family in families.items() if name[:6] == "flume_"}
-    assert values == {"flume_store_connected": 1, "flume_router_ready": 1, "flume_requests_running": 0}
+    assert (
+        values.items()
+        >= {
+            "flume_store_connected": 1,
+            "flume_router_ready": 1,
+            "flume_requests_running": 0,
+            "flume_requests_waiting": 0,
+            "flume_http_body_bytes": 0,
+        }.items()
+    )
     assert all(family.documentation for family in families.values())
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import socket
 from collections.abc import Sequence
 
@@ -31,7 +32,10 @@ _POSITIVE = (
     "max_waiting_requests",
     "body_limit_bytes",
     "body_budget_bytes",
+    "header_timeout_s",
     "body_timeout_s",
+    "idle_timeout_s",
+    "write_timeout_s",
     "readers",
     "reading_timeout_s",
 )
@@ -71,7 +75,14 @@ class RouterConfig(msgspec.Struct, frozen=True, kw_only=True):
     body_budget_bytes: int
     """Of all request bodies that are being received or read."""
 
+    header_timeout_s: float
     body_timeout_s: float
+    idle_timeout_s: float
+    write_timeout_s: float
+    max_connections: int
+    """0: as many as the limit of open files allows, and not more than are sensible."""
+
+    cors_origins: tuple[str, ...]
     readers: int
     """Most processes that read large requests."""
 
@@ -84,7 +95,7 @@ class RouterConfig(msgspec.Struct, frozen=True, kw_only=True):
         for name in _POSITIVE:
             if getattr(self, name) <= 0:
                 raise ValueError(f"--{name.replace('_', '-')} must be above 0, got {getattr(self, name)}")
-        for name in ("drain_s", "resume_s"):
+        for name in ("drain_s", "resume_s", "max_connections"):
             if getattr(self, name) < 0:
                 raise ValueError(
                     f"--{name.replace('_', '-')} must not be negative, got {getattr(self, name)}"
@@ -105,6 +116,14 @@ def parse(arguments: Sequence[str] | None = None) -> RouterConfig:
     store = store_config(vars(given))
     plain = {name: value for name, value in vars(given).items() if not name.startswith("etcd")}
     return RouterConfig(store=store, **plain)
+
+
+def _origins(text: str) -> tuple[str, ...]:
+    origins = tuple(origin.strip().rstrip("/") for origin in text.split(",") if origin.strip())
+    for origin in origins:
+        if origin != "*" and not re.fullmatch(r"[a-z][a-z0-9+.-]*://[^/\s]+", origin):
+            raise argparse.ArgumentTypeError(f"{origin!r} is no origin; write scheme://host[:port], or *")
+    return origins
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -165,6 +184,13 @@ def _add_serving_flags(parser: argparse.ArgumentParser) -> None:
         default=30.0,
         help="time for open requests after SIGTERM (default: %(default)s)",
     )
+    add(
+        "--cors-origins",
+        type=_origins,
+        default=(),
+        metavar="ORIGIN[,ORIGIN…]",
+        help="pages whose scripts may call the API: https://chat.example,…; * for any (default: none)",
+    )
     add("--log-level", choices=LEVELS, default="info", help="(default: %(default)s)")
 
 
@@ -188,6 +214,30 @@ def _add_limit_flags(parser: argparse.ArgumentParser) -> None:
         type=float,
         default=60.0,
         help="time for a request body to arrive (default: %(default)s)",
+    )
+    add(
+        "--header-timeout-s",
+        type=float,
+        default=20.0,
+        help="time for the first byte, and for the headers of a request (default: %(default)s)",
+    )
+    add(
+        "--idle-timeout-s",
+        type=float,
+        default=75.0,
+        help="a connection between two requests is closed after so long (default: %(default)s)",
+    )
+    add(
+        "--write-timeout-s",
+        type=float,
+        default=60.0,
+        help="a client that does not read its answer for so long is cut off (default: %(default)s)",
+    )
+    add(
+        "--max-connections",
+        type=int,
+        default=0,
+        help="HTTP connections; 0: up to 4096, as the limit of open files allows (default: %(default)s)",
     )
     add(
         "--readers",

@@ -28,7 +28,9 @@ from flume_router.byte_budget import ByteBudget
 from flume_router.config import RouterConfig
 from flume_router.generation import Generation
 from flume_router.http.app import build_app
-from flume_router.http.limits import HttpLimits
+from flume_router.http.door import Door
+from flume_router.http.limits import HttpLimits, connection_limit, raise_descriptor_limit
+from flume_router.http.refusals import Refusals
 from flume_router.http.server import http_server
 from flume_router.in_flight import InFlight
 from flume_router.progress import ResumeLimits
@@ -86,6 +88,7 @@ async def serve(
         generation = Generation(pool, text.tokenizer, ResumeLimits(resume_s=config.resume_s))
         reader = RequestReader(Prompts(model, text), workers, pool)
         bodies = ByteBudget(config.body_budget_bytes)
+        door = Door(http_limits(config, raise_descriptor_limit()), Refusals())
         service = Service(
             model,
             text,
@@ -94,6 +97,7 @@ async def serve(
             in_flight,
             bodies,
             reader,
+            door,
             started_at_s,
             lambda: incarnation.changes,
         )
@@ -105,7 +109,7 @@ async def serve(
                 lambda server: add_RouterServicer_to_server(servicer, server),  # type: ignore[no-untyped-call]
                 [SERVICE],
             ) as grpc,
-            http_server(build_app(service, _http_limits(config)), bound),
+            http_server(build_app(service, cors_origins=config.cors_origins), bound, door),
             # Innermost, so given up first: others stop counting on us before we refuse their calls.
             register(
                 store,
@@ -149,8 +153,19 @@ def _reader_setup(source: ModelSource, model: str) -> Setup:
     return Setup(str(source.path), source.kind, source.name, model, identity(source))
 
 
-def _http_limits(config: RouterConfig) -> HttpLimits:
-    return HttpLimits(body_bytes=config.body_limit_bytes, body_timeout_s=config.body_timeout_s)
+def http_limits(config: RouterConfig, descriptors: int) -> HttpLimits:
+    """`descriptors`: how many files this process may have open."""
+    limit = connection_limit(descriptors, config.max_connections)
+    if limit < config.max_connections:
+        log.warning("max_connections_lowered", to=limit, open_files_limit=descriptors)
+    return HttpLimits(
+        body_bytes=config.body_limit_bytes,
+        header_timeout_s=config.header_timeout_s,
+        body_timeout_s=config.body_timeout_s,
+        idle_timeout_s=config.idle_timeout_s,
+        write_timeout_s=config.write_timeout_s,
+        max_connections=limit,
+    )
 
 
 def _advertised(address: str, config: RouterConfig) -> str:

@@ -10,6 +10,7 @@ from flume_protos.v1 import weight_pb2 as pb
 from flume_router.byte_budget import ByteBudget
 from flume_router.errors import ModelNotFound
 from flume_router.generation import Generation
+from flume_router.http.door import Door
 from flume_router.in_flight import InFlight
 from flume_router.prompts import ModelLimits
 from flume_router.reading.reader import RequestReader
@@ -29,6 +30,7 @@ class Service(msgspec.Struct, frozen=True):
     in_flight: InFlight
     bodies: ByteBudget
     reader: RequestReader
+    door: Door
     started_at_s: float  # Unix time
     incarnations: Callable[[], int] = lambda: 0  # of etcd, seen by us
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import msgspec
@@ -12,6 +13,7 @@ from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
+from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
 from starlette.routing import Route
@@ -22,14 +24,14 @@ from flume_router.http.completions import CompletionApi
 from flume_router.http.context import RequestContext
 from flume_router.http.endpoint import CompletionEndpoint
 from flume_router.http.errors import ErrorReply, HttpError, reply_of, unexpected
-from flume_router.http.limits import HttpLimits
 from flume_router.http.metrics import families
 from flume_router.service import Service
 
 
-def build_app(service: Service, limits: HttpLimits) -> Starlette:
-    chat = CompletionEndpoint(ChatApi(), service, limits)
-    completions = CompletionEndpoint(CompletionApi(), service, limits)
+def build_app(service: Service, *, cors_origins: Sequence[str] = ()) -> Starlette:
+    """`cors_origins`: of pages whose scripts may call us; "*" for any."""
+    chat = CompletionEndpoint(ChatApi(), service)
+    completions = CompletionEndpoint(CompletionApi(), service)
     pages = _Pages(service)
     return Starlette(
         routes=[
@@ -47,13 +49,27 @@ def build_app(service: Service, limits: HttpLimits) -> Starlette:
             Route("/version", pages.version),
             Route("/metrics", pages.metrics),
         ],
-        middleware=[Middleware(RequestContext)],
+        middleware=[Middleware(RequestContext), *_cors(cors_origins)],
         exception_handlers={
             HTTPException: _no_such_route,
             RouterError: _refuse,
             Exception: _fail,
         },
     )
+
+
+def _cors(origins: Sequence[str]) -> list[Middleware]:
+    if not origins:
+        return []
+    return [
+        Middleware(
+            CORSMiddleware,
+            allow_origins=list(origins),
+            allow_methods=["GET", "POST"],
+            allow_headers=["*"],
+            expose_headers=["x-request-id", "retry-after"],
+        )
+    ]
 
 
 class _Pages:

@@ -22,7 +22,6 @@ from flume_router.generation import Pieces, merged
 from flume_router.http.body import read_body
 from flume_router.http.errors import HttpError, reply_of, unexpected
 from flume_router.http.job import Job, Kind
-from flume_router.http.limits import HttpLimits
 from flume_router.http.reply import Reply
 from flume_router.http.shape import Shape, Usage, UsageReporting
 from flume_router.in_flight import OpenRequest
@@ -44,13 +43,13 @@ class Api(Protocol):
 class CompletionEndpoint:
     """An ASGI application for one path."""
 
-    def __init__(self, api: Api, service: Service, limits: HttpLimits) -> None:
+    def __init__(self, api: Api, service: Service) -> None:
         self._api = api
         self._service = service
-        self._limits = limits
+        self._limits = service.door.limits
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        reply = Reply(send)
+        reply = Reply(send, scope["state"])
         try:
             async with self._service.in_flight.request() as opened:
                 with self._service.bodies.hold() as held:
@@ -71,6 +70,7 @@ class CompletionEndpoint:
                         await self._answer(job, request_id, opened, reply)
         except (RouterError, HttpError) as error:
             log.info("request_refused", error=type(error).__name__, detail=str(error))
+            self._service.door.refusals.count_error(error)
             await reply.error(reply_of(error))
         except ClientDisconnect:
             log.info("request_abandoned")

@@ -8,11 +8,13 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Mapping
 from contextlib import suppress
+from typing import Any
 
 import msgspec
 from starlette.types import Send
 
 from flume_router.http.errors import ErrorReply
+from flume_router.http.request_state import EVENTS
 
 _JSON = b"application/json"
 _EVENTS = b"text/event-stream; charset=utf-8"
@@ -21,8 +23,10 @@ _encode = msgspec.json.Encoder().encode
 
 
 class Reply:
-    def __init__(self, send: Send) -> None:
+    def __init__(self, send: Send, state: dict[str, Any]) -> None:
+        """`state`: of the request, where its connection reads whether the answer is events."""
         self._send = send
+        self._state = state
         self.streaming = False
         self.ended = False
 
@@ -37,6 +41,7 @@ class Reply:
         # Proxies must pass events on as they come; nginx reads the second header.
         await self._start(200, _EVENTS, {"cache-control": "no-cache", "x-accel-buffering": "no"})
         self.streaming = True
+        self._state[EVENTS] = True
 
     async def event(self, document: object) -> None:
         """One event; JSON has no line breaks, so it is one line."""

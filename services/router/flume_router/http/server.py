@@ -1,4 +1,4 @@
-"""Lifetime of the HTTP server: uvicorn on a socket of ours, without its signals and its logs."""
+"""Lifetime of the HTTP server: uvicorn on a socket of ours, without its signals, logs and accept loop."""
 
 from __future__ import annotations
 
@@ -13,7 +13,11 @@ import uvicorn
 from flume_common.tasks import background
 from starlette.types import ASGIApp
 
-_KEEP_ALIVE_S = 75  # longer than clients keep an idle connection, so that they never meet a closed one
+from flume_router.http.accept import accept
+from flume_router.http.busy import Busy
+from flume_router.http.connection import Connection
+from flume_router.http.door import Door
+
 _TICK_S = 0.1  # uvicorn counts ten of them as a second
 _CLOSE_S = 3  # for connections that are still writing when requests are already over
 
@@ -38,7 +42,10 @@ class _Server(uvicorn.Server):
                 await asyncio.wait_for(self._leaving.wait(), _TICK_S)
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        await super().startup(sockets)
+        """Unlike uvicorn's, it does not accept: `accept.py` does."""
+        await self.lifespan.startup()
+        self.servers = []
+        self.started = True
         self.up.set()
 
     async def serve(self, sockets: list[socket.socket] | None = None) -> None:
@@ -54,7 +61,7 @@ class _Server(uvicorn.Server):
 
 
 @contextlib.asynccontextmanager
-async def http_server(app: ASGIApp, bound: socket.socket) -> AsyncIterator[None]:
+async def http_server(app: ASGIApp, bound: socket.socket, door: Door) -> AsyncIterator[None]:
     """Serves while the body runs; then takes no connection more and closes those there are."""
     config = uvicorn.Config(
         app,
@@ -64,15 +71,21 @@ async def http_server(app: ASGIApp, bound: socket.socket) -> AsyncIterator[None]
         log_config=None,
         access_log=False,
         server_header=False,
-        timeout_keep_alive=_KEEP_ALIVE_S,
+        timeout_keep_alive=int(door.limits.idle_timeout_s) + 1,  # ours is looked at first
         timeout_graceful_shutdown=_CLOSE_S,
     )
-    logging.getLogger("uvicorn.error").setLevel(logging.WARNING)  # it tells what we tell ourselves
+    # It tells what we tell or count ourselves; a client must not be able to fill the log.
+    logging.getLogger("uvicorn.error").setLevel(logging.ERROR)
     server = _Server(config)
-    async with background(http=server.serve(sockets=[bound])):
+    busy = Busy(app, door)
+    async with background(http=server.serve(), sweep=door.sweep()):
         await server.up.wait()
         try:
-            yield
+            async with background(
+                accept=accept(bound, door, lambda: Connection(config, server.server_state, door, busy))
+            ):
+                yield
         finally:
+            bound.close()
             server.leave()
             await server.ended.wait()
