@@ -3,6 +3,7 @@
 import asyncio
 import os
 import time
+from contextlib import asynccontextmanager
 
 import pytest
 from flume_common.membership import Member, Role, State, register
@@ -273,3 +274,84 @@ async def test_a_route_that_another_owner_took_over_is_theirs_from_then_on(store
         await asyncio.wait_for(adopter.settled(), 5)
         assert decode_route(await store.get(keys.route("s"))).weight_node == "w1"
         assert (stopped.taken_over, adopter.taken_over) == (1, 1)
+
+
+@asynccontextmanager
+async def reconciling(store, keys, every_s=0.1):
+    async with (
+        register(store, keys, owner(), ttl_s=2) as registration,
+        RouteWriter(store, keys, registration, reconcile_every_s=every_s) as writer,
+    ):
+        yield registration, writer
+
+
+async def until(done, timeout_s=10.0):
+    async with asyncio.timeout(timeout_s):
+        while not await done():
+            await asyncio.sleep(0.02)
+
+
+async def test_whatever_claims_to_be_ours_and_is_not_is_removed(store, keys):
+    async with reconciling(store, keys) as (registration, writer):
+        writer.put(Route.start("live", "w0", 0, "a0"))
+        await asyncio.wait_for(writer.settled(), 5)
+        other = (await store.grant(60)).id
+        junk = {
+            "by-hand": (encode_route(Route.start("by-hand", "w0", 1, "a0")), 0),
+            "old-epoch": (encode_route(Route.start("old-epoch", "w0", 1, "a0")), registration.lease),
+            "two-tails": (b'{"weight_node":"w0","ranges":[{"start":0},{"start":0}]}', other),
+            "another-name": (encode_route(Route.start("live", "w0", 1, "a0")), other),
+            "no-owner": (b"nonsense", 0),
+            "ghost": (encode_route(Route.start("ghost", "w9", 1, "a0")), 0),
+        }
+        for name, (value, lease) in junk.items():
+            await store.put(keys.route(name), value, lease)
+        theirs = keys.route("theirs"), keys.route("unreadable")
+        await store.put(theirs[0], encode_route(Route.start("theirs", "w1", 3, "a0")), other)
+        await store.put(theirs[1], b"of a newer version", other)
+
+        async def only_live():
+            return set((await store.range(keys.routes)).items) == {keys.route("live"), *theirs}
+
+        await until(only_live)
+        assert writer.removed == len(junk)
+        assert decode_route(await store.get(keys.route("live"))).epoch == registration.epoch
+
+
+async def test_a_live_route_that_was_deleted_or_overwritten_is_written_again_and_an_ended_one_is_not(
+    store, keys
+):
+    async with reconciling(store, keys) as (registration, writer):
+        for name in ("deleted", "overwritten", "ended"):
+            writer.put(Route.start(name, "w0", 0, "a0"))
+        await asyncio.wait_for(writer.settled(), 5)
+        writer.end("ended")
+        await asyncio.wait_for(writer.settled(), 5)
+        await store.delete(keys.route("deleted"))
+        await store.put(keys.route("overwritten"), encode_route(Route.start("overwritten", "w0", 1, "a9")))
+
+        async def as_before():
+            stored = (await store.range(keys.routes)).items
+            return set(stored) == {keys.route("deleted"), keys.route("overwritten")} and all(
+                kv.lease == registration.lease and decode_route(kv).tail.node == "a0"
+                for kv in stored.values()
+            )
+
+        await until(as_before)
+        await asyncio.sleep(0.5)
+        assert await as_before()
+
+
+async def test_a_route_that_changes_while_all_are_read_is_left_to_the_writer(store, keys):
+    async with reconciling(store, keys, every_s=0.001) as (_, writer):
+        for number in range(300):
+            name = f"s{number % 7}"
+            writer.put(Route.start(name, "w0", 0, f"a{number}"))
+            if number % 3 == 0:
+                writer.end(name)
+            await asyncio.sleep(0.005)
+        for number in range(7):
+            writer.end(f"s{number}")
+        await asyncio.wait_for(writer.settled(), 5)
+        assert (await store.range(keys.routes)).items == {}
+        assert (writer.removed, writer.taken_over) == (0, 0)

@@ -3,13 +3,16 @@
 A route's key is bound to its owner's lease and written under its owner's epoch: the transaction
 compares the owner's member key, so a node that was replaced changes nothing. A sequence's first write takes
 it over from whoever owned it before; who lost one so leaves it alone. No step waits for this.
+
+Now and then an owner compares what is in etcd with what it wants: keys that name it and that it does not want
+are removed, and so is what no writer has left, as that always has a lease.
 """
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Mapping, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import replace
 from itertools import islice
 from typing import Any, NoReturn
@@ -39,6 +42,9 @@ log = structlog.get_logger(__name__)
 
 MAX_BATCH = 100
 """Routes in one transaction: one operation each and one for the owner stay below etcd's 128."""
+
+RECONCILE_EVERY_S = 5.0
+"""How often an owner reads all routes; also soon after it is registered anew."""
 
 MAX_BATCH_RANGES = 8_000
 """Ranges in one transaction: some 100 bytes each stay below etcd's 1.5 MiB for a request."""
@@ -92,12 +98,23 @@ class RouteWriter:
     """Keeps our routes in etcd as they are here, in the background: the newest value of each, soon.
 
     Use as `async with RouteWriter(store, keys, registration) as writer`. `put` and `end` only note
-    what is wanted. After a lost lease all routes are written again, under the new epoch.
+    what is wanted. After a lost lease all routes are written again, under the new epoch. Every
+    `reconcile_every_s` what is in etcd is compared with what is wanted.
     """
 
-    def __init__(self, store: Store, keys: Keys, registration: Registration) -> None:
+    def __init__(
+        self,
+        store: Store,
+        keys: Keys,
+        registration: Registration,
+        *,
+        reconcile_every_s: float = RECONCILE_EVERY_S,
+    ) -> None:
         self.refused = 0  # transactions, by etcd
         self.taken_over = 0  # routes of ours, by another owner
+        self.removed = 0  # keys that belonged to no sequence
+        self._reconcile_every_s = reconcile_every_s
+        self._registered_anew = asyncio.Event()
         self._store = store
         self._keys = keys
         self._registration = registration
@@ -156,7 +173,11 @@ class RouteWriter:
 
     @asynccontextmanager
     async def _run(self) -> AsyncIterator[None]:
-        async with background(route_writer=self._write_forever(), route_epoch=self._follow_epoch()):
+        async with background(
+            route_writer=self._write_forever(),
+            route_epoch=self._follow_epoch(),
+            route_reconciler=self._reconcile_forever(),
+        ):
             yield
 
     async def _follow_epoch(self) -> NoReturn:
@@ -170,6 +191,45 @@ class RouteWriter:
                 self._claimed.clear()
             for sequence in self._wanted:
                 self._mark(sequence)
+            self._registered_anew.set()
+
+    async def _reconcile_forever(self) -> NoReturn:
+        while True:
+            self._registered_anew.clear()
+            with suppress(TimeoutError):
+                async with asyncio.timeout(self._reconcile_every_s):
+                    await self._registered_anew.wait()
+            await self._registration.wait_registered()
+            try:
+                await self._reconcile()
+            except StoreError as error:
+                log.debug("routes_not_compared", detail=str(error))
+
+    async def _reconcile(self) -> None:
+        """Compare etcd with what is wanted, once. What differs is marked, or removed. Raises StoreError.
+
+        Every change is bound to the revision that was read, so a key that moved on meanwhile stays.
+        """
+        before = dict(self._wanted)
+        stored = (await self._store.range(self._keys.routes)).items
+        for sequence, route in before.items():
+            # One that changes now is being written anyway.
+            if self._wanted.get(sequence) is route and sequence not in self._dirty:
+                kv = stored.get(self._keys.route(sequence))
+                if (kv.mod_revision if kv else 0) != self._revisions.get(sequence):
+                    log.warning("route_not_as_written", sequence=sequence, missing=kv is None)
+                    self._revisions[sequence] = None
+                    self._mark(sequence)
+        wanted = {self._keys.route(sequence) for sequence in (*before, *self._wanted, *self._dirty)}
+        for key, kv in stored.items():
+            if key not in wanted and is_stray(kv, self._registration.member.id):
+                await self._remove(key, kv)
+
+    async def _remove(self, key: str, kv: KeyValue) -> None:
+        result = await self._store.txn([mod_revision(key, kv.mod_revision)], [Delete(key)])
+        if result.succeeded:
+            self.removed += 1
+            log.warning("stray_route_removed", key=key)
 
     async def _write_forever(self) -> NoReturn:
         backoff = Backoff()
@@ -279,6 +339,25 @@ class RouteWriter:
             self._claimed.add(sequence)
         else:
             self._claimed.discard(sequence)
+
+
+def is_stray(kv: KeyValue, node: str) -> bool:
+    """True for a key below routes/ that `node`, which does not want it, may remove: its own, or nobody's.
+
+    A writer's key always has its writer's lease, so one without any was left by no writer.
+    """
+    if not kv.lease:
+        return True
+    try:
+        return msgspec.json.decode(kv.value, type=_Owner).weight_node == node
+    except msgspec.DecodeError:
+        return False
+
+
+class _Owner(msgspec.Struct):
+    """All that must be right of a route to know whose it is."""
+
+    weight_node: str
 
 
 def _is_done(op: Put | Delete, kv: KeyValue | None) -> bool:

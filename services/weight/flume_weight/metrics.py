@@ -69,5 +69,8 @@ def _routes(routes: RouteWriter) -> Iterator[Metric]:
         routes.refused,
     )
     yield counter(
+        "flume_stray_routes_removed_total", "Keys of routes that belonged to no sequence.", routes.removed
+    )
+    yield counter(
         "flume_routes_taken_over_total", "Routes of ours that another node took over.", routes.taken_over
     )
