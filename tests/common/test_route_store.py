@@ -287,7 +287,7 @@ async def reconciling(store, keys, every_s=0.1):
 
 async def until(done, timeout_s=10.0):
     async with asyncio.timeout(timeout_s):
-        while not await done():
+        while not await done():  # noqa: ASYNC110
             await asyncio.sleep(0.02)
 
 

@@ -7,10 +7,14 @@ import hypothesis.strategies as st
 import pytest
 from flume_protos.v1 import weight_pb2 as pb
 from flume_router import attempts
+from flume_router.detokenizer import Detokenizer
 from flume_router.errors import (
     CapacityExceeded,
+    EngineCrashed,
+    InternalError,
     NotContinued,
     NotYet,
+    SequenceFailed,
     WeightNodeFailed,
     WeightNodeLost,
     WeightNodeSilent,
@@ -23,6 +27,7 @@ from hypothesis import given, settings
 ENDS = {
     "lost": lambda: WeightNodeLost("n", "gone"),
     "silent": lambda: WeightNodeSilent("n", 1.0),
+    "crashed": lambda: EngineCrashed("n", "its engine ended"),
     "not_yet": lambda: NotYet("n", "busy"),
     "capacity": lambda: CapacityExceeded("needs 9 of 8 blocks"),
 }
@@ -116,7 +121,7 @@ async def test_however_often_nodes_die_the_answer_is_the_undisturbed_one(text_mo
     undisturbed, counts = await run(tokenizer, Pool(ids, []), stops)
     assert (counts.resumed, counts.failed, counts.retries.total()) == (0, 0, 0)
     pool = Pool(ids, deaths)
-    disturbed, counts = await run(tokenizer, pool, stops, fruitless=20)
+    disturbed, counts = await run(tokenizer, pool, stops, fruitless=20, engine_crashes=20)
     assert "".join(p.text for p in disturbed) == "".join(p.text for p in undisturbed)
     assert [t for p in disturbed for t in p.tokens] == [t for p in undisturbed for t in p.tokens]
     assert disturbed[-1].finished == undisturbed[-1].finished
@@ -161,6 +166,29 @@ async def test_a_request_that_kills_its_nodes_kills_so_many_and_no_more(text_mod
     assert (generation.counts.failed, generation.counts.retries["lost"]) == (1, 3)
 
 
+async def test_a_request_that_ends_engines_is_not_sent_to_a_third(text_model):
+    pool = Pool([100] * 4, [(1, 1, "crashed"), (0, 1, "not_yet"), *[(0, 1, "crashed")] * 50])
+    with pytest.raises(SequenceFailed, match="2 engines in a row ended in a step of this request") as caught:
+        await run(text_model.tokenizer, pool)
+    assert caught.value.code == "engine_crashed"
+    assert [r.engine_crashes for r in pool.requests] == [0, 1, 1]
+
+
+async def test_a_token_between_two_crashes_clears_a_request(text_model):
+    pool = Pool([100] * 6, [(1, 1, "crashed"), (1, 1, "crashed"), (0, 1, "lost"), (1, 1, "crashed")])
+    pieces, _ = await run(text_model.tokenizer, pool)
+    assert [t.id for p in pieces for t in p.tokens] == [100] * 6
+    assert [r.engine_crashes for r in pool.requests] == [0, 1, 1, 1, 1]
+
+
+async def test_a_defect_in_making_text_ends_one_answer_with_an_error(text_model, monkeypatch):
+    monkeypatch.setattr(Detokenizer, "push", lambda *_: {}["no such token"])
+    pool = Pool([100] * 4, [])
+    with pytest.raises(InternalError, match="Turning tokens into text failed: KeyError"):
+        await run(text_model.tokenizer, pool)
+    assert pool.calls[0].cancelled
+
+
 async def test_without_patience_the_first_loss_is_the_last(text_model):
     pool = Pool([100] * 4, [(1, 1, "lost")])
     with pytest.raises(NotContinued):
@@ -182,3 +210,23 @@ async def test_without_patience_the_first_loss_is_the_last(text_model):
 def test_what_a_failed_call_means(code, detail, kind):
     error = grpc.aio.AioRpcError(code, grpc.aio.Metadata(), grpc.aio.Metadata(), details=detail)
     assert type(attempts.error_of("n", error)) is kind
+
+
+@pytest.mark.parametrize(
+    "code, failure, kind",
+    [
+        (grpc.StatusCode.INTERNAL, "model_output_invalid", SequenceFailed),
+        (grpc.StatusCode.INTERNAL, "sequence_failed", SequenceFailed),
+        (grpc.StatusCode.INTERNAL, "engine_crashed", SequenceFailed),
+        (grpc.StatusCode.INTERNAL, "of a newer version", WeightNodeFailed),
+        (grpc.StatusCode.UNAVAILABLE, "engine_crashed", EngineCrashed),
+        (grpc.StatusCode.UNAVAILABLE, "of a newer version", WeightNodeLost),
+    ],
+)
+def test_what_a_failed_call_means_by_the_word_beside_its_status(code, failure, kind):
+    metadata = grpc.aio.Metadata(("flume-failure", failure))
+    error = grpc.aio.AioRpcError(code, grpc.aio.Metadata(), metadata, details="why")
+    found = attempts.error_of("n", error)
+    assert type(found) is kind
+    if kind is SequenceFailed:
+        assert (found.code, found.message) == (failure, "why")

@@ -160,6 +160,10 @@ def test_every_router_error_has_a_status_at_both_doors():
         errors.DeadlineExceeded(5),
         errors.WeightNodeFailed("n", "x"),
         errors.SequenceFailed("n", Failure.MODEL_OUTPUT_INVALID, "x"),
+        errors.EngineCrashed("n", "x"),
+        errors.ReaderFailed("x"),
+        errors.Overloaded("limit", "x"),
+        errors.InternalError("This", ValueError("x")),
     ]
     assert {type(sample) for sample in samples} == all_errors() - {errors.RouterError, errors.Unavailable}
     for sample in samples:

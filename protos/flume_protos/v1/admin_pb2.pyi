@@ -128,7 +128,7 @@ class ListNodesRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class Node(_message.Message):
-    __slots__ = ("id", "role", "state", "pid", "host", "address", "epoch", "kv_capacity_tokens", "kv_used_tokens", "age_s", "version", "sequences", "leave_by_s", "metrics_address", "reason")
+    __slots__ = ("id", "role", "state", "pid", "host", "address", "epoch", "kv_capacity_tokens", "kv_used_tokens", "age_s", "version", "sequences", "leave_by_s", "metrics_address", "engine_deaths", "last_engine_error", "last_engine_death_s", "model_failures", "last_model_failure", "reason")
     ID_FIELD_NUMBER: _ClassVar[int]
     ROLE_FIELD_NUMBER: _ClassVar[int]
     STATE_FIELD_NUMBER: _ClassVar[int]
@@ -143,6 +143,11 @@ class Node(_message.Message):
     SEQUENCES_FIELD_NUMBER: _ClassVar[int]
     LEAVE_BY_S_FIELD_NUMBER: _ClassVar[int]
     METRICS_ADDRESS_FIELD_NUMBER: _ClassVar[int]
+    ENGINE_DEATHS_FIELD_NUMBER: _ClassVar[int]
+    LAST_ENGINE_ERROR_FIELD_NUMBER: _ClassVar[int]
+    LAST_ENGINE_DEATH_S_FIELD_NUMBER: _ClassVar[int]
+    MODEL_FAILURES_FIELD_NUMBER: _ClassVar[int]
+    LAST_MODEL_FAILURE_FIELD_NUMBER: _ClassVar[int]
     REASON_FIELD_NUMBER: _ClassVar[int]
     id: str
     role: str
@@ -158,8 +163,13 @@ class Node(_message.Message):
     sequences: int
     leave_by_s: float
     metrics_address: str
+    engine_deaths: int
+    last_engine_error: str
+    last_engine_death_s: float
+    model_failures: int
+    last_model_failure: str
     reason: str
-    def __init__(self, id: _Optional[str] = ..., role: _Optional[str] = ..., state: _Optional[str] = ..., pid: _Optional[int] = ..., host: _Optional[str] = ..., address: _Optional[str] = ..., epoch: _Optional[int] = ..., kv_capacity_tokens: _Optional[int] = ..., kv_used_tokens: _Optional[int] = ..., age_s: _Optional[float] = ..., version: _Optional[str] = ..., sequences: _Optional[int] = ..., leave_by_s: _Optional[float] = ..., metrics_address: _Optional[str] = ..., reason: _Optional[str] = ...) -> None: ...
+    def __init__(self, id: _Optional[str] = ..., role: _Optional[str] = ..., state: _Optional[str] = ..., pid: _Optional[int] = ..., host: _Optional[str] = ..., address: _Optional[str] = ..., epoch: _Optional[int] = ..., kv_capacity_tokens: _Optional[int] = ..., kv_used_tokens: _Optional[int] = ..., age_s: _Optional[float] = ..., version: _Optional[str] = ..., sequences: _Optional[int] = ..., leave_by_s: _Optional[float] = ..., metrics_address: _Optional[str] = ..., engine_deaths: _Optional[int] = ..., last_engine_error: _Optional[str] = ..., last_engine_death_s: _Optional[float] = ..., model_failures: _Optional[int] = ..., last_model_failure: _Optional[str] = ..., reason: _Optional[str] = ...) -> None: ...
 
 class ListNodesReply(_message.Message):
     __slots__ = ("nodes", "revision")

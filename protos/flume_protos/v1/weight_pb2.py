@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from flume_protos.v1 import common_pb2 as flume__protos_dot_v1_dot_common__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1c\x66lume_protos/v1/weight.proto\x12\x08\x66lume.v1\x1a\x1c\x66lume_protos/v1/common.proto\"\x9e\x03\n\x08Sampling\x12\x13\n\x0btemperature\x18\x01 \x01(\x02\x12\r\n\x05top_k\x18\x02 \x01(\x05\x12\r\n\x05top_p\x18\x03 \x01(\x02\x12\r\n\x05min_p\x18\x04 \x01(\x02\x12\x1a\n\x12repetition_penalty\x18\x05 \x01(\x02\x12\x18\n\x10presence_penalty\x18\x06 \x01(\x02\x12\x19\n\x11\x66requency_penalty\x18\x07 \x01(\x02\x12\x11\n\x04seed\x18\x08 \x01(\x03H\x00\x88\x01\x01\x12\x16\n\x0estop_token_ids\x18\t \x03(\r\x12\x12\n\nignore_eos\x18\n \x01(\x08\x12\x12\n\nmax_tokens\x18\x0b \x01(\r\x12\x12\n\nmin_tokens\x18\x0c \x01(\r\x12\x10\n\x08logprobs\x18\r \x01(\x05\x12\x14\n\x0chas_logprobs\x18\x0e \x01(\x08\x12\x35\n\nlogit_bias\x18\x0f \x03(\x0b\x32!.flume.v1.Sampling.LogitBiasEntry\x1a\x30\n\x0eLogitBiasEntry\x12\x0b\n\x03key\x18\x01 \x01(\r\x12\r\n\x05value\x18\x02 \x01(\x02:\x02\x38\x01\x42\x07\n\x05_seed\"\x93\x01\n\x0fGenerateRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x18\n\x10prompt_token_ids\x18\x02 \x03(\r\x12$\n\x08sampling\x18\x03 \x01(\x0b\x32\x12.flume.v1.Sampling\x12\x18\n\x10output_token_ids\x18\x04 \x03(\r\x12\x12\n\nadopt_from\x18\x05 \x01(\t\"1\n\x0cTokenLogprob\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x0f\n\x07logprob\x18\x02 \x01(\x02\"W\n\x08Logprobs\x12&\n\x06\x63hosen\x18\x01 \x01(\x0b\x32\x16.flume.v1.TokenLogprob\x12#\n\x03top\x18\x02 \x03(\x0b\x32\x16.flume.v1.TokenLogprob\"y\n\x06\x46inish\x12&\n\x06reason\x18\x01 \x01(\x0e\x32\x16.flume.v1.FinishReason\x12\x15\n\rstop_token_id\x18\x02 \x01(\r\x12\x15\n\rprompt_tokens\x18\x03 \x01(\r\x12\x19\n\x11\x63ompletion_tokens\x18\x04 \x01(\r\"j\n\rGenerateReply\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\x12$\n\x08logprobs\x18\x02 \x03(\x0b\x32\x12.flume.v1.Logprobs\x12 \n\x06\x66inish\x18\x03 \x01(\x0b\x32\x10.flume.v1.Finish\"\x11\n\x0f\x44\x65scribeRequest\"\xbd\x01\n\rDescribeReply\x12\x0c\n\x04node\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x14\n\x0c\x61rchitecture\x18\x03 \x01(\t\x12\r\n\x05\x64type\x18\x04 \x01(\t\x12\x12\n\nvocab_size\x18\x05 \x01(\r\x12\x16\n\x0e\x63ontext_tokens\x18\x06 \x01(\r\x12\"\n\x06layout\x18\x07 \x01(\x0b\x32\x12.flume.v1.KvLayout\x12\x1a\n\x12kv_capacity_tokens\x18\x08 \x01(\x04\"\x16\n\x14ListSequencesRequest\"\xa9\x01\n\x0cSequenceInfo\x12\x10\n\x08sequence\x18\x01 \x01(\t\x12\r\n\x05state\x18\x02 \x01(\t\x12\x15\n\rprompt_tokens\x18\x03 \x01(\r\x12\x19\n\x11\x63ompletion_tokens\x18\x04 \x01(\r\x12\r\n\x05\x61ge_s\x18\x05 \x01(\x01\x12\x1e\n\x05route\x18\x06 \x01(\x0b\x32\x0f.flume.v1.Route\x12\x17\n\x0f\x63omputed_tokens\x18\x07 \x01(\r\"T\n\x12ListSequencesReply\x12)\n\tsequences\x18\x01 \x03(\x0b\x32\x16.flume.v1.SequenceInfo\x12\x13\n\x0b\x63onfirmed_s\x18\x02 \x01(\x01\"\x15\n\x13WeightStatusRequest\"\xe1\x01\n\x11WeightStatusReply\x12\x0c\n\x04node\x18\x01 \x01(\t\x12\x0f\n\x07working\x18\x02 \x01(\x08\x12(\n\x06\x65ngine\x18\x03 \x01(\x0b\x32\x18.flume.v1.EngineActivity\x12\x0e\n\x06queued\x18\x04 \x01(\r\x12\x12\n\nprefilling\x18\x05 \x01(\r\x12\x10\n\x08\x64\x65\x63oding\x18\x06 \x01(\r\x12\x0e\n\x06paused\x18\x07 \x01(\r\x12\x1f\n\x17prefill_computed_tokens\x18\x08 \x01(\x04\x12\x1c\n\x14prefill_total_tokens\x18\t \x01(\x04*N\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x08\n\x04STOP\x10\x01\x12\n\n\x06LENGTH\x10\x02\x12\t\n\x05\x41\x42ORT\x10\x03\x32\x9f\x02\n\x06Weight\x12@\n\x08Generate\x12\x19.flume.v1.GenerateRequest\x1a\x17.flume.v1.GenerateReply0\x01\x12>\n\x08\x44\x65scribe\x12\x19.flume.v1.DescribeRequest\x1a\x17.flume.v1.DescribeReply\x12M\n\rListSequences\x12\x1e.flume.v1.ListSequencesRequest\x1a\x1c.flume.v1.ListSequencesReply\x12\x44\n\x06Status\x12\x1d.flume.v1.WeightStatusRequest\x1a\x1b.flume.v1.WeightStatusReplyb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1c\x66lume_protos/v1/weight.proto\x12\x08\x66lume.v1\x1a\x1c\x66lume_protos/v1/common.proto\"\x9e\x03\n\x08Sampling\x12\x13\n\x0btemperature\x18\x01 \x01(\x02\x12\r\n\x05top_k\x18\x02 \x01(\x05\x12\r\n\x05top_p\x18\x03 \x01(\x02\x12\r\n\x05min_p\x18\x04 \x01(\x02\x12\x1a\n\x12repetition_penalty\x18\x05 \x01(\x02\x12\x18\n\x10presence_penalty\x18\x06 \x01(\x02\x12\x19\n\x11\x66requency_penalty\x18\x07 \x01(\x02\x12\x11\n\x04seed\x18\x08 \x01(\x03H\x00\x88\x01\x01\x12\x16\n\x0estop_token_ids\x18\t \x03(\r\x12\x12\n\nignore_eos\x18\n \x01(\x08\x12\x12\n\nmax_tokens\x18\x0b \x01(\r\x12\x12\n\nmin_tokens\x18\x0c \x01(\r\x12\x10\n\x08logprobs\x18\r \x01(\x05\x12\x14\n\x0chas_logprobs\x18\x0e \x01(\x08\x12\x35\n\nlogit_bias\x18\x0f \x03(\x0b\x32!.flume.v1.Sampling.LogitBiasEntry\x1a\x30\n\x0eLogitBiasEntry\x12\x0b\n\x03key\x18\x01 \x01(\r\x12\r\n\x05value\x18\x02 \x01(\x02:\x02\x38\x01\x42\x07\n\x05_seed\"\xab\x01\n\x0fGenerateRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x18\n\x10prompt_token_ids\x18\x02 \x03(\r\x12$\n\x08sampling\x18\x03 \x01(\x0b\x32\x12.flume.v1.Sampling\x12\x18\n\x10output_token_ids\x18\x04 \x03(\r\x12\x12\n\nadopt_from\x18\x05 \x01(\t\x12\x16\n\x0e\x65ngine_crashes\x18\t \x01(\r\"1\n\x0cTokenLogprob\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x0f\n\x07logprob\x18\x02 \x01(\x02\"W\n\x08Logprobs\x12&\n\x06\x63hosen\x18\x01 \x01(\x0b\x32\x16.flume.v1.TokenLogprob\x12#\n\x03top\x18\x02 \x03(\x0b\x32\x16.flume.v1.TokenLogprob\"y\n\x06\x46inish\x12&\n\x06reason\x18\x01 \x01(\x0e\x32\x16.flume.v1.FinishReason\x12\x15\n\rstop_token_id\x18\x02 \x01(\r\x12\x15\n\rprompt_tokens\x18\x03 \x01(\r\x12\x19\n\x11\x63ompletion_tokens\x18\x04 \x01(\r\"j\n\rGenerateReply\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\x12$\n\x08logprobs\x18\x02 \x03(\x0b\x32\x12.flume.v1.Logprobs\x12 \n\x06\x66inish\x18\x03 \x01(\x0b\x32\x10.flume.v1.Finish\"\x11\n\x0f\x44\x65scribeRequest\"\xbd\x01\n\rDescribeReply\x12\x0c\n\x04node\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x14\n\x0c\x61rchitecture\x18\x03 \x01(\t\x12\r\n\x05\x64type\x18\x04 \x01(\t\x12\x12\n\nvocab_size\x18\x05 \x01(\r\x12\x16\n\x0e\x63ontext_tokens\x18\x06 \x01(\r\x12\"\n\x06layout\x18\x07 \x01(\x0b\x32\x12.flume.v1.KvLayout\x12\x1a\n\x12kv_capacity_tokens\x18\x08 \x01(\x04\"\x16\n\x14ListSequencesRequest\"\xa9\x01\n\x0cSequenceInfo\x12\x10\n\x08sequence\x18\x01 \x01(\t\x12\r\n\x05state\x18\x02 \x01(\t\x12\x15\n\rprompt_tokens\x18\x03 \x01(\r\x12\x19\n\x11\x63ompletion_tokens\x18\x04 \x01(\r\x12\r\n\x05\x61ge_s\x18\x05 \x01(\x01\x12\x1e\n\x05route\x18\x06 \x01(\x0b\x32\x0f.flume.v1.Route\x12\x17\n\x0f\x63omputed_tokens\x18\x07 \x01(\r\"T\n\x12ListSequencesReply\x12)\n\tsequences\x18\x01 \x03(\x0b\x32\x16.flume.v1.SequenceInfo\x12\x13\n\x0b\x63onfirmed_s\x18\x02 \x01(\x01\"\x15\n\x13WeightStatusRequest\"\xe1\x01\n\x11WeightStatusReply\x12\x0c\n\x04node\x18\x01 \x01(\t\x12\x0f\n\x07working\x18\x02 \x01(\x08\x12(\n\x06\x65ngine\x18\x03 \x01(\x0b\x32\x18.flume.v1.EngineActivity\x12\x0e\n\x06queued\x18\x04 \x01(\r\x12\x12\n\nprefilling\x18\x05 \x01(\r\x12\x10\n\x08\x64\x65\x63oding\x18\x06 \x01(\r\x12\x0e\n\x06paused\x18\x07 \x01(\r\x12\x1f\n\x17prefill_computed_tokens\x18\x08 \x01(\x04\x12\x1c\n\x14prefill_total_tokens\x18\t \x01(\x04*N\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x08\n\x04STOP\x10\x01\x12\n\n\x06LENGTH\x10\x02\x12\t\n\x05\x41\x42ORT\x10\x03\x32\x9f\x02\n\x06Weight\x12@\n\x08Generate\x12\x19.flume.v1.GenerateRequest\x1a\x17.flume.v1.GenerateReply0\x01\x12>\n\x08\x44\x65scribe\x12\x19.flume.v1.DescribeRequest\x1a\x17.flume.v1.DescribeReply\x12M\n\rListSequences\x12\x1e.flume.v1.ListSequencesRequest\x1a\x1c.flume.v1.ListSequencesReply\x12\x44\n\x06Status\x12\x1d.flume.v1.WeightStatusRequest\x1a\x1b.flume.v1.WeightStatusReplyb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -34,36 +34,36 @@ if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_SAMPLING_LOGITBIASENTRY']._loaded_options = None
   _globals['_SAMPLING_LOGITBIASENTRY']._serialized_options = b'8\001'
-  _globals['_FINISHREASON']._serialized_start=1754
-  _globals['_FINISHREASON']._serialized_end=1832
+  _globals['_FINISHREASON']._serialized_start=1778
+  _globals['_FINISHREASON']._serialized_end=1856
   _globals['_SAMPLING']._serialized_start=73
   _globals['_SAMPLING']._serialized_end=487
   _globals['_SAMPLING_LOGITBIASENTRY']._serialized_start=430
   _globals['_SAMPLING_LOGITBIASENTRY']._serialized_end=478
   _globals['_GENERATEREQUEST']._serialized_start=490
-  _globals['_GENERATEREQUEST']._serialized_end=637
-  _globals['_TOKENLOGPROB']._serialized_start=639
-  _globals['_TOKENLOGPROB']._serialized_end=688
-  _globals['_LOGPROBS']._serialized_start=690
-  _globals['_LOGPROBS']._serialized_end=777
-  _globals['_FINISH']._serialized_start=779
-  _globals['_FINISH']._serialized_end=900
-  _globals['_GENERATEREPLY']._serialized_start=902
-  _globals['_GENERATEREPLY']._serialized_end=1008
-  _globals['_DESCRIBEREQUEST']._serialized_start=1010
-  _globals['_DESCRIBEREQUEST']._serialized_end=1027
-  _globals['_DESCRIBEREPLY']._serialized_start=1030
-  _globals['_DESCRIBEREPLY']._serialized_end=1219
-  _globals['_LISTSEQUENCESREQUEST']._serialized_start=1221
-  _globals['_LISTSEQUENCESREQUEST']._serialized_end=1243
-  _globals['_SEQUENCEINFO']._serialized_start=1246
-  _globals['_SEQUENCEINFO']._serialized_end=1415
-  _globals['_LISTSEQUENCESREPLY']._serialized_start=1417
-  _globals['_LISTSEQUENCESREPLY']._serialized_end=1501
-  _globals['_WEIGHTSTATUSREQUEST']._serialized_start=1503
-  _globals['_WEIGHTSTATUSREQUEST']._serialized_end=1524
-  _globals['_WEIGHTSTATUSREPLY']._serialized_start=1527
-  _globals['_WEIGHTSTATUSREPLY']._serialized_end=1752
-  _globals['_WEIGHT']._serialized_start=1835
-  _globals['_WEIGHT']._serialized_end=2122
+  _globals['_GENERATEREQUEST']._serialized_end=661
+  _globals['_TOKENLOGPROB']._serialized_start=663
+  _globals['_TOKENLOGPROB']._serialized_end=712
+  _globals['_LOGPROBS']._serialized_start=714
+  _globals['_LOGPROBS']._serialized_end=801
+  _globals['_FINISH']._serialized_start=803
+  _globals['_FINISH']._serialized_end=924
+  _globals['_GENERATEREPLY']._serialized_start=926
+  _globals['_GENERATEREPLY']._serialized_end=1032
+  _globals['_DESCRIBEREQUEST']._serialized_start=1034
+  _globals['_DESCRIBEREQUEST']._serialized_end=1051
+  _globals['_DESCRIBEREPLY']._serialized_start=1054
+  _globals['_DESCRIBEREPLY']._serialized_end=1243
+  _globals['_LISTSEQUENCESREQUEST']._serialized_start=1245
+  _globals['_LISTSEQUENCESREQUEST']._serialized_end=1267
+  _globals['_SEQUENCEINFO']._serialized_start=1270
+  _globals['_SEQUENCEINFO']._serialized_end=1439
+  _globals['_LISTSEQUENCESREPLY']._serialized_start=1441
+  _globals['_LISTSEQUENCESREPLY']._serialized_end=1525
+  _globals['_WEIGHTSTATUSREQUEST']._serialized_start=1527
+  _globals['_WEIGHTSTATUSREQUEST']._serialized_end=1548
+  _globals['_WEIGHTSTATUSREPLY']._serialized_start=1551
+  _globals['_WEIGHTSTATUSREPLY']._serialized_end=1776
+  _globals['_WEIGHT']._serialized_start=1859
+  _globals['_WEIGHT']._serialized_end=2146
 # @@protoc_insertion_point(module_scope)

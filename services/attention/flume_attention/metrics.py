@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from flume_common.metrics import counter, epoch_rejected, gauge, node_state
+from flume_common.metrics import counter, engine_restarts, epoch_rejected, gauge, node_state
 from prometheus_client import Metric
 
 from flume_attention.claims import REASONS, Claims
@@ -19,6 +19,7 @@ def families(supervisor: Supervisor, claims: Claims | None = None) -> Iterator[M
     """Safe to read from another thread: a report is replaced, never altered."""
     report = supervisor.report
     yield node_state(supervisor.state)
+    yield engine_restarts(supervisor.engine_deaths)
     yield from _memory(report)
     yield from _lanes(report)
     yield counter(

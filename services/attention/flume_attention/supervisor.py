@@ -15,6 +15,7 @@ from typing import Any, NoReturn, TypeVar
 
 import structlog
 from flume_common.backoff import Backoff
+from flume_common.engine_death import cause_of
 from flume_common.engine_link import PREPARE_S, Engine, LinkClosed, run_engine
 from flume_common.engine_progress import Progress
 from flume_common.membership import Registration, State
@@ -48,6 +49,9 @@ class Supervisor:
         self, args: Sequence[str], *, zygote: str | None = None, silence_s: float = ENGINE_SILENCE_S
     ) -> None:
         """`silence_s`: an engine that makes no progress for so long is replaced."""
+        self.engine_deaths = 0
+        self.last_engine_error = ""
+        self.last_engine_death_s = 0.0  # Unix time
         self.draining = False
         self.leave_by_s = 0.0  # Unix time; as in Member
         self.report = m.Report()  # the newest of this engine
@@ -96,11 +100,21 @@ class Supervisor:
                 except LinkClosed as error:
                     log.error("engine_lost", engine_pid=engine.pid, reason=str(error))
                 finally:
+                    held = self.report.used_tokens
                     self._lose_engine()
-            log.error("engine_ended", exit_code=engine.process.returncode)
+            self._note_death(engine, held)
             if time.monotonic() - started_at >= STABLE_S:
                 backoff.reset()
             await asyncio.sleep(backoff.next_s())
+
+    def _note_death(self, engine: Engine[m.FromEngine], held_tokens: int) -> None:
+        returncode = engine.process.returncode
+        cause = cause_of(returncode, silent=engine.killed_because)
+        self.engine_deaths += 1
+        self.last_engine_error = f"{cause}; {held_tokens} tokens of KV are lost"
+        self.last_engine_death_s = time.time()
+        self._changed.set()
+        log.error("engine_ended", exit_code=returncode, cause=cause, deaths=self.engine_deaths)
 
     async def _run(self, engine: Engine[m.FromEngine], asked_at: float) -> NoReturn:
         async with background(watch=engine.watch(self._patience_s)):
@@ -265,6 +279,9 @@ class Supervisor:
             await registration.update(
                 state=self.state,
                 leave_by_s=self.leave_by_s,
+                engine_deaths=self.engine_deaths,
+                last_engine_error=self.last_engine_error,
+                last_engine_death_s=self.last_engine_death_s,
                 kv_capacity_tokens=self.report.capacity_tokens,
                 kv_used_tokens=self.report.used_tokens,
                 sequences=sum(lane.sequences for lane in self.report.lanes),

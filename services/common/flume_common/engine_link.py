@@ -147,6 +147,7 @@ class Engine(Generic[M]):
     ) -> None:
         """Without a `page` only messages and signs of life show progress."""
         self.process = process
+        self.killed_because = ""  # by `watch`
         self._page = page or ProgressPage()
         self._reader = reader
         self._writer = writer
@@ -205,6 +206,7 @@ class Engine(Generic[M]):
             before = now
             if looks * _LOOK_EVERY_S >= (max(silence_s(), PREPARE_S) if preparing else silence_s()):
                 log.error("engine_silent", engine_pid=self.pid, silence_s=looks * _LOOK_EVERY_S)
+                self.killed_because = f"made no progress for {looks * _LOOK_EVERY_S:g} s and was killed"
                 self.process.kill()
                 looks = 0
 

@@ -89,6 +89,11 @@ class Member(msgspec.Struct, frozen=True, kw_only=True):
     context_tokens: int = 0
     http_address: str = ""
     metrics_address: str = ""  # host:port of its /metrics
+    engine_deaths: int = 0  # since this process started
+    last_engine_error: str = ""  # of the last of them: the cause, and what became of requests
+    last_engine_death_s: float = 0.0  # Unix time
+    model_failures: int = 0  # requests that ended because the model's output was invalid, likewise
+    last_model_failure: str = ""
     leave_by_s: float = 0.0  # DRAINING: Unix time at which what it holds is to be elsewhere; 0: none
     secret_digest: str = (
         ""  # of what only its process knows; empty: what it sends cannot be told from others'

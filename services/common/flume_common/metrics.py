@@ -89,3 +89,8 @@ class _Collected(Collector):
 
     def collect(self) -> Iterable[Metric]:
         return self._collect()
+
+
+def engine_restarts(deaths: int) -> Metric:
+    """Engines of this node that ended and were replaced."""
+    return counter("flume_engine_restarts_total", "Engines that ended, for whatever reason.", deaths)

@@ -258,6 +258,11 @@ def node_message(member: Member, held: Held | None, now_s: float, unready: Unrea
         age_s=max(0.0, now_s - member.started_at_s),
         version=member.version,
         sequences=held.sequences if held else member.sequences,
+        engine_deaths=member.engine_deaths,
+        last_engine_error=member.last_engine_error,
+        last_engine_death_s=member.last_engine_death_s,
+        model_failures=member.model_failures,
+        last_model_failure=member.last_model_failure,
         leave_by_s=member.leave_by_s,
         metrics_address=member.metrics_address,
     )

@@ -24,6 +24,7 @@ from flume_controller.config import STANDARD_COMMAND, ControllerConfig
 from flume_controller.event_writer import EventWriter, event_writer
 from flume_controller.events import Correlator
 from flume_controller.fleet import ActionsFailed, AttentionFleet, SpecMoved
+from flume_controller.node_failures import tell_node_failures
 from flume_controller.nodes import GrpcNodes
 from flume_controller.processes import RecordDir
 from flume_controller.providers.base import Instance, Provider
@@ -113,6 +114,7 @@ class Leader:
                         reconcile=self.reconciler.run(),
                         ready_to_start=provider.keep_ready(),
                         autoscale=self._autoscaler(fenced, fleet, events).run(),
+                        node_failures=tell_node_failures(self._around.members, events.tell),
                         wake_on_members=_forward(self._around.members.changed, poke),
                         wake_on_spec=_forward(self._around.wish.changed, poke),
                         wake_on_status=_when_lost(self._around.report, poke),

@@ -14,12 +14,13 @@ from collections.abc import AsyncGenerator
 import grpc
 import structlog
 from flume_common.backoff import Backoff
-from flume_common.failures import failure_in
+from flume_common.failures import Failure, failure_in
 from flume_protos.v1 import weight_pb2 as pb
 
 from flume_router.errors import (
     BadRequest,
     CapacityExceeded,
+    EngineCrashed,
     NotContinued,
     NotYet,
     NoWeightNode,
@@ -74,6 +75,8 @@ class Attempts:
                     return
                 except WeightNodeLost as error:
                     node.suspect()
+                    if isinstance(error, EngineCrashed) and self._progress.crashed():
+                        raise self._refused(node, error) from error
                     self._lost(node, error)
                 except NotYet as error:
                     self._not_yet(node, error)
@@ -145,6 +148,16 @@ class Attempts:
         self._progress.lost(node.id, str(error), lost_at_s, node.quiet_since_s)
         self._count(reason, node, error)
 
+    def _refused(self, node: WeightNode, error: EngineCrashed) -> SequenceFailed:
+        self._counts.failed += 1
+        crashes = self._progress.crashes_in_a_row
+        log.error("sequence_ends_engines", request=self._request.id, engines=crashes, detail=str(error))
+        return SequenceFailed(
+            node.id,
+            Failure.ENGINE_CRASHED,
+            f"{crashes} engines in a row ended in a step of this request; it is not tried again ({error})",
+        )
+
     def _not_yet(self, node: WeightNode, error: RouterError) -> None:
         self._progress.not_yet(str(error), _now_s())
         self._count("not_yet", node, error)
@@ -185,6 +198,8 @@ def error_of(node: str, error: grpc.aio.AioRpcError) -> RouterError:
             return CapacityExceeded(detail)
         case grpc.StatusCode.ALREADY_EXISTS:
             return NotYet(node, detail)
+        case grpc.StatusCode.UNAVAILABLE if failure is Failure.ENGINE_CRASHED:
+            return EngineCrashed(node, detail)
         case grpc.StatusCode.UNAVAILABLE | grpc.StatusCode.CANCELLED:  # ours would be a CancelledError
             return WeightNodeLost(node, detail)
         case grpc.StatusCode.UNKNOWN if detail.startswith(

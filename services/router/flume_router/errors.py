@@ -9,6 +9,7 @@
     - Overloaded            a limit of this router is reached: requests that wait, bytes of bodies
     - NoWeightNode          no weight node is ready
     - WeightNodeLost        the weight node went away, or is leaving
+      . EngineCrashed       its engine ended in a step of this sequence, which may be why
       . WeightNodeSilent    it neither sends tokens nor shows that it works
     - NotYet                the weight node can't take the sequence at this moment
     - NotContinued          no other weight node went on with the answer
@@ -16,6 +17,7 @@
   + DeadlineExceeded        the request took longer than it may
   + WeightNodeFailed        the weight node broke its contract or failed inside
     - SequenceFailed        what it computes for this sequence failed; another node would fail, too
+  + InternalError           a defect of ours met this request; the log has the traceback
   + ReaderFailed            the process that reads large requests ended, or took too long
 """
 
@@ -154,6 +156,10 @@ class WeightNodeSilent(WeightNodeLost):
         self.silence_s = silence_s
 
 
+class EngineCrashed(WeightNodeLost):
+    """A sequence that does this twice in a row is not sent to a third engine."""
+
+
 class NotYet(Unavailable):
     """It still has an earlier attempt of this sequence, or lacks the KV that it had a moment ago."""
 
@@ -218,3 +224,12 @@ class ReaderFailed(RouterError):
 
     def __init__(self, why: str) -> None:
         super().__init__(f"the request could not be read: {why}")
+
+
+class InternalError(RouterError):
+    """`what` we were doing when an exception that nothing expects came."""
+
+    code = "internal_error"
+
+    def __init__(self, what: str, error: Exception) -> None:
+        super().__init__(f"{what} failed: {type(error).__name__}")

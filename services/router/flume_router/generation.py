@@ -9,15 +9,18 @@ import asyncio
 import contextlib
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 
+import structlog
 from flume_common.tasks import background
 
 from flume_router.answer import Answer, Piece
 from flume_router.attempts import Attempts
-from flume_router.errors import RouterError
+from flume_router.errors import InternalError, RouterError
 from flume_router.progress import ResumeCounts, ResumeLimits
 from flume_router.sequence_request import SequenceRequest
 from flume_router.tokenizer import Tokenizer
 from flume_router.weight_pool import WeightPool
+
+log = structlog.get_logger(__name__)
 
 _PIECES_AHEAD = 64  # of a slow client, before its weight nodes are held back
 
@@ -43,7 +46,11 @@ class Generation:
         attempts = Attempts(self._pool, request, self.limits, self.counts)
         async with contextlib.aclosing(attempts.replies()) as replies:
             async for reply in replies:
-                piece = growing.push(reply)
+                try:
+                    piece = growing.push(reply)
+                except Exception as error:
+                    log.exception("answer_not_decoded", request=request.id, token_ids=list(reply.token_ids))
+                    raise InternalError("Turning tokens into text", error) from error
                 yield piece
                 if piece.finished:
                     return

@@ -28,6 +28,9 @@ class ResumeLimits(msgspec.Struct, frozen=True, kw_only=True):
     fruitless: int = 6
     """Weight nodes that may be lost one after the other without a new token."""
 
+    engine_crashes: int = 2
+    """After so many engines that ended, in a row, in a step of a sequence, it is taken to be the cause."""
+
 
 class ResumeCounts(msgspec.Struct):
     """Since the router started."""
@@ -49,6 +52,7 @@ class Progress:
         self.lost_node = ""
         self.lost_at_s: float | None = None
         self.lost_in_a_row = 0
+        self.crashes_in_a_row = 0  # of these: engines that ended in a step of this sequence
         self.why = ""
 
     @property
@@ -62,13 +66,14 @@ class Progress:
         request.CopyFrom(self._first)
         request.output_token_ids.extend(self.token_ids)
         request.adopt_from = self.lost_node
+        request.engine_crashes = self.crashes_in_a_row
         return request
 
     def took(self, reply: pb.GenerateReply) -> None:
         self.token_ids.extend(reply.token_ids)
         if reply.token_ids:
             self.lost_at_s = None
-            self.lost_in_a_row = 0
+            self.lost_in_a_row = self.crashes_in_a_row = 0
 
     def lost(self, node: str, why: str, now_s: float, worked_s: float = 0.0) -> None:
         """The attempt at `node` ended early; `worked_s`: when it was last known to work on it.
@@ -85,6 +90,11 @@ class Progress:
         self.why = why
         if self.lost_at_s is None:
             self.lost_at_s = now_s
+
+    def crashed(self) -> bool:
+        """Count an engine that ended in a step of the sequence. True when no other may be tried."""
+        self.crashes_in_a_row += 1
+        return self.crashes_in_a_row >= self._limits.engine_crashes
 
     def remaining_s(self, now_s: float) -> float:
         """How long another attempt may be waited for; at most 0: not at all."""

@@ -19,6 +19,7 @@ from flume_router.errors import (
     BadRequest,
     CapacityExceeded,
     DeadlineExceeded,
+    InternalError,
     ModelNotFound,
     ReaderFailed,
     RouterError,
@@ -37,6 +38,7 @@ STATUS_OF: Mapping[type[Exception], grpc.StatusCode] = {
     ModelNotFound: grpc.StatusCode.NOT_FOUND,
     Unavailable: grpc.StatusCode.UNAVAILABLE,
     DeadlineExceeded: grpc.StatusCode.DEADLINE_EXCEEDED,
+    InternalError: grpc.StatusCode.INTERNAL,
     WeightNodeFailed: grpc.StatusCode.INTERNAL,
     ReaderFailed: grpc.StatusCode.INTERNAL,
 }
@@ -106,4 +108,7 @@ async def _logged(request_id: str) -> AsyncIterator[None]:
         except RouterError as error:
             log.info("request_refused", error=type(error).__name__, detail=str(error))
             raise
+        except Exception as error:
+            log.exception("request_failed")
+            raise InternalError("Answering the request", error) from error
         log.info("request_answered")

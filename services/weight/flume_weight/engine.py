@@ -82,6 +82,7 @@ class WeightEngine:
         self._evacuation = Evacuation(self._fleet)
         self._isolation = Isolation()
         self._failed_steps = 0  # in a row
+        self._in_step = False
         self._reports = Reports(link)
         self._lanes = itertools.count(1)  # numbers are never used twice
         self._step = 0
@@ -111,7 +112,7 @@ class WeightEngine:
         except LinkClosed:
             return
         except BaseException as error:
-            self._reports.failed(error)
+            self._reports.failed(error, in_step=self._in_step)
             raise
 
     def _handle(self, message: m.Inbound) -> None:
@@ -143,6 +144,7 @@ class WeightEngine:
 
     def _turn(self) -> bool:
         """Everything between two steps, then a step if there is one. Whether it made progress."""
+        self._in_step = False
         self._port.progress()  # a step without queries may not have heard what has long been said
         _, lost = self._fleet.hear()
         for error in (*lost, *self._silence.overdue(self._attention.timeout_s)):
@@ -198,6 +200,7 @@ class WeightEngine:
         shares = self._next_shares()
         if not shares:
             return False
+        self._in_step = True
         self._reports.step_sequences([share.sequence for share in shares])
         self._step += 1
         began_s = time.perf_counter()

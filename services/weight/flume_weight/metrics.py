@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import msgspec
-from flume_common.metrics import counter, epoch_rejected, gauge, node_state
+from flume_common.metrics import counter, engine_restarts, epoch_rejected, gauge, node_state
 from flume_common.route_store import RouteWriter
 from prometheus_client import Metric
 
@@ -19,8 +19,20 @@ from flume_weight.supervisor import Supervisor
 def families(supervisor: Supervisor, routes: RouteWriter) -> Iterator[Metric]:
     """Safe to read from another thread: numbers, and messages that are replaced, never altered."""
     yield node_state(supervisor.serving.state)
-    yield gauge("flume_requests_running", "Sequences that have a place in steps.", supervisor.running)
-    yield gauge("flume_requests_waiting", "Sequences that wait for KV memory.", supervisor.waiting)
+    stages = supervisor.sequences.count()
+    waiting = stages[m.Stage.QUEUED] + stages[m.Stage.WAITING]
+    yield gauge("flume_requests_running", "Sequences that have a place in steps.", stages.total() - waiting)
+    yield gauge(
+        "flume_requests_waiting",
+        "Sequences of which nothing has been computed yet, or that wait for KV memory.",
+        waiting,
+    )
+    yield gauge(
+        "flume_requests",
+        "Sequences by what they do.",
+        {stage.value.lower(): stages[stage] for stage in m.Stage},
+        by="state",
+    )
     yield gauge(
         "flume_kv_capacity_tokens",
         "Tokens for which the attention nodes it is attached to have memory.",
@@ -39,6 +51,13 @@ def families(supervisor: Supervisor, routes: RouteWriter) -> Iterator[Metric]:
         "flume_logit_rows_read_total",
         "Tokens of captured steps for which the host had to read all logits: with penalties, a wide top-p …",
         supervisor.logit_rows_read,
+    )
+    yield engine_restarts(supervisor.engine_deaths)
+    yield counter(
+        "flume_requests_failed_total",
+        "Requests that ended with an error here, by why; engine_lost: the router goes on elsewhere.",
+        dict(supervisor.failed),
+        by="reason",
     )
     yield epoch_rejected("weight", supervisor.epoch_rejected)
     yield from _routes(routes)

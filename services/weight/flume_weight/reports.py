@@ -6,8 +6,9 @@ import time
 import traceback
 from collections.abc import Iterable
 from collections.abc import Sequence as Seq
+from contextlib import suppress
 
-from flume_common.engine_link import EngineLink
+from flume_common.engine_link import EngineLink, LinkClosed
 from flume_common.routes import Route
 
 from flume_weight import messages as m
@@ -59,9 +60,11 @@ class Reports:
         trace = "".join(traceback.format_exception(error))[-_TRACEBACK_CHARS:]
         self._link.send(m.Contained(event, trace, list(sequences), attention_node))
 
-    def failed(self, error: BaseException) -> None:
+    def failed(self, error: BaseException, *, in_step: bool) -> None:
         """Report that the engine ends of this."""
-        self._link.send(m.EngineFailed(described(error), list(self._step_sequences)))
+        sequences = list(self._step_sequences) if in_step else []
+        with suppress(LinkClosed):
+            self._link.send(m.EngineFailed(described(error), sequences))
 
     def capacity(self, tokens: int, running: int, waiting: int) -> None:
         """KV capacity of all nodes, and how many sequences there are."""

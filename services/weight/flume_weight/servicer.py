@@ -155,7 +155,11 @@ def _decode(request: pb.GenerateRequest) -> m.Submit:
     if request.output_token_ids and sampling.temperature and sampling.seed is None:
         raise ValueError("output_token_ids need sampling.seed, or the rest would be another answer's")
     return m.Submit(
-        request.request_id, list(request.prompt_token_ids), sampling, list(request.output_token_ids)
+        request.request_id,
+        list(request.prompt_token_ids),
+        sampling,
+        list(request.output_token_ids),
+        suspect=request.engine_crashes > 0,
     )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from flume_weight import messages as m
@@ -41,6 +41,9 @@ class Streams:
         if queue is not None:
             queue.put_nowait(event)
 
-    def fail_all(self, code: str, message: str) -> None:
-        for sequence in self._queues:
-            self.deal(m.Failed(sequence, code, message))
+    def fail_all(self, failed: Callable[[str], m.Failed]) -> list[m.Failed]:
+        """End every stream as `failed` says of its sequence. Returns what was said."""
+        said = [failed(sequence) for sequence in self._queues]
+        for event in said:
+            self.deal(event)
+        return said

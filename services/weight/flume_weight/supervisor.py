@@ -9,15 +9,18 @@ from __future__ import annotations
 import argparse
 import asyncio
 import time
-from collections.abc import AsyncIterator
+from collections import Counter
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager, suppress
 from typing import Any, NoReturn
 
 import msgspec
 import structlog
 from flume_common.config_watch import LiveConfig
+from flume_common.engine_death import cause_of
 from flume_common.engine_link import Engine, LinkClosed, run_engine
-from flume_common.engine_progress import Progress
+from flume_common.engine_progress import Activity, Progress
+from flume_common.failures import Failure
 from flume_common.membership import Life, Members, Registration, Role, State
 from flume_common.model_source import ModelSource
 from flume_common.reasons import Reason
@@ -30,6 +33,7 @@ from flume_weight.attachments import Attachments, detach
 from flume_weight.config import engine_args
 from flume_weight.errors import ConfigRefused, RequestRefused
 from flume_weight.identity import Identity
+from flume_weight.last_step import EngineDeath
 from flume_weight.range_mover import move_ranges
 from flume_weight.sequence_views import SequenceViews
 from flume_weight.serving_state import Serving, ServingState
@@ -65,6 +69,12 @@ class Supervisor:
         self.recomputed = m.Recomputed()  # of this engine
         self.epoch_rejected = self.logit_rows_read = 0  # of this engine
         self.step_model: m.StepModel | None = None  # of this engine, on a GPU
+        self.engine_deaths = 0
+        self.failed: Counter[str] = Counter()  # requests, by Failure or the name of a gRPC status
+        self._last_step: list[str] = []  # sequences of this engine's
+        self._last_words: m.EngineFailed | None = None
+        self._last_engine_error = self._last_model_failure = ""
+        self._last_engine_death_s = 0.0
         self.started = asyncio.Event()  # the first engine is ready
         self.serving = Serving(State.PREPARING, Reason.LOADING)
         self._args = args
@@ -110,12 +120,13 @@ class Supervisor:
         failures = 0
         while True:
             started_s = time.monotonic()
+            died = False
             try:
                 await self._run_engine_once()
-            except LinkClosed as error:
-                log.error("engine_died", reason=str(error))
+            except LinkClosed:
+                died = True
             finally:
-                await self._engine_gone()
+                await self._engine_gone(died)
             failures = 0 if time.monotonic() - started_s > 60 else failures + 1
             delay_s = _RESTART_S[min(failures, len(_RESTART_S)) - 1] if failures else 0
             log.info("engine_restart", delay_s=delay_s)
@@ -196,7 +207,12 @@ class Supervisor:
                 case m.Loading(bytes_done=done, bytes_total=total):
                     log.info("model_loading", percent=round(100 * done / max(total, 1)))
 
-    async def _engine_gone(self) -> None:
+    async def _engine_gone(self, died: bool) -> None:
+        """Forget the engine, end its streams. `died`: by itself, or because it hung."""
+        death = self._death()
+        failed = self.streams.fail_all(death.failed)
+        if died:
+            self._note_death(death, failed)
         if self._attachments is not None:
             self._attachments.close()
         self._engine = self.ready = self._attachments = None
@@ -204,9 +220,45 @@ class Supervisor:
         self.recomputed, self.step_model = m.Recomputed(), None
         self.epoch_rejected = self.logit_rows_read = 0
         self.sequences.clear()
-        self.streams.fail_all("UNAVAILABLE", f"the engine of weight node {self._args.node} ended")
         self._routes.end_all()  # or they would be written again after a lost lease
         await self._publish()
+
+    def _death(self) -> EngineDeath:
+        engine, words, step = self._engine, self._last_words, self._last_step
+        self._last_words, self._last_step = None, []
+        if engine is None:
+            return EngineDeath(self.node, "it did not start", frozenset(), by_exception=False)
+        if words is None and engine.progress.activity is not Activity.STEPPING:
+            step = []
+        return EngineDeath(
+            self.node,
+            cause_of(
+                engine.process.returncode, words=words.error if words else "", silent=engine.killed_because
+            ),
+            frozenset(words.sequences if words else step),
+            by_exception=words is not None,
+        )
+
+    def _note_death(self, death: EngineDeath, failed: Sequence[m.Failed]) -> None:
+        self.engine_deaths += 1
+        ended = sum(event.code == "INTERNAL" for event in failed)
+        for event in failed:
+            self.failed[event.failure if event.code == "INTERNAL" and event.failure else "engine_lost"] += 1
+        self._last_engine_error = (
+            f"{death.cause}; {len(failed) - ended} requests go on elsewhere, {ended} failed"
+        )
+        self._last_engine_death_s = time.time()
+        log.error("engine_died", cause=death.cause, in_step=sorted(death.in_step),
+                  requests=len(failed), requests_failed=ended, deaths=self.engine_deaths)  # fmt: skip
+
+    def _note_failure(self, failed: m.Failed) -> None:
+        self.failed[failed.failure.value if failed.failure else failed.code.lower()] += 1
+        if failed.failure is not None:
+            log.error(
+                "request_failed", sequence=failed.sequence, failure=failed.failure, detail=failed.message
+            )
+        if failed.failure is Failure.MODEL_OUTPUT_INVALID:
+            self._last_model_failure = f"request {failed.sequence}: {failed.message}"
 
     async def _publish(self) -> None:
         """Keep our member true: READY only while there is a lane by which we can serve."""
@@ -229,6 +281,12 @@ class Supervisor:
             "lanes": tuple(attachments.up) if attachments else None,
             "kv_capacity_tokens": self.capacity_tokens,
             "sequences": self.running + self.waiting,
+            "engine_deaths": self.engine_deaths,
+            "last_engine_error": self._last_engine_error,
+            "last_engine_death_s": self._last_engine_death_s,
+            # Written at the latest by the next look at lanes, so many failures are one write.
+            "model_failures": self.failed[Failure.MODEL_OUTPUT_INVALID],
+            "last_model_failure": self._last_model_failure,
         }
         if self.ready is not None:
             said["context_tokens"] = self.ready.context_tokens
@@ -277,8 +335,14 @@ class Supervisor:
                 for token in tokens:
                     self.streams.deal(token)
             case m.Finished() | m.Failed():
+                if isinstance(message, m.Failed):
+                    self._note_failure(message)
                 self.sequences.ended(message.sequence)
                 self.streams.deal(message)
+            case m.StepSequences(sequences=names):
+                self._last_step = names
+            case m.EngineFailed():
+                self._last_words = message
             case m.RouteChanged(sequence=sequence, ranges=ranges):
                 self.sequences.routed(sequence, ranges)
                 self._write_route(sequence, ranges)

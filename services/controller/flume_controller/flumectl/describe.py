@@ -149,6 +149,11 @@ def _node(row: Row, now_s: float) -> list[str]:
         fields["KV"] = f"{node['kv_used_tokens']} of {node['kv_capacity_tokens']} tokens"
     if "activity" in row:
         fields["Doing"] = activity_line(row["activity"]).partition(": ")[2]
+    if node["engine_deaths"]:
+        ago = format_age(now_s - (node["last_engine_death_s"] or now_s))
+        fields["Engine deaths"] = f"{node['engine_deaths']}, the last {ago} ago: {node['last_engine_error']}"
+    if node["model_failures"]:
+        fields["Bad output"] = f"{node['model_failures']} requests, the last: {node['last_model_failure']}"
     if node["state"] == "DRAINING":
         by_s = node["leave_by_s"]
         fields["Leaves"] = "once it is empty" if by_s is None else f"in {r.leaves_in(by_s)}, empty or not"

@@ -32,6 +32,11 @@ def node_row(node: admin_pb2.Node) -> Row:
         "age_s": round(node.age_s, 1),
         "version": node.version,
         "leave_by_s": node.leave_by_s or None,
+        "engine_deaths": node.engine_deaths,
+        "last_engine_error": node.last_engine_error or None,
+        "last_engine_death_s": node.last_engine_death_s or None,
+        "model_failures": node.model_failures,
+        "last_model_failure": node.last_model_failure or None,
     }
 
 

@@ -16,6 +16,7 @@ import structlog
 from flume_router.errors import (
     BadRequest,
     DeadlineExceeded,
+    InternalError,
     ModelNotFound,
     ReaderFailed,
     RouterError,
@@ -52,6 +53,7 @@ _STATUS_OF: Mapping[type[RouterError], tuple[int, str, Mapping[str, str]]] = {
     ModelNotFound: (404, INVALID_REQUEST, {}),
     Unavailable: (503, SERVER_ERROR, {}),
     DeadlineExceeded: (504, TIMEOUT, {"x-should-retry": "false"}),
+    InternalError: (500, SERVER_ERROR, {"x-should-retry": "false"}),
     SequenceFailed: (500, SERVER_ERROR, {"x-should-retry": "false"}),
     WeightNodeFailed: (500, SERVER_ERROR, {}),
     ReaderFailed: (500, SERVER_ERROR, {"x-should-retry": "false"}),
