@@ -111,3 +111,16 @@ def test_the_partial_merged_in_is_left_as_it_is():
     before = o[1].clone(), lse[1].clone()
     merge_into(o[0], lse[0], o[1], lse[1])
     assert torch.equal(o[1], before[0]) and torch.equal(lse[1], before[1])
+
+
+@pytest.mark.parametrize("poison", [torch.nan, -torch.inf])
+def test_what_one_token_holds_changes_no_bit_of_the_others(poison):
+    o, lse = partials(2, 5, 3, 16)
+    want, want_lse = fold(o, lse)
+    o[1, 2], lse[1, 2] = torch.nan, poison
+    lse[0, 4, 1] = poison
+    got, got_lse = fold(o, lse)
+    touched = torch.zeros(5, 3, dtype=torch.bool)
+    touched[2], touched[4, 1] = True, True
+    assert torch.equal(got[~touched], want[~touched]) and torch.equal(got_lse[~touched], want_lse[~touched])
+    assert got[2].isnan().all() == (poison != -torch.inf), "NaN is passed on, a part without keys is not felt"

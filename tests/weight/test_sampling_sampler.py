@@ -3,7 +3,17 @@
 import pytest
 
 torch = pytest.importorskip("torch")
-from flume_weight.sampling import FinishReason, Sampled, Sampler, SamplingParams, greedy, sample_rows  # noqa: E402
+from flume_weight.sampling import (  # noqa: E402
+    FinishReason,
+    InvalidLogits,
+    NotSampled,
+    Sampled,
+    Sampler,
+    SamplingParams,
+    greedy,
+    sample_rows,
+)
+from flume_weight.sampling import batch as batch_module  # noqa: E402
 from flume_weight.sampling.penalties import Penalties  # noqa: E402
 from transformers import (  # noqa: E402
     MinPLogitsWarper,
@@ -246,6 +256,58 @@ def test_an_all_greedy_batch_takes_the_short_way_and_counts():
     logits = torch.stack([row(r) for r in range(3)])
     assert [s.token_id for s in sample_rows(batch, logits)] == logits.argmax(-1).tolist()
     assert [one.finish_reason(50) for one in batch] == [FinishReason.LENGTH] * 3
+
+
+POISONS = {
+    "nan": lambda logits: logits.__setitem__(7, torch.nan),
+    "-nan": lambda logits: logits.__setitem__(VOCAB - 1, -torch.nan),
+    "inf": lambda logits: logits.__setitem__(7, torch.inf),
+    "all -inf": lambda logits: logits.fill_(-torch.inf),
+}
+
+
+@pytest.mark.parametrize("poison", POISONS)
+def test_a_row_that_is_no_numbers_gets_no_token_and_leaves_the_others_theirs(poison):
+    batch, alone = many_samplers(), many_samplers()
+    for bad in range(len(batch)):
+        logits = torch.stack([row(300 + 10 * bad + r) for r in range(len(batch))])
+        want = [one.sample(logits[r]) for r, one in enumerate(alone) if r != bad]
+        POISONS[poison](logits[bad])
+        got = sample_rows(batch, logits)
+        failed = got.pop(bad)
+        assert isinstance(failed, NotSampled) and isinstance(failed.error, InvalidLogits)
+        word = {"inf": "infinite", "all -inf": "all -inf"}.get(poison, "NaN")
+        assert word in failed.error.found
+        assert got == want
+        assert [one.num_output_tokens for one in batch] == [bad + (r != bad) for r in range(len(batch))]
+        batch[bad].accept(0)
+        alone[bad].accept(0)
+
+
+def test_a_row_with_nothing_but_what_min_tokens_forbids_has_no_token():
+    logits = torch.full((1, VOCAB), -torch.inf)
+    logits[0, EOS] = 1.0
+    for temperature in (0.0, 1.0):
+        (failed,) = sample_rows([sampler(min_tokens=2, temperature=temperature)], logits)
+        assert "min_tokens" in failed.error.found
+
+
+def test_a_sampler_that_raises_costs_its_own_row_alone(monkeypatch):
+    batch = many_samplers()
+    monkeypatch.setattr(batch[4], "_candidates", lambda scaled: {}["no such thing"])
+    got = sample_rows(batch, torch.stack([row(r) for r in range(len(batch))]))
+    assert [isinstance(one, Sampled) for one in got] == [r != 4 for r in range(len(batch))]
+    assert isinstance(got[4].error, KeyError)
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta-like"])
+def test_the_largest_of_a_row_with_nan_is_nan_on_every_device(device):
+    logits = torch.zeros(3, VOCAB)
+    logits[1, 5], logits[2, 9] = torch.nan, 2.0
+    find = greedy if device == "cpu" else batch_module._first_of_the_largest
+    tokens, values = find(logits)
+    assert tokens[0] == 0 and tokens[2] == 9
+    assert values[0] == 0.0 and values[2] == 2.0 and values[1] != values[1]
 
 
 def test_no_rows_is_no_tokens():

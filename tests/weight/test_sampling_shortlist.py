@@ -4,7 +4,15 @@ import numpy as np
 import pytest
 import torch
 from flume_kernels.gpu import reference
-from flume_weight.sampling import Sampler, SamplingParams, Shortlist, sample_rows, sample_shortlisted
+from flume_weight.sampling import (
+    NotSampled,
+    Sampled,
+    Sampler,
+    SamplingParams,
+    Shortlist,
+    sample_rows,
+    sample_shortlisted,
+)
 from flume_weight.sampling.noise import all_tokens, gumbels
 from flume_weight.sampling.shortlist import DEVICE_ROUNDING, bounds, drawn
 from hypothesis import example, given, settings
@@ -185,3 +193,18 @@ def test_rows_that_a_shortlist_cannot_tell_are_read_together_and_the_others_not(
         assert [each.token_id for each in found] == [each.token_id for each in want]
         assert asked.pop() == ([1, 3, 4] if step < 3 else [1, 3]) and read == (3 if step < 3 else 2)
     assert asked == [] and [one.num_output_tokens for one in ours] == [4] * 6
+
+
+@pytest.mark.parametrize(
+    "fields", [{}, {"temperature": 1.0, "seed": 3}, {"temperature": 1.0, "top_k": 4, "seed": 3}]
+)
+def test_a_shortlist_of_invalid_logits_tells_no_token_and_all_of_them_tell_why(fields):
+    logits = np.stack([logits_of(200, seed, 4.0, None, 0.0) for seed in range(3)])
+    logits[1, 150] = np.nan
+    samplers = [sampler(200, **fields) for _ in range(3)]
+    with np.errstate(invalid="ignore"):
+        known = [shortlisted(one.ask(), row) for one, row in zip(samplers, logits, strict=True)]
+    assert [each.valid for each in known] == [True, False, True]
+    found, read = sample_shortlisted(samplers, known, lambda which: torch.from_numpy(logits)[which])
+    assert read == 1 and [type(each) for each in found] == [Sampled, NotSampled, Sampled]
+    assert found[1].error.found == "NaN logits"

@@ -191,6 +191,20 @@ def test_memory_the_plan_was_not_asked_to_write_is_left_alone(device):
     assert not step.o[:2].isnan().any()
 
 
+@pytest.mark.parametrize("slots", [0, 3], ids=["whole", "split"])
+@pytest.mark.parametrize("what", [0, 1], ids=["key", "value"])
+def test_a_row_that_holds_nan_is_nan_and_the_others_do_not_change(what, slots, device):
+    case = Case((50, 90, 10), slots=slots) if slots else Case((50, 90, 10))
+    step, damaged = make_step(case, device), make_step(case, device)
+    step.run()
+    damaged.pool.kv[damaged.tables[1, 2].item(), what, :, 1] = torch.nan
+    damaged.run()
+    assert damaged.o[1].isnan().all(), "not taken for a row without keys"
+    assert damaged.lse[1].isnan().all() == (what == 0)
+    for row in (0, 2):
+        assert torch.equal(damaged.o[row], step.o[row]) and torch.equal(damaged.lse[row], step.lse[row])
+
+
 def test_partials_over_two_halves_merge_to_the_whole(device):
     case = Case((96,), q_dtype=FP32)
     whole, left, right = (make_step(case, device) for _ in range(3))

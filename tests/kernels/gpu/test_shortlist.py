@@ -101,6 +101,19 @@ def test_forbidden_tokens_weigh_nothing_and_logits_that_are_no_numbers_do_no_har
     assert not (sums[1:, 2] > 0).any()
 
 
+@pytest.mark.parametrize("poison", [torch.nan, -torch.nan, torch.inf], ids=["nan", "-nan", "inf"])
+@pytest.mark.parametrize("at", [0, CHUNK - 1, CHUNK + 50 - 1])
+def test_the_mass_tells_logits_that_are_no_numbers_wherever_they_are(poison, at, device):
+    logits = logits_of(3, CHUNK + 50, device)
+    logits[1, at] = poison
+    logits[2] = -torch.inf
+    for temperature, wants in (0.0, 0), (1.0, 1):
+        _, _, sums, _ = found(logits, keys_of(3, device), [temperature] * 3, wants=[wants] * 3)
+        assert sums[0, 0].isfinite() and sums[0, 0] >= 1
+        assert sums[1, 0].isnan()
+        assert sums[2, 0] == 0
+
+
 @pytest.mark.parametrize("key", [0, 1, (1 << 64) - 1, 0x8000000000000001, stream_key(5, 9)])
 def test_the_noise_is_the_samplers(key):
     want = gumbels(key, all_tokens(3000)).astype(np.float64)

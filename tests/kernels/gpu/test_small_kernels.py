@@ -75,6 +75,16 @@ def test_a_part_without_keys_weighs_nothing_even_when_it_holds_nan(empty, device
     torch.testing.assert_close(out_lse.double(), want_lse, atol=1e-5, rtol=1e-5)
 
 
+def test_a_part_of_nan_makes_its_own_head_nan_and_no_other(device):
+    o, lse = partials(3, 4, 2, 64, torch.float32, device)
+    want, want_lse = merge(o.clone(), lse.clone())
+    lse[1, 2, 0], o[1, 2, 0] = torch.nan, torch.nan
+    out, out_lse = merge(o, lse)
+    assert out[2, 0].isnan().all() and out_lse[2, 0].isnan(), "not taken for a part without keys"
+    out[2, 0], out_lse[2, 0] = want[2, 0], want_lse[2, 0]
+    assert torch.equal(out, want) and torch.equal(out_lse, want_lse)
+
+
 def test_no_keys_anywhere_gives_zero_and_minus_infinity(device):
     o, lse = partials(2, 1, 1, 64, torch.float32, device)
     out, out_lse = merge(torch.full_like(o, torch.nan), torch.full_like(lse, -torch.inf))
