@@ -154,6 +154,27 @@ async def test_a_weight_node_that_is_another_at_its_address_says_nothing(world):
     assert status.ready == 1 and "ghost" in status.unready
 
 
+async def router(world, node, canary=""):
+    member = Member(
+        id=node, role=Role.ROUTER, state=State.READY, address="x:3", host="here", pid=3, version="0",
+        protocol_version=0, started_at_s=0, canary=canary,
+    )  # fmt: skip
+    await world.store.put(world.keys.member(Role.ROUTER, node), member.encode())
+
+
+async def test_that_canaries_come_through_from_no_router_is_said(world):
+    await serving(world, 1)
+    await router(world, "router-1", "failed: weight-1: the engine is idle")
+    await router(world, "router-2")
+    await world.turn()
+    assert (await world.condition("Available")).status == "True", "one of them gets through"
+    await router(world, "router-2", "failed: weight-1: the engine is idle")
+    await world.turn()
+    found = await world.condition("Available")
+    assert (found.status, found.reason) == ("False", "CanaryFailed") and "engine is idle" in found.message
+    assert world.provider.stopped == []
+
+
 BAD = [
     *(b"{", b"null", b"[]", b"{}", b"[" * 5000, b"x" * 1_000_000),
     *({"desired": -1}, {"desired": 2**70}, {"desired": None}, {"min": 9, "max": 1}, {"generation": -5}),

@@ -44,6 +44,9 @@ class FakeWeight(rpc.WeightServicer):
         self.vocab_size = 49152
         self.not_yet = 0
         self.num_described = 0
+        self.canary = (pb.CANARY_OK, "")
+        """What a canary shows: verdict and reason, the status it ends with, or None for a node without."""
+        self.num_canaries = 0
         self.silent = asyncio.Event()
         """Set: it answers no question."""
         self.quiet_s: float | None = None
@@ -70,6 +73,15 @@ class FakeWeight(rpc.WeightServicer):
         if self.silent.is_set():
             await asyncio.sleep(3600)
         return pb.ListSequencesReply()
+
+    async def Canary(self, request, context):
+        self.num_canaries += 1
+        if self.canary is None:
+            await context.abort(grpc.StatusCode.UNIMPLEMENTED, "of an older version")
+        if isinstance(self.canary, grpc.StatusCode):
+            await context.abort(self.canary, "its engine ended")
+        verdict, reason = self.canary
+        return pb.CanaryReply(node=self.node, verdict=verdict, reason=reason)
 
     async def Generate(self, request, context):
         self.requests.append(request)

@@ -117,7 +117,7 @@ async def test_without_a_weight_node_the_router_says_so(start_router):
         assert (await client.get(f"{router.http}/livez")).status_code == 200
         ready = await client.get(f"{router.http}/readyz")
         assert ready.status_code == 503
-        assert ready.text == "[-]weight-node failed\n[+]not-draining ok\nstore_connected: true"
+        assert ready.text == "[-]weight-node failed\n[+]canary ok\n[+]not-draining ok\nstore_connected: true"
         assert (await client.get(f"{router.http}/v1/models")).status_code == 200
 
 

@@ -14,10 +14,21 @@ class FinishReason(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     STOP: _ClassVar[FinishReason]
     LENGTH: _ClassVar[FinishReason]
     ABORT: _ClassVar[FinishReason]
+
+class CanaryVerdict(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    CANARY_VERDICT_UNSPECIFIED: _ClassVar[CanaryVerdict]
+    CANARY_OK: _ClassVar[CanaryVerdict]
+    CANARY_BUSY: _ClassVar[CanaryVerdict]
+    CANARY_FAILED: _ClassVar[CanaryVerdict]
 FINISH_REASON_UNSPECIFIED: FinishReason
 STOP: FinishReason
 LENGTH: FinishReason
 ABORT: FinishReason
+CANARY_VERDICT_UNSPECIFIED: CanaryVerdict
+CANARY_OK: CanaryVerdict
+CANARY_BUSY: CanaryVerdict
+CANARY_FAILED: CanaryVerdict
 
 class Sampling(_message.Message):
     __slots__ = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty", "seed", "stop_token_ids", "ignore_eos", "max_tokens", "min_tokens", "logprobs", "has_logprobs", "logit_bias")
@@ -193,3 +204,21 @@ class WeightStatusReply(_message.Message):
     prefill_computed_tokens: int
     prefill_total_tokens: int
     def __init__(self, node: _Optional[str] = ..., working: _Optional[bool] = ..., engine: _Optional[_Union[_common_pb2.EngineActivity, _Mapping]] = ..., queued: _Optional[int] = ..., prefilling: _Optional[int] = ..., decoding: _Optional[int] = ..., paused: _Optional[int] = ..., prefill_computed_tokens: _Optional[int] = ..., prefill_total_tokens: _Optional[int] = ...) -> None: ...
+
+class CanaryRequest(_message.Message):
+    __slots__ = ("timeout_s",)
+    TIMEOUT_S_FIELD_NUMBER: _ClassVar[int]
+    timeout_s: float
+    def __init__(self, timeout_s: _Optional[float] = ...) -> None: ...
+
+class CanaryReply(_message.Message):
+    __slots__ = ("node", "verdict", "reason", "elapsed_s")
+    NODE_FIELD_NUMBER: _ClassVar[int]
+    VERDICT_FIELD_NUMBER: _ClassVar[int]
+    REASON_FIELD_NUMBER: _ClassVar[int]
+    ELAPSED_S_FIELD_NUMBER: _ClassVar[int]
+    node: str
+    verdict: CanaryVerdict
+    reason: str
+    elapsed_s: float
+    def __init__(self, node: _Optional[str] = ..., verdict: _Optional[_Union[CanaryVerdict, str]] = ..., reason: _Optional[str] = ..., elapsed_s: _Optional[float] = ...) -> None: ...

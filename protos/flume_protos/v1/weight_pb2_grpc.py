@@ -55,6 +55,11 @@ class WeightStub:
                 request_serializer=flume__protos_dot_v1_dot_weight__pb2.WeightStatusRequest.SerializeToString,
                 response_deserializer=flume__protos_dot_v1_dot_weight__pb2.WeightStatusReply.FromString,
                 _registered_method=True)
+        self.Canary = channel.unary_unary(
+                '/flume.v1.Weight/Canary',
+                request_serializer=flume__protos_dot_v1_dot_weight__pb2.CanaryRequest.SerializeToString,
+                response_deserializer=flume__protos_dot_v1_dot_weight__pb2.CanaryReply.FromString,
+                _registered_method=True)
 
 
 class WeightServicer:
@@ -92,6 +97,14 @@ class WeightServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Canary(self, request, context):
+        """Generates two tokens of a sequence of its own, which no list and no metric of requests counts, and says
+        what came of it. It displaces no other sequence. UNAVAILABLE: the node is loading its model.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_WeightServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -114,6 +127,11 @@ def add_WeightServicer_to_server(servicer, server):
                     servicer.Status,
                     request_deserializer=flume__protos_dot_v1_dot_weight__pb2.WeightStatusRequest.FromString,
                     response_serializer=flume__protos_dot_v1_dot_weight__pb2.WeightStatusReply.SerializeToString,
+            ),
+            'Canary': grpc.unary_unary_rpc_method_handler(
+                    servicer.Canary,
+                    request_deserializer=flume__protos_dot_v1_dot_weight__pb2.CanaryRequest.FromString,
+                    response_serializer=flume__protos_dot_v1_dot_weight__pb2.CanaryReply.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -225,6 +243,33 @@ class Weight:
             '/flume.v1.Weight/Status',
             flume__protos_dot_v1_dot_weight__pb2.WeightStatusRequest.SerializeToString,
             flume__protos_dot_v1_dot_weight__pb2.WeightStatusReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Canary(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/flume.v1.Weight/Canary',
+            flume__protos_dot_v1_dot_weight__pb2.CanaryRequest.SerializeToString,
+            flume__protos_dot_v1_dot_weight__pb2.CanaryReply.FromString,
             options,
             channel_credentials,
             insecure,

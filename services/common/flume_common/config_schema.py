@@ -161,6 +161,15 @@ class Values(msgspec.Struct, frozen=True, kw_only=True):
             extra=_read_by(Scope.WEIGHT, Scope.ROUTER, unit="s"),
         ),
     ] = 5.0
+    canary_interval_s: Annotated[
+        float,
+        Meta(
+            ge=0,
+            le=3600,
+            description="How long a weight node may be idle before a router proves that it works; 0: never.",
+            extra=_read_by(Scope.ROUTER, unit="s"),
+        ),
+    ] = 10.0
     step_timeout_s: Annotated[
         float,
         Meta(

@@ -17,6 +17,8 @@ class Failure(StrEnum):
     ENGINE_CRASHED = "engine_crashed"
     """The engine ended in a step of this sequence. With INTERNAL it is known to be the cause: to run it again
     would end another engine. With UNAVAILABLE it may be."""
+    NO_LANE = "no_lane"
+    """The weight node has no lane to an attention node that takes new tokens. With UNAVAILABLE."""
 
 
 def failure_in(metadata: Iterable[tuple[str, str | bytes]] | None) -> Failure | None:

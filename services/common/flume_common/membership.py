@@ -100,7 +100,7 @@ class Member(msgspec.Struct, frozen=True, kw_only=True):
     )
     reason: str = ""  # why it is not READY: a Reason; empty: nothing to say
     lanes: tuple[str, ...] | None = None  # weight: attention nodes it has a lane to; None: not known
-    canary: str = ""  # router: what its last canaries showed, a Verdict; empty: nothing yet
+    canary: str = ""  # router: why canaries come through no weight node; empty: they do, or nothing is known
     epoch: int = 0  # of the key, not in the JSON: its create revision
 
     def encode(self) -> bytes:

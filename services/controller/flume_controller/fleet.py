@@ -113,8 +113,7 @@ class AttentionFleet:
         """
         previous = await self._previous()
         spec, revision, invalid = await self._spec(previous)
-        members = await self._members(Role.ATTENTION)
-        weights = await self._members(Role.WEIGHT)
+        members, weights, routers = await self._members()
         answers = await self._nodes.answers(_worth_asking(weights.values()))
         instances = await self._instances(members)
         views = await self._observe(spec, members, instances, Evidence.of(weights.values(), answers))
@@ -125,7 +124,7 @@ class AttentionFleet:
         if ready >= spec.desired:
             self._memory.all_ready(self._clock())
         failures = await self._act(plan(spec.desired, views), spec, members)
-        service = Service(weight_views(weights.values(), answers))
+        service = Service(weight_views(weights.values(), answers), failed_canaries(routers.values()))
         status = report(
             spec, views, self._memory.crashes, failures, state, previous, self._clock(),
             service=service, invalid=invalid,
@@ -188,11 +187,16 @@ class AttentionFleet:
         self._tell(happenings.of_giving_up(gave_up, self._progress_deadline_s))
         return after, replace(state, gave_up=gave_up, overdue=False, at_s=self._clock())
 
-    async def _members(self, role: Role) -> dict[str, Member]:
+    async def _members(self) -> tuple[Members, Members, Members]:
+        """Attention nodes, weight nodes and routers, by id."""
         # Read, not taken from a cached view: nothing is stopped on the strength of what was true once.
-        found = await self._store.range(f"{self._keys.members}{role}/")
-        members = (self._member_or_none(kv) for kv in found.items.values())
-        return {member.id: member for member in members if member is not None}
+        found = await self._store.range(self._keys.members)
+        members = [m for kv in found.items.values() if (m := self._member_or_none(kv)) is not None]
+        attention, weights, routers = (
+            {member.id: member for member in members if member.role is role}
+            for role in (Role.ATTENTION, Role.WEIGHT, Role.ROUTER)
+        )
+        return attention, weights, routers
 
     def _member_or_none(self, kv: KeyValue) -> Member | None:
         try:
@@ -327,6 +331,13 @@ def weight_views(weights: Iterable[Member], answers: Mapping[str, Answer]) -> li
         ready = member.state is State.READY and not gone
         views.append(WeightView(member.id, ready, Reason.NO_ANSWER if gone else member.reason))
     return views
+
+
+def failed_canaries(routers: Iterable[Member]) -> dict[str, str]:
+    """What routers say of canaries that fail, by id; nothing while one sees none fail. Pure."""
+    serving = [member for member in routers if member.state is State.READY]
+    failed = {member.id: member.canary for member in serving if member.canary}
+    return failed if len(failed) == len(serving) else {}
 
 
 def _status_or_none(value: bytes) -> AttentionStatus | None:

@@ -21,6 +21,7 @@ from flume_router.errors import (
     BadRequest,
     CapacityExceeded,
     EngineCrashed,
+    NoLane,
     NotContinued,
     NotYet,
     NoWeightNode,
@@ -78,6 +79,9 @@ class Attempts:
                     if isinstance(error, EngineCrashed) and self._progress.crashed():
                         raise self._refused(node, error) from error
                     self._lost(node, error)
+                except NoLane as error:
+                    node.suspect()
+                    self._unserved(node, error)
                 except NotYet as error:
                     self._not_yet(node, error)
                 except CapacityExceeded as error:
@@ -95,7 +99,7 @@ class Attempts:
         if self._progress.is_new:
             until_s = self._new_until_s
         while not self._pool.lendable:
-            if self._progress.why and self._pool.preparing:  # the request's own deadline counts
+            if not self._progress.is_new and self._pool.preparing:  # the request's own deadline counts
                 until_s = max(until_s, _now_s() + _LOOK_EVERY_S)
             if (left_s := until_s - _now_s()) <= 0:
                 raise self._given_up()
@@ -109,6 +113,7 @@ class Attempts:
             timeout_s=max(self._request.deadline_at - _now_s(), 0.0) + _SLACK_S,
             metadata=tuple(self._request.metadata.items()),
         )
+        had_tokens = False
         try:
             while (reply := await node.read(call)) is not None:
                 if reply.finish.reason == pb.ABORT:
@@ -117,6 +122,9 @@ class Attempts:
                     self._resumed(node)
                     resuming = False
                 self._progress.took(reply)
+                if had_tokens and reply.token_ids:  # all but the first take what attention nodes hold
+                    node.canary.proved()
+                had_tokens = had_tokens or bool(reply.token_ids)
                 yield reply
                 if reply.HasField("finish"):
                     return
@@ -157,6 +165,15 @@ class Attempts:
             Failure.ENGINE_CRASHED,
             f"{crashes} engines in a row ended in a step of this request; it is not tried again ({error})",
         )
+
+    def _unserved(self, node: WeightNode, error: NoLane) -> None:
+        """A new sequence has waited there already. Raises NoWeightNode when no other node is left for it."""
+        if not self._progress.is_new:
+            self._not_yet(node, error)
+            return
+        self._progress.why = str(error)
+        if not self._pool.lendable and _now_s() >= self._new_until_s:
+            raise self._given_up() from error
 
     def _not_yet(self, node: WeightNode, error: RouterError) -> None:
         self._progress.not_yet(str(error), _now_s())
@@ -200,6 +217,8 @@ def error_of(node: str, error: grpc.aio.AioRpcError) -> RouterError:
             return NotYet(node, detail)
         case grpc.StatusCode.UNAVAILABLE if failure is Failure.ENGINE_CRASHED:
             return EngineCrashed(node, detail)
+        case grpc.StatusCode.UNAVAILABLE if failure is Failure.NO_LANE:
+            return NoLane(node, detail)
         case grpc.StatusCode.UNAVAILABLE | grpc.StatusCode.CANCELLED:  # ours would be a CancelledError
             return WeightNodeLost(node, detail)
         case grpc.StatusCode.UNKNOWN if detail.startswith(

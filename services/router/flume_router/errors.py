@@ -11,6 +11,7 @@
     - WeightNodeLost        the weight node went away, or is leaving
       . EngineCrashed       its engine ended in a step of this sequence, which may be why
       . WeightNodeSilent    it neither sends tokens nor shows that it works
+    - NoLane                the weight node has no lane to an attention node
     - NotYet                the weight node can't take the sequence at this moment
     - NotContinued          no other weight node went on with the answer
     - ShuttingDown          this router is leaving
@@ -158,6 +159,14 @@ class WeightNodeSilent(WeightNodeLost):
 
 class EngineCrashed(WeightNodeLost):
     """A sequence that does this twice in a row is not sent to a third engine."""
+
+
+class NoLane(Unavailable):
+    """The weight node waited in vain for a lane to an attention node."""
+
+    def __init__(self, node: str, detail: str) -> None:
+        super().__init__(f"{node}: {detail}")
+        self.node = node
 
 
 class NotYet(Unavailable):

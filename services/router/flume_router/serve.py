@@ -15,7 +15,7 @@ from flume_common.config_watch import LiveConfig, watch_config
 from flume_common.incarnation import follow_incarnation
 from flume_common.keys import Keys
 from flume_common.listening import reachable_address
-from flume_common.membership import Member, Role, State, register, watch_members
+from flume_common.membership import Member, Registration, Role, State, register, watch_members
 from flume_common.model_source import ModelSource
 from flume_common.serving import Server, channel
 from flume_common.serving import serve as grpc_server
@@ -133,8 +133,8 @@ async def serve(
             ) as registration,
         ):
             async with background(
-                readiness=_report_readiness(pool, grpc),
-                settings=_follow(settings, in_flight, generation),
+                readiness=_report_readiness(pool, grpc, registration),
+                settings=_follow(settings, in_flight, generation, pool),
                 **({"prestart": workers.prestart()} if prestart else {}),
             ):
                 log.info(
@@ -181,19 +181,25 @@ def _base(config: RouterConfig) -> Values:
     )
 
 
-async def _follow(settings: LiveConfig, in_flight: InFlight, generation: Generation) -> NoReturn:
+async def _follow(
+    settings: LiveConfig, in_flight: InFlight, generation: Generation, pool: WeightPool
+) -> NoReturn:
     version = -1
     while True:
         version = await settings.wait_newer(version)
         values = settings.current
         in_flight.deadline_s = values.request_deadline_s
+        pool.canary_interval_s = values.canary_interval_s
         in_flight.max_waiting = values.max_waiting_requests
         generation.limits = msgspec.structs.replace(
             generation.limits, unavailable_s=values.unavailable_wait_s
         )
 
 
-async def _report_readiness(pool: WeightPool, grpc: Server) -> NoReturn:
+async def _report_readiness(pool: WeightPool, grpc: Server, registration: Registration) -> NoReturn:
     while True:
         grpc.set_ready(pool.ready)
+        canary = f"failed: {pool.canary_failure}" if pool.canary_failure else ""
+        if canary != registration.member.canary:
+            await registration.update(canary=canary)
         await pool.changed()

@@ -21,6 +21,7 @@ from flume_common.membership import Member
 from flume_protos.v1 import weight_pb2 as pb
 from flume_protos.v1 import weight_pb2_grpc as rpc
 
+from flume_router.canary import Canary
 from flume_router.errors import WeightNodeSilent
 from flume_router.pick import Candidate
 
@@ -43,6 +44,7 @@ class WeightNode:
         changed: Callable[[], None],
         elsewhere: Callable[[], bool] = lambda: True,
         standstill_s: float = 0.0,
+        canary_interval_s: Callable[[], float] = lambda: 0.0,
     ) -> None:
         """`changed` is called when `answering` turns; `silence_s`: how long there may be no sign of work.
 
@@ -62,6 +64,12 @@ class WeightNode:
         self._standstill_s = max(silence_s, standstill_s)
         self._changed = changed
         self._elsewhere = elsewhere
+        self.canary = Canary(
+            member.id,
+            interval_s=canary_interval_s,
+            able=lambda: self.listed and not self.unable,
+            changed=changed,
+        )
         self._in_doubt = asyncio.Event()
         self._waiting: set[asyncio.Timeout] = set()
         self._picked_at_s = 0.0
@@ -72,7 +80,7 @@ class WeightNode:
     @property
     def usable(self) -> bool:
         """True if a sequence may be sent there."""
-        return self.described is not None and self.answering and not self.unable
+        return not self.why_not
 
     @property
     def why_not(self) -> str:
@@ -81,7 +89,9 @@ class WeightNode:
             return self.unable
         if self.described is None:
             return f"{self.id} has not answered yet"
-        return "" if self.answering else f"{self.id} does not answer"
+        if not self.answering:
+            return f"{self.id} does not answer"
+        return f"the canary through {self.id} failed: {self.canary.reason}" if self.canary.failed else ""
 
     def candidate(self, key: str) -> Candidate:
         suspect = time.monotonic() < self._suspect_until_s

@@ -22,6 +22,7 @@ from flume_common.tasks import background
 from flume_protos.v1 import weight_pb2 as pb
 from flume_protos.v1 import weight_pb2_grpc as rpc
 
+from flume_router.canary import Canary
 from flume_router.errors import NoWeightNode
 from flume_router.pick import pick
 from flume_router.prompts import ModelLimits
@@ -63,13 +64,37 @@ class WeightPool:
         self._members = members
         self._connect = connect
         self._vocab_size = vocab_size
+        self.canary_interval_s = 0.0
+        """As the setting says; 0: no canaries."""
         self._nodes: dict[Key, WeightNode] = {}
         self._moved = asyncio.Event()
 
     @property
     def ready(self) -> bool:
-        """Whether a member that is READY can be sent a sequence."""
-        return any(node.listed and node.described and not node.unable for node in self._nodes.values())
+        """Whether a member that is READY has answered Describe, and no canary shows otherwise."""
+        return self.met and not self.canary_failure
+
+    @property
+    def met(self) -> bool:
+        """Whether a member that is READY has answered Describe."""
+        return bool(self._able())
+
+    @property
+    def canary_failure(self) -> str:
+        """Why no canary comes through any weight node; empty while one does, or nothing is known."""
+        able = self._able()
+        if not able or not all(node.canary.failed for node in able):
+            return ""
+        return "; ".join(f"{node.id}: {node.canary.reason}" for node in able)
+
+    @property
+    def canaries(self) -> Mapping[str, Canary]:
+        """What canaries through the nodes showed that can serve by their own word, by id."""
+        return {node.id: node.canary for node in self._able()}
+
+    def _able(self) -> list[WeightNode]:
+        nodes = list(self._nodes.values())
+        return [node for node in nodes if node.listed and node.described and not node.unable]
 
     @property
     def why_not(self) -> list[str]:
@@ -183,6 +208,7 @@ class WeightPool:
                     changed=self._move,
                     elsewhere=partial(self._has_others, key),
                     standstill_s=self._standstill_s,
+                    canary_interval_s=lambda: self.canary_interval_s,
                 )
                 tasks.create_task(self._keep(key, self._nodes[key]), name=f"weight-node-{member.id}")
 
@@ -202,7 +228,9 @@ class WeightPool:
 
     async def _meet(self, node: WeightNode) -> None:
         if await self._describe(node):
-            await node.keep_asking()
+            assert node.stub is not None
+            async with background(canary=node.canary.run(node.stub)):
+                await node.keep_asking()
 
     async def _describe(self, node: WeightNode) -> bool:
         """False: it can't be used."""

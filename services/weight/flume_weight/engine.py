@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import replace
 
@@ -27,7 +27,7 @@ from flume_weight.batch import Batch, build, commit
 from flume_weight.cuda.errors import StepError
 from flume_weight.errors import PeerLost, PeerSilent, RequestRefused
 from flume_weight.evacuation import Evacuation
-from flume_weight.failing import described, message_failed, no_token, step_failed
+from flume_weight.failing import canary_has_no_room, described, message_failed, no_lane, no_token, step_failed
 from flume_weight.fleet import Fleet
 from flume_weight.isolation import Isolation
 from flume_weight.model import ModelConfig
@@ -45,6 +45,7 @@ from flume_weight.scores import Scores
 from flume_weight.sequence import Cause, Recovery, Sequence
 from flume_weight.silence import Silence
 from flume_weight.storage import Part
+from flume_weight.unserved import Unserved
 
 _IDLE_WAIT_S = 5.0
 _MOST_FAILED_STEPS = 8  # in a row, before the engine itself is taken to be at fault
@@ -80,6 +81,7 @@ class WeightEngine:
         self._attention.may_leave = self._silence.may_leave
         self._progress = self._attention.progress = link.progress
         self._evacuation = Evacuation(self._fleet)
+        self._unserved = Unserved()
         self._isolation = Isolation()
         self._failed_steps = 0  # in a row
         self._in_step = False
@@ -151,6 +153,7 @@ class WeightEngine:
             self._lose(error)
         if self._roster.admit(self._limits):
             self._stages_changed = True
+        self._end_unserved()
         running = self._roster.running
         self._fleet.house(running)
         self._fleet.move_tails(running)
@@ -173,9 +176,11 @@ class WeightEngine:
         if self._stages_changed:
             self._stages_changed = False
             self._reports.sequences(self._roster)
-        self._reports.routes(self._roster)
+        # A canary is nobody's request: it is not written to etcd, and not counted.
+        self._reports.routes(sequence for sequence in self._roster if not sequence.canary)
         capacity_tokens = self._fleet.capacity_blocks * self._shape.layout.block_tokens
-        self._reports.capacity(capacity_tokens, len(self._roster.running), len(self._roster.waiting))
+        running, waiting = map(_num_requests, (self._roster.running, self._roster.waiting))
+        self._reports.capacity(capacity_tokens, running, waiting)
         self._reports.recomputed()
         if self._passes.microbatching is not None:
             self._reports.step_model(self._passes.microbatching.model)
@@ -186,7 +191,11 @@ class WeightEngine:
     def _idle(self) -> None:
         """Sleep until someone speaks: the supervisor, or an attention node; or has been silent too long."""
         self._progress.idle()
-        wait_s = min(self._silence.next_look_s(self._attention.timeout_s), _IDLE_WAIT_S)
+        wait_s = min(
+            self._silence.next_look_s(self._attention.timeout_s),
+            self._unserved.next_look_s(self._roster.waiting, time.monotonic()),
+            _IDLE_WAIT_S,
+        )
         self._port.wait(self._heard_or_lost, wait_s, fds=(self._link.fileno(),))
 
     def _heard_or_lost(self) -> bool:
@@ -343,6 +352,9 @@ class WeightEngine:
         except RequestRefused as refused:
             self._link.send(m.Failed(message.sequence, refused.code, str(refused)))
             return
+        if sequence.canary and self._roster.waiting:
+            self._link.send(canary_has_no_room(sequence))
+            return
         _recover(sequence, Cause.WEIGHT_NODE_LOST)
         self._roster.waiting.append(sequence)
         self._stages_changed = True
@@ -372,6 +384,20 @@ class WeightEngine:
     def _end(self, sequence: Sequence, message: m.Finished | m.Failed) -> None:
         self._roster.remove(sequence)
         self._link.send(message)
+
+    def _end_unserved(self) -> None:
+        """End sequences that wait for a lane for too long, and a canary that would have to wait for anything.
+
+        What has just been admitted waits no more, so a canary is in nobody's way.
+        """
+        peers, now_s = self._fleet.peers.values(), time.monotonic()
+        num_open = sum(not peer.draining for peer in peers)
+        self._unserved.note(now_s, lanes=len(peers), open_lanes=num_open)
+        canaries = [sequence for sequence in self._roster.waiting if sequence.canary]
+        for sequence in canaries:
+            self._end(sequence, canary_has_no_room(sequence) if num_open else no_lane(sequence, len(peers)))
+        for sequence in self._unserved.overdue(self._roster.waiting, now_s):
+            self._end(sequence, no_lane(sequence, len(peers)))
 
     def _refuse_impossible(self) -> None:
         for sequence, message in self._roster.impossible():
@@ -475,6 +501,7 @@ class WeightEngine:
         self._limits = replace(self._limits, mixed_prefill_tokens=message.mixed_prefill_tokens)
         self._fleet.balance = replace(self._fleet.balance, margin_tokens=message.tail_margin_tokens)
         self._attention.timeout_s = message.step_timeout_s
+        self._unserved.wait_s = message.unavailable_wait_s
         self._step_target_s = message.step_target_ms / 1e3
         if self._passes.microbatching is not None:
             self._passes.microbatching.use(message.microbatches)
@@ -506,3 +533,7 @@ def _finished(sequence: Sequence, reason: str) -> m.Finished:
         completion_tokens=sequence.completion_tokens,
         stop_token_id=sequence.tokens[-1] if reason == "stop" else 0,
     )
+
+
+def _num_requests(sequences: Iterable[Sequence]) -> int:
+    return sum(not sequence.canary for sequence in sequences)

@@ -25,6 +25,19 @@ def step_failed(sequence: Sequence, error: Exception) -> m.Failed:
     return m.Failed(sequence.name, "INTERNAL", message, Failure.SEQUENCE_FAILED)
 
 
+def no_lane(sequence: Sequence, num_lanes: int) -> m.Failed:
+    """It waited for a lane to an attention node that takes its tokens. `num_lanes`: to others."""
+    message = "no lane to an attention node"
+    if num_lanes:
+        message = f"{num_lanes} lanes lead only to attention nodes that are draining"
+    return m.Failed(sequence.name, "UNAVAILABLE", message, Failure.NO_LANE)
+
+
+def canary_has_no_room(sequence: Sequence) -> m.Failed:
+    """It would have had to wait for memory."""
+    return m.Failed(sequence.name, "RESOURCE_EXHAUSTED", "other sequences have, or wait for, the KV memory")
+
+
 def message_failed(name: str, what: str, error: Exception) -> m.Failed:
     """An exception while the engine took in what it was told of this sequence."""
     return m.Failed(name, "INTERNAL", f"{what} failed: {described(error)}", Failure.SEQUENCE_FAILED)

@@ -41,6 +41,7 @@ class Submit(msgspec.Struct, tag=True):
     output_token_ids: list[int] = []
     kept: list[KeptRange] = []
     suspect: bool = False  # an engine has ended in a step of it: it gets steps of its own at first
+    canary: bool = False  # never counted or listed, and ended rather than in another sequence's way
 
 
 class Cancel(msgspec.Struct, tag=True):
@@ -119,6 +120,7 @@ class Configure(msgspec.Struct, tag=True):
     step_timeout_s: float
     microbatches: Microbatches = "auto"
     step_target_ms: float = 0.0  # 0: chunks of prompts are as large as steps may be
+    unavailable_wait_s: float = 5.0  # how long sequences wait for a lane where there is none
 
 
 Inbound = (

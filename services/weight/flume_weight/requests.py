@@ -36,6 +36,7 @@ def new_sequence(message: m.Submit, config: ModelConfig, now_s: float) -> Sequen
         max_tokens=wanted or room,
         sampler=Sampler(message.sampling, prompt, config.vocab_size, config.eos_token_ids, said),
         arrived_s=now_s,
+        canary=message.canary,
         # Whoever said the newest token had computed all before it.
         computed_tokens=len(prompt) + len(said) - 1 if said else 0,
         suspect=message.suspect,

@@ -51,6 +51,7 @@ class Sequence:
     holes: list[Hole] = field(default_factory=list)  # in order
     recovery: Recovery | None = None
     ran_here: bool = False
+    canary: bool = False
     begun: bool = False  # some of its prompt is, or was, in a step
     stalled: bool = False  # it had no place in the last step
     suspect: bool = False  # runs alone until it has a token

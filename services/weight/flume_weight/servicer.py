@@ -105,6 +105,22 @@ class WeightServicer(rpc.WeightServicer):
     ) -> pb.WeightStatusReply:
         return status_message(self._supervisor)
 
+    async def Canary(
+        self,
+        request: pb.CanaryRequest,
+        context: grpc.aio.ServicerContext[pb.CanaryRequest, pb.CanaryReply],
+    ) -> pb.CanaryReply:
+        supervisor = self._supervisor
+        if supervisor.ready is None:
+            await _abort(context, "UNAVAILABLE", f"weight node {supervisor.node} is loading its model")
+        outcome = await supervisor.canary.run(request.timeout_s)
+        return pb.CanaryReply(
+            node=supervisor.node,
+            verdict=outcome.verdict,
+            reason=outcome.reason,
+            elapsed_s=outcome.elapsed_s,
+        )
+
     def _info(self, view: SequenceView, now_s: float) -> pb.SequenceInfo:
         info = pb.SequenceInfo(
             sequence=view.sequence,

@@ -28,6 +28,7 @@ def configure(values: Values, ready: m.Ready) -> m.Configure:
         tail_margin_tokens=values.tail_margin_tokens,
         mixed_prefill_tokens=min(values.mixed_prefill_tokens, room_tokens),
         step_timeout_s=values.step_timeout_s,
+        unavailable_wait_s=values.unavailable_wait_s,
         microbatches=values.microbatches,
         step_target_ms=values.step_target_ms,
     )

@@ -30,6 +30,7 @@ from flume_common.tasks import background
 
 from flume_weight import messages as m
 from flume_weight.attachments import Attachments, detach
+from flume_weight.canary import CanaryRunner
 from flume_weight.config import engine_args
 from flume_weight.errors import ConfigRefused, RequestRefused
 from flume_weight.identity import Identity
@@ -75,6 +76,7 @@ class Supervisor:
         self._last_words: m.EngineFailed | None = None
         self._last_engine_error = self._last_model_failure = ""
         self._last_engine_death_s = 0.0
+        self.canary = CanaryRunner(self)
         self.started = asyncio.Event()  # the first engine is ready
         self.serving = Serving(State.PREPARING, Reason.LOADING)
         self._args = args
@@ -135,7 +137,8 @@ class Supervisor:
     def submit(self, message: m.Submit) -> None:
         """Raises RequestRefused when there is no engine to take it."""
         self._send_to_engine(message)
-        self.sequences.submitted(message, time.monotonic())
+        if not message.canary:
+            self.sequences.submitted(message, time.monotonic())
 
     async def kept(self, sequence: str, lost_node: str) -> list[m.KeptRange]:
         """What the attention nodes keep of a sequence whose weight node is lost, for us to take now."""

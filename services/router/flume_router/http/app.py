@@ -130,7 +130,8 @@ class _Pages:
     def _checks(self) -> dict[str, Check]:
         pool = self._service.pool
         return {
-            "weight-node": pool.ready or "; ".join(pool.why_not),
+            "weight-node": pool.met or "; ".join(pool.why_not),
+            "canary": pool.canary_failure or True,
             "not-draining": not self._service.in_flight.draining,
         }
 
