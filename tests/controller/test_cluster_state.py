@@ -76,7 +76,8 @@ def test_down_and_up_bring_it_back_as_it_was(local):
     assert "3 attention nodes, as before" in done.stdout and '"model": "mine"' in done.stdout
     assert known(local) == before
     assert local.flumectl("logs", "weight-1").returncode == 0
-    assert (local.files.logs / "weight-1.log.1").exists(), "logs are kept, too"
+    assert local.flumectl("logs", "etcd", "--previous").stdout, "logs are kept, too"
+    assert local.flumectl("logs", "nobody", "--previous").returncode == 1
 
 
 @pytest.mark.slow

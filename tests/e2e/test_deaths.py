@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from flume_controller.cluster_files import ClusterFiles
 
 sys.path.insert(0, str(Path(__file__).parent))
 import oracle
@@ -41,6 +42,20 @@ def test_a_stream_goes_on_with_the_same_tokens_when_a_process_is_killed(cluster,
     stream.wait_for(30)
     os.kill(cluster.in_use(role)[0].pid, signal.SIGKILL)
     assert stream.result() == undisturbed
+    nothing_is_left(cluster)
+
+
+def test_a_stream_does_not_notice_that_another_up_takes_its_cluster_over(cluster, undisturbed):
+    files = ClusterFiles(cluster.data_dir, "default")
+    before = {record.id: record.pid for record in files.leftovers()}
+    stream = streamed(cluster)
+    stream.wait_for(20)
+    os.kill(files.read().supervisor.pid, signal.SIGKILL)
+    stream.wait_for(30)
+    cluster.up()
+    assert stream.is_alive(), "it was taken over under the stream"
+    assert stream.result() == undisturbed
+    assert {record.id: record.pid for record in files.leftovers()} == before
     nothing_is_left(cluster)
 
 

@@ -108,7 +108,7 @@ def decode(text: str) -> ClusterConfig:
 
 def recorded(config: ClusterConfig) -> dict[str, Any]:
     """What it runs with: the settings that are not the defaults, as JSON has them."""
-    given = msgspec.to_builtins(config, enc_hook=str)
+    given = _as_json(config)
     return {
         name: value
         for name, value in given.items()
@@ -134,7 +134,7 @@ def resumed(settings: Mapping[str, Any], given: Collection[str], record: Mapping
         for name, value in record.items()
         if name in _DEFAULTS and name not in _NOT_RECORDED and name not in given
     }
-    asked = msgspec.to_builtins(ClusterConfig(**settings), enc_hook=str)
+    asked = _as_json(ClusterConfig(**settings))
     try:
         return msgspec.convert(asked | known, type=ClusterConfig, dec_hook=lambda _, value: Path(value))
     except msgspec.ValidationError as error:
@@ -143,15 +143,15 @@ def resumed(settings: Mapping[str, Any], given: Collection[str], record: Mapping
 
 def differences(config: ClusterConfig, given: Collection[str], record: Mapping[str, Any]) -> list[str]:
     """The flags given now that say something else than the record, but for those of one `up` only."""
-    there = {name: record.get(name, _jsonable(_DEFAULTS[name])) for name in _DEFAULTS}
-    asked = msgspec.to_builtins(config, enc_hook=str)
+    there = _as_json(ClusterConfig()) | dict(record)
+    asked = _as_json(config)
     # The number of attention nodes can be changed while they run.
     fixed = set(given) - _NOT_RECORDED - {"attention"}
     return [flag_of(name) for name in _DEFAULTS if name in fixed and asked[name] != there[name]]
 
 
-def _jsonable(value: Any) -> Any:
-    return msgspec.to_builtins(value, enc_hook=str)
+def _as_json(config: ClusterConfig) -> dict[str, Any]:
+    return msgspec.json.decode(encode(config), type=dict[str, Any])
 
 
 def flag_of(field: str) -> str:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import click
 
+from flume_controller import log_rotation
 from flume_controller.cluster_files import ClusterFiles
 from flume_controller.flumectl.errors import CommandError
 from flume_controller.flumectl.options import data_dir_option, name_option
@@ -24,16 +25,20 @@ def _complete_node(ctx: click.Context, param: click.Parameter, incomplete: str) 
 @click.command()
 @click.argument("node", required=False, shell_complete=_complete_node)
 @click.option("-f", "--follow", is_flag=True, help="Go on and print what comes.")
+@click.option(
+    "-p", "--previous", is_flag=True, help="Of the log before this one, of an earlier `up` perhaps."
+)
 @click.option("--tail", type=click.IntRange(min=0), help="Only the last N lines of each.", metavar="N")
 @name_option
 @data_dir_option
-def logs(node: str | None, follow: bool, tail: int | None, name: str, data_dir: Path) -> None:
+def logs(node: str | None, follow: bool, previous: bool, tail: int | None, name: str, data_dir: Path) -> None:
     """Print the log of NODE, or of every process of the local cluster with its name before each line.
 
     \b
     Examples:
       flumectl logs weight-1 --tail 20
       flumectl logs -f
+      flumectl logs weight-1 --previous
     """
     directory = ClusterFiles(data_dir, name).logs
     files = [path for path in _files(directory) if node in (None, path.stem)]
@@ -41,8 +46,22 @@ def logs(node: str | None, follow: bool, tail: int | None, name: str, data_dir: 
         names = ", ".join(path.stem for path in _files(directory)) or "none"
         what = f"log of {node!r}" if node else "logs"
         raise CommandError(f"no {what} in {directory}; there are: {names}")
+    if previous:
+        _print_previous(files, node, tail)
+        return
     for line in _lines(directory, node, tail, follow):
         click.echo(line)
+
+
+def _print_previous(files: list[Path], node: str | None, tail: int | None) -> None:
+    """Raises CommandError when there is none."""
+    older = [(path, log_rotation.old(path, 1)) for path in files if log_rotation.old(path, 1).exists()]
+    if not older:
+        raise CommandError(f"no earlier log of {node or 'any process'} in {files[0].parent}")
+    for path, old in older:
+        prefix = "" if node else f"[{path.stem}] "
+        for line in _last(LineReader(old).lines(), tail):
+            click.echo(prefix + line)
 
 
 def _files(directory: Path) -> list[Path]:
