@@ -73,12 +73,14 @@ def hops(rig):
     return {message.hop for message in rig.said if isinstance(message, m.LaneUp)}
 
 
-def gpu_weight_node(name, step_timeout_s=20, margin=16, hop="direct", microbatches="auto"):
+def gpu_weight_node(
+    name, step_timeout_s=20, margin=16, hop="direct", microbatches="auto", module="simulated_gpu_weight"
+):
     flags = [
         *FLAGS, "--tail-margin-tokens", str(margin), "--step-timeout-s", str(step_timeout_s),
         "--microbatches", microbatches, "--hop", "auto" if hop == "direct" else hop,
     ]  # fmt: skip
-    return weight_node(name, flags, "simulated_gpu_weight", os.environ[ENGINE_ZYGOTE])
+    return weight_node(name, flags, module, os.environ[ENGINE_ZYGOTE])
 
 
 @pytest.mark.parametrize("direct", [False, True], ids=["frames", "either way"])
@@ -262,3 +264,33 @@ async def test_sampled_tokens_do_not_depend_on_the_company():
         await rig.end_of("b")
         await rig.end_of("c")
         assert rig.tokens("b") == alone and rig.tokens("c") == own_tokens(prompt(33), 16)
+
+
+def prompts_apart(count, tokens):
+    """Prompts, a token that the first one's answer comes to, and that none of the others has or says."""
+    for seed in itertools.count(1):
+        prompts = [prompt(6 + at, seed * 5 + at) for at in range(count)]
+        answers = [own_tokens(ids, tokens) for ids in prompts]
+        others = {token for ids in (*prompts, *answers[1:]) for token in ids}
+        for at in range(2, 6):
+            if answers[0][at] not in others and answers[0].index(answers[0][at]) == at:
+                return prompts, answers, at
+    raise AssertionError("there is no such seed")
+
+
+@on_each_hop
+@pytest.mark.parametrize("sampling", [{}, {"logprobs": 2}], ids=["greedy", "logprobs"])
+async def test_a_sequence_that_comes_to_nan_in_captured_steps_ends_alone(hop, sampling, monkeypatch):
+    prompts, answers, at = prompts_apart(3, 12)
+    monkeypatch.setenv("DAMAGED_TOKEN", str(answers[0][at]))
+    async with gpu_nodes(512, 512, hop=hop, module="damaged_gpu_weight") as rig:
+        for number, ids in enumerate(prompts):
+            rig.submit(f"s{number}", ids, 12, **sampling)
+        end = await rig.end_of("s0")
+        assert isinstance(end, m.Failed) and "NaN logits" in end.message, end
+        assert f"token {at + 2} of the answer" in end.message
+        assert rig.tokens("s0") == answers[0][: at + 1]
+        for number in (1, 2):
+            assert isinstance(await rig.end_of(f"s{number}"), m.Finished)
+            assert rig.tokens(f"s{number}") == answers[number]
+        assert await rig.is_free()

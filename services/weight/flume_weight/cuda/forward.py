@@ -13,6 +13,7 @@ from flume_weight.cuda.microbatching import Microbatching
 from flume_weight.errors import PeerLost
 from flume_weight.peer import Peer
 from flume_weight.range_attention import RangeAttention, no_answer
+from flume_weight.sampling import Ask, Sampler
 from flume_weight.scores import Scores
 
 
@@ -70,7 +71,7 @@ class CapturedForward:
         size = StepSize(bucket) if direct else self._microbatching.size(bucket, rows)
         step = self._steps.of(size, direct)
         step.buffers.fill(batch.token_ids, batch.positions)
-        sampling, asks = batch.logit_rows.tolist(), [sampler.ask() for sampler in batch.samplers]
+        sampling, asks = batch.logit_rows.tolist(), [_ask(sampler) for sampler in batch.samplers]
         step.buffers.shortlists.ask(sampling, asks)
         self._exchange.epoch = self._attention.epoch
         self._exchange.may_leave = self._attention.may_leave
@@ -103,3 +104,11 @@ class CapturedForward:
         self._frames.forget(peer)
         if self._direct is not None:
             self._direct.forget(peer)
+
+
+def _ask(sampler: Sampler) -> Ask | None:
+    """What the sampler must know. One that fails gets all logits, and fails again where it fails alone."""
+    try:
+        return sampler.ask()
+    except Exception:
+        return None
