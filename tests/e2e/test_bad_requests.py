@@ -22,6 +22,7 @@ from streams import Stream
 
 pytestmark = [pytest.mark.e2e, pytest.mark.slow]
 ZEBRA = " zebra"  # one token; its embedding is NaN
+RAISES, ABORTS = 29107, 29108  # token ids that make a step raise, and an engine die
 BAD = 50
 TOKENS = 600
 
@@ -54,8 +55,11 @@ def damaged(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def bad_cluster(damaged, tmp_path_factory):
     words = ("--model", str(damaged), "--dtype", "float32", "--attention", "1")
-    with running(tmp_path_factory.mktemp("bad"), *words) as cluster:
-        yield cluster
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("FLUME_FAULT_RAISE_TOKEN", str(RAISES))
+        patch.setenv("FLUME_FAULT_ABORT_TOKEN", str(ABORTS))
+        with running(tmp_path_factory.mktemp("bad"), *words) as cluster:
+            yield cluster
 
 
 def post(cluster: Cluster, **fields) -> httpx.Response:
@@ -110,6 +114,29 @@ def test_a_stream_that_meets_nan_ends_with_an_error_event(bad_cluster):
     assert "model_output_invalid" in text and (reply.status_code == 500 or "data: " in text)
 
 
+def test_a_request_whose_step_raises_fails_alone(bad_cluster):
+    undisturbed = healthy(bad_cluster).result()
+    stream = healthy(bad_cluster)
+    stream.wait_for(5)
+    for _ in range(10):
+        reply = post(bad_cluster, prompt=[RAISES, 5])
+        assert (reply.status_code, reply.json()["error"]["code"]) == (500, "sequence_failed"), reply.text
+        assert "InjectedFault" in reply.json()["error"]["message"]
+    assert stream.result() == undisturbed
+    assert [node.engine_deaths for node in bad_cluster.nodes("weight")] == [0]
+
+
+def test_a_request_that_ends_engines_ends_two_and_the_stream_beside_it_goes_on(bad_cluster):
+    undisturbed = healthy(bad_cluster).result()
+    stream = healthy(bad_cluster)
+    stream.wait_for(5)
+    reply = post(bad_cluster, prompt=[ABORTS, 5])
+    assert (reply.status_code, reply.json()["error"]["code"]) == (500, "engine_crashed"), reply.text
+    assert "killed by SIGABRT" in reply.json()["error"]["message"]
+    assert stream.result() == undisturbed
+    assert [node.engine_deaths for node in bad_cluster.nodes("weight")] == [2]
+
+
 def test_an_engine_that_is_killed_is_told_of_and_streams_go_on(bad_cluster):
     undisturbed = healthy(bad_cluster).result()
     stream = healthy(bad_cluster)
@@ -118,15 +145,15 @@ def test_an_engine_that_is_killed_is_told_of_and_streams_go_on(bad_cluster):
     os.kill(engine_pid(weight.pid), signal.SIGKILL)
     assert stream.result() == undisturbed
     (weight,) = bad_cluster.nodes("weight")
-    assert weight.engine_deaths == 1
+    assert weight.engine_deaths == 3
     found = bad_cluster.until(
-        lambda: [event for event in events_of(bad_cluster) if event["reason"] == "EngineDied"], 15, "an event"
+        lambda: [event for event in events_of(bad_cluster) if "SIGKILL" in event["message"]], 15, "an event"
     )
-    assert "killed by SIGKILL" in found[0]["message"]
+    assert found[0]["reason"] == "EngineDied"
     described = bad_cluster.flumectl("describe", "node", weight.id).stdout
     assert "killed by SIGKILL" in described and "EngineDied" in described
     page = httpx.get(f"http://{weight.metrics_address}/metrics").text
-    assert "flume_engine_restarts_total 1.0" in page
+    assert "flume_engine_restarts_total 3.0" in page
 
 
 def events_of(cluster: Cluster) -> list[dict]:

@@ -67,7 +67,8 @@ def good(number):
 
 
 async def test_a_sequence_without_valid_logits_fails_and_its_neighbours_tokens_do_not_change(damaged):
-    async with small_rig(damaged, 512, 512, args=["--tail-margin-tokens", "16"]) as one:
+    flags = ["--tail-margin-tokens", "16", "--mixed-prefill-tokens", "32"]
+    async with small_rig(damaged, 512, 512, args=flags) as one:
         names = [f"good-{number}" for number in range(4)]
         settings = [GREEDY, SAMPLED[3], {"logprobs": 2}, {**SAMPLED[7], "top_k": 5}]
         want = [
@@ -79,8 +80,10 @@ async def test_a_sequence_without_valid_logits_fails_and_its_neighbours_tokens_d
         for index, sampling in enumerate(SAMPLED):
             one.submit(f"nan-{index}", [NAN, 5, *good(index)], 4, **sampling)
             one.submit(f"inf-{index}", [9, INFINITE, 5], 4, **sampling)
+        # In chunks: the later ones meet NaN in what both attention nodes hold of it.
+        one.submit("long-0", [5, NAN, *good(1) * 10], 4)
         for index in range(len(SAMPLED)):
-            for kind, length in (("nan", 22), ("inf", 3)):
+            for kind, length in (("nan", 22), ("inf", 3), ("long", 202))[: 3 if index == 0 else 2]:
                 end = await one.end_of(f"{kind}-{index}")
                 assert isinstance(end, m.Failed) and end.failure is Failure.MODEL_OUTPUT_INVALID, end
                 assert end.code == "INTERNAL"

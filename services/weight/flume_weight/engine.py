@@ -22,6 +22,7 @@ from flume_common.lanes import Port, Side
 from flume_common.wire import LaneShape
 from flume_kernels.gpu.shared_memory import MappingFailed
 
+from flume_weight import faults
 from flume_weight import messages as m
 from flume_weight.batch import Batch, build, commit
 from flume_weight.cuda.errors import StepError
@@ -85,6 +86,7 @@ class WeightEngine:
         self._isolation = Isolation()
         self._failed_steps = 0  # in a row
         self._in_step = False
+        self._step_fault = faults.step_fault()
         self._reports = Reports(link)
         self._lanes = itertools.count(1)  # numbers are never used twice
         self._step = 0
@@ -216,6 +218,8 @@ class WeightEngine:
         try:
             batch = build([(by_name[share.sequence], share.tokens) for share in shares], self._fleet.peers)
             self._begin_step(batch)
+            if self._step_fault is not None:
+                self._step_fault(batch.token_ids)
             chosen = self._passes.of(batch)
             scores = chosen.forward(self._step, batch)
         except PeerLost as error:
