@@ -1,5 +1,8 @@
+import itertools
+
 import pytest
 from flume_common.reasons import Reason
+from flume_controller import happenings
 from flume_controller.plan import NodeView, Phase
 from flume_controller.progress import Progress
 from flume_controller.spec import AttentionSpec, ConditionStatus, GaveUp, Unready
@@ -91,6 +94,19 @@ def test_nodes_whose_ready_is_only_a_claim_are_listed():
 def test_a_spec_that_cannot_be_read_is_said_before_all_else():
     status = make(Phase.READY, Phase.LOST, invalid="spec/attention is not valid", failures=["x"])
     assert conditions(status)["Degraded"] == ("True", "InvalidSpec")
+
+
+def test_a_disk_that_is_full_is_said_and_when_it_has_room_again():
+    before = make(Phase.READY, Phase.READY)
+    full = make(Phase.READY, Phase.READY, disk_full="the disk of /data is full", previous=before)
+    after = make(Phase.READY, Phase.READY, previous=full)
+    assert conditions(full)["Degraded"] == ("True", "DiskFull")
+    assert conditions(full)["Available"] == ("True", "EnoughNodes"), "it stops nothing that works"
+    news = [
+        happenings.of_conditions(one.conditions, two.conditions)
+        for one, two in itertools.pairwise((before, full, after, after))
+    ]
+    assert [[found.reason for found in items] for items in news] == [["DiskFull"], ["DiskHasRoom"], []]
 
 
 def test_no_progress_within_the_deadline_is_said():

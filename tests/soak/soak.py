@@ -185,7 +185,7 @@ class Soak:
     def _keep(self, name: str, number: int) -> Path:
         """Copy the cluster's files for whoever looks for the cause."""
         folder = self._args.keep / f"{datetime.now(UTC):%Y%m%d-%H%M%S}-{name}-{number}"
-        ignore = shutil.ignore_patterns("member", "lock")
+        ignore = shutil.ignore_patterns("member", "lock", "*.sock*")
         shutil.copytree(self._folders[-1], folder, ignore=ignore)
         return folder
 

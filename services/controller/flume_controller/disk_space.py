@@ -25,3 +25,14 @@ def disk_space(directory: Path) -> DiskSpace:
     # Some file systems have no fixed number of files and say 0 of 0.
     files = found.f_favail if found.f_files else 1
     return DiskSpace(found.f_bavail * found.f_frsize, files)
+
+
+def full_disk(directory: Path) -> str:
+    """What to say of the disk that `directory` is on when it is full; empty while there is room."""
+    try:
+        space = disk_space(directory)
+    except OSError:
+        return ""
+    if not space.full:
+        return ""
+    return f"the disk of {directory} is full ({space.free_bytes >> 10} KiB free): free some space"

@@ -80,9 +80,13 @@ class AttentionFleet:
         patience: Patience | None = None,
         progress_deadline_s: float = 600.0,
         preferred_ids: Sequence[str] = (),
+        disk_full: Callable[[], str] = str,
         clock: Callable[[], float] = time.time,
     ) -> None:
-        """`tell` takes what happened, for the events; `leader` is the id that the status names."""
+        """`tell` takes what happened, for the events; `leader` is the id that the status names.
+
+        `disk_full` says which disk is, empty for none.
+        """
         self._store = store
         self._keys = keys
         self._fenced = fenced
@@ -94,6 +98,7 @@ class AttentionFleet:
         self._patience = patience or Patience()
         self._progress_deadline_s = progress_deadline_s
         self._preferred_ids = preferred_ids
+        self._disk_full = disk_full
         self._clock = clock
         self._memory = Memory()
         self._unreadable: dict[str, int] = {}  # member keys, at the revision that was logged
@@ -127,7 +132,7 @@ class AttentionFleet:
         service = Service(weight_views(weights.values(), answers), failed_canaries(routers.values()))
         status = report(
             spec, views, self._memory.crashes, failures, state, previous, self._clock(),
-            service=service, invalid=invalid,
+            service=service, invalid=invalid, disk_full=self._disk_full(),
         )  # fmt: skip
         self.unready = frozenset(status.unready)
         await self._write(status, previous)

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from flume_controller.events import EventType, Happening
 from flume_controller.plan import Phase
 from flume_controller.spec import AttentionSpec, Condition, ConditionStatus, GaveUp
-from flume_controller.status import INVALID_SPEC
+from flume_controller.status import DISK_FULL, INVALID_SPEC
 
 FLEET = "fleet/attention"
 
@@ -40,6 +40,10 @@ def _of_condition(before: Condition | None, after: Condition) -> Happening | Non
         return Happening(FLEET, EventType.WARNING, "Unavailable", f"{after.reason}: {after.message}")
     if after.type == "Degraded" and after.reason == INVALID_SPEC:
         return Happening(FLEET, EventType.WARNING, INVALID_SPEC, after.message)
+    if after.type == "Degraded" and after.reason == DISK_FULL:
+        return Happening(FLEET, EventType.WARNING, DISK_FULL, after.message)
+    if after.type == "Degraded" and before.reason == DISK_FULL:
+        return Happening(FLEET, EventType.NORMAL, "DiskHasRoom", "there is room on the disk again")
     if after.type == "Degraded" and before.reason == INVALID_SPEC:
         return Happening(FLEET, EventType.NORMAL, "ValidSpec", "the spec can be read again")
     return None

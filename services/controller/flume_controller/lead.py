@@ -21,6 +21,7 @@ from flume_common.tasks import background
 from flume_controller import happenings
 from flume_controller.autoscaler import Autoscaler
 from flume_controller.config import STANDARD_COMMAND, ControllerConfig
+from flume_controller.disk_space import full_disk
 from flume_controller.event_writer import EventWriter, event_writer
 from flume_controller.events import Correlator
 from flume_controller.fleet import ActionsFailed, AttentionFleet, SpecMoved
@@ -138,6 +139,7 @@ class Leader:
             tell=events.tell,
             progress_deadline_s=config.progress_deadline_s,
             preferred_ids=config.preferred_ids,
+            disk_full=lambda: full_disk(config.data_dir),
         )
 
     def _autoscaler(self, fenced: Fenced, fleet: AttentionFleet, events: EventWriter) -> Autoscaler:

@@ -17,6 +17,8 @@ NO_WEIGHT_NODE = "NoWeightNode"
 """Reason of `Available`."""
 NODE_CRASHED = "NodeCrashed"
 """Reason of `Degraded`."""
+DISK_FULL = "DiskFull"
+"""Reason of `Degraded`."""
 DEADLINE_EXCEEDED = "ProgressDeadlineExceeded"
 """Reason of `Progressing`."""
 _LANE_REASONS = (Reason.NO_LANE, Reason.ONLY_DRAINING)
@@ -76,17 +78,19 @@ def report(
     *,
     service: Service | None = None,
     invalid: str = "",
+    disk_full: str = "",
 ) -> AttentionStatus:
     """The status after a pass that acted on `spec`.
 
     `crashes` are those not made good yet, `failures` the actions of this pass that failed. `service` is
     None where nothing but attention nodes matters. `invalid`: why `spec` is not the one in etcd.
+    `disk_full`: which disk, empty while there is room.
     """
     count = Counts.of(nodes)
     findings = (
         _available(spec, count, service),
         _progressing(spec, count, state),
-        _degraded(count, crashes, failures, invalid),
+        _degraded(count, crashes, failures, invalid, disk_full),
     )
     return AttentionStatus(
         observed_generation=spec.generation,
@@ -176,9 +180,13 @@ def _progressing(spec: AttentionSpec, count: Counts, state: Progress) -> Finding
     return Finding("Progressing", False, "AsDesired", f"{count.ready} of {spec.desired} ready")
 
 
-def _degraded(count: Counts, crashes: Sequence[Crash], failures: Sequence[str], invalid: str) -> Finding:
+def _degraded(
+    count: Counts, crashes: Sequence[Crash], failures: Sequence[str], invalid: str, disk_full: str
+) -> Finding:
     if invalid:
         return Finding("Degraded", True, INVALID_SPEC, invalid)
+    if disk_full:
+        return Finding("Degraded", True, DISK_FULL, disk_full)
     if failures:
         return Finding("Degraded", True, "ActionFailed", "; ".join(failures))
     if crashes:

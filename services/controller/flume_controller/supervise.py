@@ -150,7 +150,7 @@ class Supervisor:
             if not self._settled:
                 raise ChildFailed(child.id, exit_code, self._log(child.id), self._remedy(child, lines))
             child.deaths = 0 if time.monotonic() - child.began_s > STABLE_S else child.deaths
-            await self._start_again(child, _end_of(child, exit_code, lines))
+            await self._start_again(child, self._end_of(child, exit_code, lines))
 
     async def _start_again(self, child: _Child, ended: str) -> None:
         """Until it runs, however often that takes."""
@@ -227,6 +227,14 @@ class Supervisor:
             return last_lines(self._log(child.id))
         return []
 
+    def _end_of(self, child: _Child, exit_code: int | None, lines: Sequence[str]) -> str:
+        how = "ended" if exit_code is None else f"exited with {exit_code}"
+        if own_etcd.ran_out_of_space(lines):
+            return f"{child.id} {how}, its disk being full"
+        at_once = time.monotonic() - child.began_s < STABLE_S  # else its log may speak of an earlier one
+        remedy = self._remedy(child, lines) if at_once else ""
+        return f"{child.id} {how} ({remedy})" if remedy else f"{child.id} {how}"
+
     def _remedy(self, child: _Child, lines: Sequence[str]) -> str:
         return own_etcd.remedy(self._files, lines) if child.role == own_etcd.ROLE else ""
 
@@ -236,12 +244,6 @@ class Supervisor:
 
     def _log(self, id: str) -> Path:
         return self._files.logs / f"{id}.log"
-
-
-def _end_of(child: _Child, exit_code: int | None, lines: Sequence[str]) -> str:
-    how = "ended" if exit_code is None else f"exited with {exit_code}"
-    space = ", its disk being full" if own_etcd.ran_out_of_space(lines) else ""
-    return f"{child.id} {how}{space}"
 
 
 def _environment() -> dict[str, str]:
