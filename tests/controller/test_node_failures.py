@@ -61,5 +61,5 @@ def test_many_failures_of_a_model_are_one_event_now_and_then(failures):
     told = [failures.look([failed(1 + second)], NOW_S + second) for second in range(61)]
     messages = [happening.message for happenings in told for happening in happenings]
     assert len(messages) == 1 + int(60 // MODEL_EVERY_S)
-    assert messages[0] == "1 requests ended because the output of m was invalid; the last, request r1: NaN"
+    assert messages[0] == "1 request ended because the output of m was invalid; the last, request r1: NaN"
     assert messages[1].startswith("30 requests ended")

@@ -68,8 +68,8 @@ def _engine_died(member: Member, deaths: int) -> Happening:
 
 def _model_failed(member: Member, failures: int) -> Happening:
     message = (
-        f"{failures} requests ended because the output of {member.model or 'the model'} was invalid; "
-        f"the last, {member.last_model_failure}"
+        f"{failures} request{'s'[: failures != 1]} ended because the output of "
+        f"{member.model or 'the model'} was invalid; the last, {member.last_model_failure}"
     )
     return Happening(f"{member.role}/{member.id}", EventType.WARNING, "ModelOutputInvalid", message)
 
