@@ -72,6 +72,24 @@ def test_a_directory_that_cannot_be_used_is_refused_by_its_flag(config, tmp_path
         check(refused)
 
 
+def test_what_is_wrong_in_itself_is_said_though_it_runs_already(config, monkeypatch):
+    from flume_controller.cluster_files import ClusterRecord, ClusterState
+    from flume_controller.processes import record_of
+
+    made = config()
+    us = record_of(os.getpid(), id="up", role="up")
+    made.files.write(
+        ClusterRecord(
+            name=made.name, state=ClusterState.READY, supervisor=us, admin_address="a:1", http_url="http://b",
+            etcd_endpoints="c:2", model_name="m", ports={},
+        )
+    )  # fmt: skip
+    with pytest.raises(preflight.AlreadyRunning, match="is already running at http://b"):
+        check(made)
+    with pytest.raises(ClusterError, match="--attention must be"):
+        check(config(attention=1000))
+
+
 def settings_of(config):
     return {name: getattr(config, name) for name in config.__struct_fields__}
 

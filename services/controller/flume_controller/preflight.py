@@ -23,7 +23,7 @@ from flume_common.model_source import ModelSource, resolve_model
 from flume_common.network_cards import devices_of
 
 from flume_controller.cluster_config import ClusterConfig
-from flume_controller.cluster_files import DEFAULT_NAME, ClusterFiles, ClusterRecord, clusters_of
+from flume_controller.cluster_files import ClusterFiles, ClusterRecord, clusters_of
 from flume_controller.disk_space import disk_space
 from flume_controller.gpu_budget import model_bytes
 from flume_controller.logfiles import last_lines
@@ -43,7 +43,7 @@ class AlreadyRunning(ClusterError):
 
 
 class PortsInUse(ClusterError):
-    def __init__(self, busy: Mapping[str, int], owners: Mapping[int, str]) -> None:
+    def __init__(self, busy: Mapping[str, int], owners: Mapping[int, ClusterFiles]) -> None:
         super().__init__("; ".join(_busy_port(flag, port, owners.get(port)) for flag, port in busy.items()))
         self.busy = dict(busy)
 
@@ -79,19 +79,23 @@ class Plan(NamedTuple):
 
 
 def check(config: ClusterConfig) -> Plan:
-    """Raises ClusterError, ModelSourceError, EtcdNotFound."""
-    running = config.files.read()
-    if running is not None and running.running:
-        raise AlreadyRunning(_already(config.files, running))
-    survivors = config.files.leftovers()
+    """What is wrong in itself comes before what only stands in the way now.
+
+    Raises ClusterError, ModelSourceError, EtcdNotFound.
+    """
     _check_counts(config)
     _check_addresses(config)
-    _check_ports(config, {record.id for record in survivors})
-    _check_directory(config)
+    _check_ports_differ(config)
     if not config.etcd:
         find_etcd()
     model = resolve_model(config.model)
     _check_memory(config, model)
+    running = config.files.read()
+    if running is not None and running.running:
+        raise AlreadyRunning(_already(config.files, running))
+    survivors = config.files.leftovers()
+    _check_ports_free(config, {record.id for record in survivors})
+    _check_directory(config)
     return Plan(model, survivors)
 
 
@@ -125,10 +129,13 @@ def _check_addresses(config: ClusterConfig) -> None:
         raise ClusterError(f"--node-host {config.node_host}: {error}") from error
 
 
-def _check_ports(config: ClusterConfig, survivors: set[str]) -> None:
+def _check_ports_differ(config: ClusterConfig) -> None:
     for (flag, (_, port)), (other, (_, other_port)) in itertools.combinations(config.ports.items(), 2):
         if port == other_port:
             raise ClusterError(f"{flag} and {other} are both {port}: they must differ")
+
+
+def _check_ports_free(config: ClusterConfig, survivors: set[str]) -> None:
     ours = {"--http-port": ROUTER, "--admin-port": CONTROLLER, "--metrics-port": CONTROLLER}
     busy = {
         flag: port
@@ -136,7 +143,11 @@ def _check_ports(config: ClusterConfig, survivors: set[str]) -> None:
         if ours.get(flag) not in survivors and not _is_free(flag, port, host)
     }
     if busy:
-        owners = {port: other.name for other in clusters_of(config.data_dir) for port in other.ports.values()}
+        owners = {
+            port: ClusterFiles(config.data_dir, other.name)
+            for other in clusters_of(config.data_dir)
+            for port in other.ports.values()
+        }
         raise PortsInUse(busy, owners)
 
 
@@ -150,20 +161,16 @@ def _is_free(flag: str, port: int, host: str) -> bool:
     return True
 
 
-def _busy_port(flag: str, port: int, owner: str | None) -> str:
+def _busy_port(flag: str, port: int, owner: ClusterFiles | None) -> str:
     if owner is not None:
         return (
-            f"port {port} is in use by cluster {owner!r}: "
-            f"`flumectl down{_name_flag(owner)}` stops it, or choose another with {flag}"
+            f"port {port} is in use by cluster {owner.name!r}: "
+            f"`flumectl down{owner.flags}` stops it, or choose another with {flag}"
         )
     return (
         f"port {port} is in use: choose another with {flag} "
         "(`flumectl down` stops a running KernelFlume cluster)"
     )
-
-
-def _name_flag(name: str) -> str:
-    return "" if name == DEFAULT_NAME else f" --name {name}"
 
 
 def _check_directory(config: ClusterConfig) -> None:
