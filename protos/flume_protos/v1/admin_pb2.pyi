@@ -78,7 +78,7 @@ class Leaving(_message.Message):
     def __init__(self, node: _Optional[str] = ..., by_s: _Optional[float] = ...) -> None: ...
 
 class StatusReply(_message.Message):
-    __slots__ = ("cluster", "desired", "ready", "preparing", "draining", "generation", "observed_generation", "conditions", "weight_nodes", "routers", "store_connected", "model", "set_by", "min", "max", "autoscale", "leader", "drained", "leaving", "activity", "unanswered")
+    __slots__ = ("cluster", "desired", "ready", "preparing", "draining", "generation", "observed_generation", "conditions", "weight_nodes", "routers", "store_connected", "model", "set_by", "min", "max", "autoscale", "leader", "drained", "leaving", "activity", "unanswered", "incarnation")
     CLUSTER_FIELD_NUMBER: _ClassVar[int]
     DESIRED_FIELD_NUMBER: _ClassVar[int]
     READY_FIELD_NUMBER: _ClassVar[int]
@@ -100,6 +100,7 @@ class StatusReply(_message.Message):
     LEAVING_FIELD_NUMBER: _ClassVar[int]
     ACTIVITY_FIELD_NUMBER: _ClassVar[int]
     UNANSWERED_FIELD_NUMBER: _ClassVar[int]
+    INCARNATION_FIELD_NUMBER: _ClassVar[int]
     cluster: str
     desired: int
     ready: int
@@ -121,7 +122,18 @@ class StatusReply(_message.Message):
     leaving: _containers.RepeatedCompositeFieldContainer[Leaving]
     activity: _containers.RepeatedCompositeFieldContainer[_weight_pb2.WeightStatusReply]
     unanswered: _containers.RepeatedScalarFieldContainer[str]
-    def __init__(self, cluster: _Optional[str] = ..., desired: _Optional[int] = ..., ready: _Optional[int] = ..., preparing: _Optional[int] = ..., draining: _Optional[int] = ..., generation: _Optional[int] = ..., observed_generation: _Optional[int] = ..., conditions: _Optional[_Iterable[_Union[Condition, _Mapping]]] = ..., weight_nodes: _Optional[int] = ..., routers: _Optional[int] = ..., store_connected: _Optional[bool] = ..., model: _Optional[str] = ..., set_by: _Optional[str] = ..., min: _Optional[int] = ..., max: _Optional[int] = ..., autoscale: _Optional[_Union[Autoscale, _Mapping]] = ..., leader: _Optional[str] = ..., drained: _Optional[_Iterable[str]] = ..., leaving: _Optional[_Iterable[_Union[Leaving, _Mapping]]] = ..., activity: _Optional[_Iterable[_Union[_weight_pb2.WeightStatusReply, _Mapping]]] = ..., unanswered: _Optional[_Iterable[str]] = ...) -> None: ...
+    incarnation: StoreIncarnation
+    def __init__(self, cluster: _Optional[str] = ..., desired: _Optional[int] = ..., ready: _Optional[int] = ..., preparing: _Optional[int] = ..., draining: _Optional[int] = ..., generation: _Optional[int] = ..., observed_generation: _Optional[int] = ..., conditions: _Optional[_Iterable[_Union[Condition, _Mapping]]] = ..., weight_nodes: _Optional[int] = ..., routers: _Optional[int] = ..., store_connected: _Optional[bool] = ..., model: _Optional[str] = ..., set_by: _Optional[str] = ..., min: _Optional[int] = ..., max: _Optional[int] = ..., autoscale: _Optional[_Union[Autoscale, _Mapping]] = ..., leader: _Optional[str] = ..., drained: _Optional[_Iterable[str]] = ..., leaving: _Optional[_Iterable[_Union[Leaving, _Mapping]]] = ..., activity: _Optional[_Iterable[_Union[_weight_pb2.WeightStatusReply, _Mapping]]] = ..., unanswered: _Optional[_Iterable[str]] = ..., incarnation: _Optional[_Union[StoreIncarnation, _Mapping]] = ...) -> None: ...
+
+class StoreIncarnation(_message.Message):
+    __slots__ = ("id", "since_s", "reason")
+    ID_FIELD_NUMBER: _ClassVar[int]
+    SINCE_S_FIELD_NUMBER: _ClassVar[int]
+    REASON_FIELD_NUMBER: _ClassVar[int]
+    id: str
+    since_s: float
+    reason: str
+    def __init__(self, id: _Optional[str] = ..., since_s: _Optional[float] = ..., reason: _Optional[str] = ...) -> None: ...
 
 class ListNodesRequest(_message.Message):
     __slots__ = ()

@@ -256,13 +256,14 @@ class Candidate:
                 await self._store.revoke(lease, timeout_s=RESIGN_S)
 
     async def _retire_former_selves(self) -> None:
-        """A process that was killed and started again need not wait for its own old lease.
+        """A process that was killed and started again need not wait for its own old lease, nor one whose
+        key came back with an old state of etcd.
 
         Should that one still run, the fence refuses it; and as it is the older, it never does this to us.
         """
         for kv in self._view.current.values():
             other = Candidacy.of(kv)
-            if other is not None and other.id == self.id and other.started_at_s < self.who.started_at_s:
+            if other is not None and other.id == self.id and other.started_at_s <= self.who.started_at_s:
                 log.info("candidate_replaces_itself", candidate=self.id, epoch=kv.create_revision)
                 await self._store.revoke(kv.lease)
 

@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator, Iterable
 
 import grpc
 from flume_common import config_store
+from flume_common.incarnation import Record
 from flume_common.membership import Member, Role, State
 from flume_common.route_store import decode_route
 from flume_common.serving import status_errors
@@ -152,6 +153,7 @@ class AdminServicer(SpecRpcs, ConfigRpcs, EventRpcs, rpc.AdminServicer):
             self._from.report.status,
             self._from.members.current.values(),
             self._from.store.connected,
+            self._from.incarnation.record,
         )
 
     async def _with_activity(self, status: pb.StatusReply) -> pb.StatusReply:
@@ -198,6 +200,7 @@ def status_message(
     status: AttentionStatus | None,
     members: Iterable[Member],
     store_connected: bool,
+    incarnation: Record | None = None,
 ) -> pb.StatusReply:
     """Desired from the spec, the rest from the last report; a report may be older than the spec."""
     members = list(members)
@@ -221,6 +224,7 @@ def status_message(
         max=spec.max if spec else 0,
         autoscale=autoscale_message(spec.autoscale if spec else Autoscale()),
         leader=status.leader if status else "",
+        incarnation=_incarnation(incarnation) if incarnation else None,
         drained=spec.drained if spec else (),
         leaving=[
             pb.Leaving(node=member.id, by_s=member.leave_by_s)
@@ -228,6 +232,10 @@ def status_message(
             if member.state is State.DRAINING and member.leave_by_s
         ],
     )
+
+
+def _incarnation(record: Record) -> pb.StoreIncarnation:
+    return pb.StoreIncarnation(id=record.id, since_s=record.created_at_s, reason=record.reason)
 
 
 def _condition(item: Condition) -> pb.Condition:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import grpc
+from flume_common.incarnation import Incarnation
 from flume_common.keys import Keys
 from flume_common.membership import Members
 from flume_common.store import Store, StoreError, StoreRefused
@@ -45,3 +46,4 @@ class Sources:
     provider: LedProvider
     nodes: GrpcNodes
     events: Events
+    incarnation: Incarnation

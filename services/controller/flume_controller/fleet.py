@@ -25,6 +25,7 @@ from flume_common.store import KeyValue, Put, Store, mod_revision
 from flume_controller import desired, happenings
 from flume_controller.desired import InvalidSpec
 from flume_controller.events import Happening
+from flume_controller.last_known import LastKnown
 from flume_controller.leaving import with_deadline
 from flume_controller.memory import Memory
 from flume_controller.nodes import Nodes
@@ -34,7 +35,7 @@ from flume_controller.progress import Progress, progress, returned
 from flume_controller.providers.base import Instance, Provider
 from flume_controller.reach import Answer, Evidence
 from flume_controller.salvage import salvaged
-from flume_controller.spec import AttentionSpec, AttentionStatus, decode_status, encode
+from flume_controller.spec import AttentionSpec, AttentionStatus, decode_spec, decode_status, encode
 from flume_controller.status import Service, WeightView, report
 
 log = structlog.get_logger()
@@ -81,6 +82,7 @@ class AttentionFleet:
         progress_deadline_s: float = 600.0,
         preferred_ids: Sequence[str] = (),
         disk_full: Callable[[], str] = str,
+        last_known: LastKnown | None = None,
         clock: Callable[[], float] = time.time,
     ) -> None:
         """`tell` takes what happened, for the events; `leader` is the id that the status names.
@@ -100,6 +102,7 @@ class AttentionFleet:
         self._preferred_ids = preferred_ids
         self._disk_full = disk_full
         self._clock = clock
+        self._last_known = last_known
         self._memory = Memory()
         self._unreadable: dict[str, int] = {}  # member keys, at the revision that was logged
         self.unready: frozenset[str] = frozenset()
@@ -150,18 +153,38 @@ class AttentionFleet:
             return spec, error.revision, str(error)
         if spec is not None:
             self._memory.last_spec = spec
+            self._announce(spec, restored=False)
             return spec, revision, ""
         key = self._keys.spec_attention
         spec = self._first_spec()
-        result = await self._fenced.txn([mod_revision(key, 0)], [Put(key, encode(spec))])
+        settings = await self._last_known.lost_settings() if self._last_known else []
+        result = await self._fenced.txn(
+            [mod_revision(key, 0), *(mod_revision(put.key, 0) for put in settings)],
+            [Put(key, encode(spec)), *settings],
+        )
         if not result.succeeded:
             raise SpecMoved
+        self._announce(spec, restored=spec.generation > self._initial.generation)
         return spec, result.revision, ""
 
     def _first_spec(self) -> AttentionSpec:
-        """That there is none is no wish: one that was lost is written again."""
-        last = self._memory.last_spec
+        """That there is none is no wish: one that was lost is written again, and settings with it."""
+        last = self._memory.last_spec or self._known_spec()
         return msgspec.structs.replace(last, generation=last.generation + 1) if last else self._initial
+
+    def _known_spec(self) -> AttentionSpec | None:
+        """As an earlier leader left it, and this controller saw it."""
+        value = self._last_known.spec if self._last_known else None
+        try:
+            return decode_spec(value) if value else None
+        except (ValueError, RecursionError):
+            return None
+
+    def _announce(self, spec: AttentionSpec, *, restored: bool) -> None:
+        """Tell people, once, when etcd is another one than before."""
+        if self._last_known is not None and self._last_known.announce():
+            reason = self._last_known.incarnation.record.reason
+            self._tell(happenings.of_store_replaced(reason, spec, restored=restored))
 
     async def _num_running(self) -> int:
         return sum(item.running and not item.stopping for item in await self._provider.instances())

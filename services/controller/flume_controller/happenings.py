@@ -57,6 +57,16 @@ def of_giving_up(gave_up: GaveUp, deadline_s: float) -> Happening:
     return Happening(FLEET, EventType.WARNING, "ScaleTimedOut", message)
 
 
+def of_store_replaced(reason: str, spec: AttentionSpec, *, restored: bool) -> Happening:
+    """etcd came back as another one; `restored`: what it lacked was written again from memory."""
+    how = (
+        f"the spec ({spec.desired} attention nodes) and settings were written again as they were last seen"
+        if restored
+        else f"the spec ({spec.desired} attention nodes) and settings are as they are found there"
+    )
+    return Happening(FLEET, EventType.WARNING, "StoreReplaced", f"{reason or 'etcd was replaced'}: {how}")
+
+
 def of_deadline(node: str, lost_tokens: int) -> Happening:
     message = f"still held {lost_tokens} tokens when its deadline passed; they are computed again elsewhere"
     return Happening(f"attention/{node}", EventType.WARNING, "DrainDeadlineExceeded", message)

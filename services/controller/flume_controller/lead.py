@@ -13,6 +13,7 @@ from typing import NoReturn
 from flume_common.autoscale import Settings
 from flume_common.election import Candidate, Deposed, Fenced, Term
 from flume_common.etcd_flags import etcd_arguments
+from flume_common.incarnation import Incarnation
 from flume_common.keys import Keys
 from flume_common.membership import Members
 from flume_common.store import Store, StoreError
@@ -25,6 +26,7 @@ from flume_controller.disk_space import full_disk
 from flume_controller.event_writer import EventWriter, event_writer
 from flume_controller.events import Correlator
 from flume_controller.fleet import ActionsFailed, AttentionFleet, SpecMoved
+from flume_controller.last_known import LastKnown
 from flume_controller.node_failures import tell_node_failures
 from flume_controller.nodes import GrpcNodes
 from flume_controller.processes import RecordDir
@@ -48,6 +50,7 @@ class Surroundings:
     wish: Wish
     report: Report
     nodes: GrpcNodes
+    last_known: LastKnown
 
 
 class LedProvider:
@@ -119,6 +122,7 @@ class Leader:
                         wake_on_members=_forward(self._around.members.changed, poke),
                         wake_on_spec=_forward(self._around.wish.changed, poke),
                         wake_on_status=_when_lost(self._around.report, poke),
+                        wake_on_incarnation=_after(self._around.last_known.incarnation, poke),
                         wake_on_process=_forward(provider.changed, poke),
                     ):
                         await asyncio.get_running_loop().create_future()
@@ -140,6 +144,7 @@ class Leader:
             progress_deadline_s=config.progress_deadline_s,
             preferred_ids=config.preferred_ids,
             disk_full=lambda: full_disk(config.data_dir),
+            last_known=around.last_known,
         )
 
     def _autoscaler(self, fenced: Fenced, fleet: AttentionFleet, events: EventWriter) -> Autoscaler:
@@ -206,6 +211,13 @@ async def _when_lost(report: Report, poke: Callable[[], None]) -> NoReturn:
         version = await report.wait_newer(version)
         if report.status is None:
             poke()
+
+
+async def _after(incarnation: Incarnation, poke: Callable[[], None]) -> NoReturn:
+    ordinal = incarnation.ordinal
+    while True:
+        ordinal = await incarnation.wait_newer(ordinal)
+        poke()
 
 
 async def _forward(changed: Callable[[], Awaitable[None]], poke: Callable[[], None]) -> NoReturn:

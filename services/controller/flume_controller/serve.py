@@ -28,6 +28,7 @@ from flume_protos.v1 import admin_pb2, admin_pb2_grpc
 from flume_controller import discovery, event_store
 from flume_controller.admin import AdminServicer, Sources
 from flume_controller.config import ControllerConfig
+from flume_controller.last_known import follow_last_known
 from flume_controller.lead import Leader, Surroundings, autoscale_settings
 from flume_controller.metrics import families
 from flume_controller.nodes import GrpcNodes, node_calls
@@ -48,12 +49,14 @@ async def run(config: ControllerConfig) -> NoReturn:
         watch_status(store, keys) as report,
         event_store.watch(store, keys) as events,
         watch_config(store, keys, Scope.CONTROLLER, Values(log_level=level())) as settings,
+        follow_last_known(store, keys, incarnation) as last_known,
         node_calls() as nodes,
     ):
         candidate = Candidate(store, keys.election, config.node, config.election)
-        leader = Leader(config, Surroundings(store, keys, members, wish, report, nodes), candidate)
+        around = Surroundings(store, keys, members, wish, report, nodes, last_known)
+        leader = Leader(config, around, candidate)
         leader.settings = lambda: with_settings(autoscale_settings(config), settings.current)
-        sources = Sources(store, keys, members, wish, report, leader.provider, nodes, events)
+        sources = Sources(store, keys, members, wish, report, leader.provider, nodes, events, incarnation)
         async with (
             serve(config.listen, _adder(sources), [SERVICE], ready=True, grace_s=1.0) as server,
             register(

@@ -65,6 +65,9 @@ def request_row(request: admin_pb2.Request) -> Row:
 
 def status_row(status: admin_pb2.StatusReply) -> Row:
     row = _cluster_row(status)
+    if status.HasField("incarnation"):
+        now = status.incarnation
+        row = {**row, "incarnation": {"id": now.id, "since_s": now.since_s, "reason": now.reason}}
     if not (status.activity or status.unanswered):  # a controller of an older version says neither
         return row
     activity = [activity_row(item) for item in status.activity]

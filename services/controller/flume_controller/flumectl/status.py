@@ -71,7 +71,7 @@ def to_text(row: Row, now_s: float) -> str:
         f"Weight nodes:  {row['weight_nodes']}",
         *(f"  {line}" for line in _activity(row)),
         f"Routers:       {row['routers']}",
-        f"Store:         {'connected' if row['store_connected'] else 'unreachable, last known state shown'}",
+        f"Store:         {_store(row, now_s)}",
         *_local_lines(row.get("local")),
         "",
     ]
@@ -83,6 +83,14 @@ def to_text(row: Row, now_s: float) -> str:
         column("MESSAGE", "message"),
     )
     return "\n".join([*lines, *Table(columns, wide=False).lines(row["conditions"])])
+
+
+def _store(row: Row, now_s: float) -> str:
+    state = "connected" if row["store_connected"] else "unreachable, last known state shown"
+    if (incarnation := row.get("incarnation")) is None:
+        return state
+    why = f", since {format_age(now_s - incarnation['since_s'])}: {incarnation['reason']}"
+    return f"{state}, incarnation {incarnation['id'][:8]}" + (why if incarnation["reason"] else "")
 
 
 def _activity(row: Row) -> list[str]:
