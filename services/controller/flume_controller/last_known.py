@@ -1,9 +1,9 @@
 """What operators wrote, the spec and the settings, as this controller last saw it: for an etcd that lost it.
 
-It is read together with the cluster's incarnation, at one revision: a setting that is gone in the same one was
-taken back by an operator, one that is gone in another was lost. A spec is never taken back. Every controller
-keeps this, whether it leads or not; only the leader writes it back (`fleet.py`), where etcd has no spec. An
-etcd that has one says what is wanted.
+It is read together with the cluster's incarnation, at one revision: a setting that is gone in the same one
+was taken back by an operator, one that is gone in another was lost. A spec is never taken back. Every
+controller keeps this, whether it leads or not; only the leader writes it back (`fleet.py`), where etcd has no
+spec. An etcd that has one says what is wanted.
 """
 
 from __future__ import annotations
