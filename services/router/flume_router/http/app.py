@@ -25,6 +25,7 @@ from flume_router.http.context import RequestContext
 from flume_router.http.endpoint import CompletionEndpoint
 from flume_router.http.errors import ErrorReply, HttpError, reply_of, unexpected
 from flume_router.http.metrics import families
+from flume_router.http.version import HttpVersion
 from flume_router.service import Service
 
 
@@ -49,7 +50,7 @@ def build_app(service: Service, *, cors_origins: Sequence[str] = ()) -> Starlett
             Route("/version", pages.version),
             Route("/metrics", pages.metrics),
         ],
-        middleware=[Middleware(RequestContext), *_cors(cors_origins)],
+        middleware=[Middleware(RequestContext), Middleware(HttpVersion), *_cors(cors_origins)],
         exception_handlers={
             HTTPException: _no_such_route,
             RouterError: _refuse,

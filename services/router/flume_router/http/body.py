@@ -39,7 +39,7 @@ async def read_body(request: Request, held: Held, *, limit_bytes: int, timeout_s
     except TimeoutError:  # not the deadline of the whole request, which would be a CancelledError here
         raise HttpError(
             408,
-            f"The request body did not arrive within {timeout_s:g} s.",
+            f"The request body did not arrive within {timeout_s:.0f} s.",
             code="request_timeout",
             headers={"connection": "close"},
         ) from None

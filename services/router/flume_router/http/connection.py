@@ -3,10 +3,11 @@
 What uvicorn lacks and is here:
 
 * a first byte, headers, a body, the rest of a refused body and a reader that stops have their time limits;
+  one that drips is cut off without a word, a body that is merely slow gets its 408 from who reads it;
 * what is no HTTP is refused with JSON and the right status, and the refusal is not lost to a reset;
 * a client that shuts down its sending side after its request gets its answer. It looks like one that has
-  gone away, so bytes that mean nothing are sent (an interim response, or a comment between events), which
-  the kernel of one that has gone answers with a reset.
+  gone away, so unless the answer comes soon bytes that mean nothing are sent (100 Continue, which all
+  clients know, or a comment between events): the kernel of one that has gone answers with a reset.
 """
 
 from __future__ import annotations
@@ -30,9 +31,11 @@ from flume_router.http.request_state import EVENTS
 
 _LINGER_S = 5.0  # to read what still comes after a refusal, as most clients look only then
 _OVERFLOW_S = 2.0  # to send a request, for a connection that is one too many
-_SLACK_S = 2.0  # so that whoever reads the body, and has the better message, is first
-_LOOK_AFTER_S = (0.01, 0.05, 0.15)  # for a reset, before the next sweep
-_CODES = {408: "request_timeout", 431: "headers_too_large", 501: "unsupported_transfer_encoding"}
+_SLACK_S = 2.0  # for 408 by the application, once a body is over its time
+_DRIP_BYTES_PER_S = 100  # a body that comes no faster is an attack, or from a client that hangs
+_PROBE_AFTER_S = 0.2  # soon enough to free what a request holds, late enough to be rare
+_LOOK_AFTER_S = (0.01, 0.05, 0.15)  # for a reset, after the probe and before the next sweep
+_CODES = {431: "headers_too_large", 501: "unsupported_transfer_encoding"}
 
 
 class Phase(Enum):
@@ -63,6 +66,7 @@ class Connection(H11Protocol):
         self._stalled_at = 0.0  # since when the client does not read; 0: it does
         self._overflow = False
         self._half_closed = False
+        self._received_bytes = 0  # in this phase
 
     # asyncio's protocol
 
@@ -82,18 +86,20 @@ class Connection(H11Protocol):
             return
         if self._phase in (Phase.FIRST_BYTE, Phase.IDLE):
             self._enter(Phase.HEADERS)
+        self._received_bytes += len(data)
         super().data_received(data)
         self._look()
 
     def eof_received(self) -> bool | None:  # type: ignore[override]
+        if self._phase in (Phase.HEADERS, Phase.BODY):
+            super().data_received(b"")  # h11 finds that it is not complete
         if self._phase is not Phase.ANSWER or self.cycle.response_complete:
             return None
+        if self.scope["http_version"] != "1.1" and not self.cycle.response_started:
+            return None  # it may have gone, and there is nothing to ask it with
         if not self._half_closed:
             self._half_closed = True
-            if not self._probe():
-                return None
-            for delay in _LOOK_AFTER_S:
-                self.loop.call_later(delay, self._abort_if_reset)
+            self.loop.call_later(_PROBE_AFTER_S, self._probe)
         return True
 
     def pause_writing(self) -> None:
@@ -162,6 +168,7 @@ class Connection(H11Protocol):
 
     def _enter(self, phase: Phase) -> None:
         self._phase = phase
+        self._received_bytes = 0
         # One that is too many has little time, but that it has.
         self._door.set_idle(self, phase in _IDLE and not self._overflow)
         limits = self._limits
@@ -171,7 +178,7 @@ class Connection(H11Protocol):
             case Phase.IDLE:
                 seconds = limits.idle_timeout_s
             case Phase.BODY:
-                seconds = limits.body_timeout_s + _SLACK_S
+                seconds = limits.body_timeout_s
             case Phase.LINGER:
                 seconds = _LINGER_S
             case Phase.ANSWER:
@@ -180,15 +187,15 @@ class Connection(H11Protocol):
 
     def _expire(self) -> None:
         match self._phase:
-            case Phase.HEADERS:
+            case Phase.FIRST_BYTE | Phase.HEADERS:
                 self._door.refusals.count("header_timeout")
-                self._refuse(408, f"The headers did not arrive within {self._limits.header_timeout_s:g} s.")
-            case Phase.FIRST_BYTE:
-                self._door.refusals.count("header_timeout")
-                self.close_idle()
-            case Phase.BODY:
+                self.transport.close()
+            case Phase.BODY if self._received_bytes < self._limits.body_timeout_s * _DRIP_BYTES_PER_S:
                 self._door.refusals.count("body_timeout")
                 self.transport.abort()
+            case Phase.BODY if self._over_at:
+                self._over_at += _SLACK_S
+                self._received_bytes = 0
             case Phase.IDLE:
                 self.close_idle()
             case _:
@@ -224,17 +231,17 @@ class Connection(H11Protocol):
 
     # clients that shut down their side
 
-    def _probe(self) -> bool:
-        """Send what means nothing to a client that is there. False if nothing can be sent."""
-        if self.cycle.response_started:
-            if EVENTS in self.scope["state"]:
-                self.transport.write(self.conn.send(h11.Data(data=b":\n\n")) or b"")
-            return True
-        if self.scope["http_version"] != "1.1":
-            return False
-        interim = h11.InformationalResponse(status_code=102, headers=[], reason="Processing")
-        self.transport.write(self.conn.send(interim) or b"")
-        return True
+    def _probe(self) -> None:
+        """Send what means nothing to a client that is there, unless it has its answer."""
+        if self.transport.is_closing() or self.cycle.response_complete:
+            return
+        if not self.cycle.response_started:
+            interim = h11.InformationalResponse(status_code=100, headers=[], reason="Continue")
+            self.transport.write(self.conn.send(interim) or b"")
+        elif EVENTS in self.scope["state"]:
+            self.transport.write(self.conn.send(h11.Data(data=b":\n\n")) or b"")
+        for delay in _LOOK_AFTER_S:
+            self.loop.call_later(delay, self._abort_if_reset)
 
     def _abort_if_reset(self) -> None:
         """Nothing is read any more after the client's end of data, so a reset has to be looked for."""

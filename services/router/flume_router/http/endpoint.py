@@ -20,6 +20,7 @@ from flume_router.answer import Piece
 from flume_router.errors import RouterError
 from flume_router.generation import Pieces, merged
 from flume_router.http.body import read_body
+from flume_router.http.door import SWEEP_S
 from flume_router.http.errors import HttpError, reply_of, unexpected
 from flume_router.http.job import Job, Kind
 from flume_router.http.reply import Reply
@@ -57,7 +58,7 @@ class CompletionEndpoint:
                         Request(scope, receive),
                         held,
                         limit_bytes=self._limits.body_bytes,
-                        timeout_s=self._limits.body_timeout_s,
+                        timeout_s=self._limits.body_timeout_s + SWEEP_S,  # drips are cut off before
                     )
                     async with background(client=_until_gone(receive, reply)):
                         request_id = f"{self._api.id_prefix}-{uuid.uuid4().hex}"
