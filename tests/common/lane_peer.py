@@ -134,8 +134,8 @@ def readable(fd: int) -> bool:
 
 
 def main() -> None:
-    tls, spin_s = sys.argv[1], float(sys.argv[2])
-    with Port(tls=tls, spin_s=spin_s) as port:
+    tls, spin_s, host = sys.argv[1], float(sys.argv[2]), (*sys.argv[3:], "")[0]
+    with Port(tls=tls, spin_s=spin_s, host=host) as port:
         print(port.address.hex(), flush=True)
         Peer(port).run()
 

@@ -47,7 +47,7 @@ class FarPeer:
     def __init__(self, there, port):
         self._port = port
         self._numbers = itertools.count(1)
-        words = there.command(sys.executable, str(PEER), "tcp", "0.00005")
+        words = there.command(sys.executable, str(PEER), "tcp", "0.00005", there.address)
         self._process = subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
         self._address = bytes.fromhex(self._process.stdout.readline().decode())
 
@@ -75,8 +75,9 @@ class FarPeer:
 
 
 @pytest.fixture
-def port():
-    with Port(tls="tcp,sm,self") as port:
+def port(there):
+    """On the card of our end of the cable alone, as the peer is on theirs."""
+    with Port(tls="tcp,sm,self", host=there.gateway) as port:
         yield port
 
 

@@ -66,6 +66,7 @@ def with_something_to_know(local):
     return before
 
 
+@pytest.mark.slow
 def test_down_and_up_bring_it_back_as_it_was(local):
     before = with_something_to_know(local)
     assert local.flumectl("down").returncode == 0
@@ -186,6 +187,19 @@ def test_a_takeover_that_fails_leaves_what_runs(local):
     assert local.pids() == before
 
 
+@pytest.mark.slow
+def test_members_in_a_given_etcd_that_died_with_the_machine_are_waited_for(local, etcd_endpoint, keys):
+    local.files = ClusterFiles(local.data_dir, keys.cluster)
+    local.up("--etcd", etcd_endpoint, "--name", keys.cluster)
+    local.kill_everything()
+    done = local.flumectl("up", "--detach", "--name", keys.cluster)
+    assert done.returncode == 0, done.stderr
+    assert f"as last time: --etcd {etcd_endpoint}" in done.stdout
+    assert "waiting for the leases of" in done.stdout
+    assert local.flumectl("down", "--name", keys.cluster).returncode == 0
+
+
+@pytest.mark.slow
 def test_purge_forgets_what_it_was_told_to_forget(local):
     local.up("--model-name", "mine")
     done = local.flumectl("down", "--purge")

@@ -20,7 +20,6 @@ from urllib.parse import urlsplit
 
 import grpc
 import msgspec
-import psutil
 from flume_common.etcd_flags import etcd_arguments
 from flume_common.keys import Keys
 from flume_common.membership import Member, Members, Role, State, watch_members
@@ -412,7 +411,7 @@ def _died_here(kv: KeyValue) -> bool:
         member = Member.decode(kv)
     except ValueError:
         return False
-    return member.host == socket.gethostname() and not psutil.pid_exists(member.pid)
+    return member.host == socket.gethostname() and not processes.runs(member.pid)
 
 
 async def _changed_or_soon(members: Members) -> None:

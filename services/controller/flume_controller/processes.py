@@ -135,6 +135,12 @@ def is_alive(record: ProcessRecord) -> bool:
     return stat is not None and stat[0] not in ("Z", "X") and _is(record, stat)
 
 
+def runs(pid: int) -> bool:
+    """Whether any process has this number, but for one that only waits to be reaped."""
+    stat = _stat(pid)
+    return stat is not None and stat[0] not in ("Z", "X")
+
+
 def send(record: ProcessRecord, signal_number: signal.Signals) -> bool:
     """Signal that very process; whether it was there to be signalled."""
     with _pidfd(record) as pidfd:
