@@ -293,7 +293,7 @@ def test_completion_is_quiet_where_there_is_no_cluster(tmp_path, monkeypatch):
 
 def test_names_of_settings_and_conditions_are_completed():
     assert completions("flumectl config get weight/step_ti") == ["weight/step_timeout_s"]
-    assert completions("flumectl config get step") == ["step_timeout_s"]
+    assert completions("flumectl config get step_ti") == ["step_timeout_s"]
     assert completions("flumectl wait --for condition=A") == ["condition=Available"]
 
 
