@@ -60,7 +60,7 @@ def _short(monkeypatch):
 
 async def read(puller, timeout_s=20.0):
     request = pb.PullRequest(weight_node="w", epoch=1, lender="b", lender_address="nowhere", ranges=RANGES)
-    return await pulling.pull(puller, "a", 1, request, timeout_s=timeout_s)
+    return await pulling.pull(puller, "a", 1, request, 1, timeout_s=timeout_s)
 
 
 async def test_a_pull_that_goes_on_may_last_many_times_the_standstill():

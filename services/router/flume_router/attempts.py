@@ -41,6 +41,7 @@ log = structlog.get_logger(__name__)
 _SLACK_S = 1.0  # so that our own deadline, which has the better message, comes first
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.05, 1.0
 _LOOK_EVERY_S = 1.0
+_COMING_S = 5.0  # from READY to the first answer to us
 
 
 class Attempts:
@@ -100,7 +101,7 @@ class Attempts:
             until_s = self._new_until_s
         while not self._pool.lendable:
             if not self._progress.is_new and self._pool.preparing:  # the request's own deadline counts
-                until_s = max(until_s, _now_s() + _LOOK_EVERY_S)
+                until_s = max(until_s, _now_s() + _COMING_S)
             if (left_s := until_s - _now_s()) <= 0:
                 raise self._given_up()
             with contextlib.suppress(TimeoutError):
