@@ -116,3 +116,22 @@ def test_the_mark_itself_may_complete_a_stop_string(text_model):
     ids = text_model.tokenizer.encode_now("𓀀", add_special_tokens=False)[:2]
     pieces = grow(text_model.tokenizer, one_by_one(ids), ["\ufffd"])
     assert (text_of(pieces), pieces[-1].finished.reason) == ("", "stop")
+
+
+def test_a_token_that_a_stop_string_spells_ends_the_answer_and_is_not_shown(text_model):
+    [start] = text_model.tokenizer.encode_now("<|im_start|>", add_special_tokens=False)
+    answer = Answer(text_model.tokenizer, ["<|im_start|>user"], prompt_tokens=1, min_tokens=0)
+    ids = text_model.tokenizer.encode_now("hi", add_special_tokens=False)
+    pieces = [answer.push(pb.GenerateReply(token_ids=[i])) for i in [*ids, start]]
+    assert [token.id for piece in pieces for token in piece.tokens] == ids
+    for token_id in text_model.tokenizer.encode_now("user", add_special_tokens=False):
+        last = answer.push(pb.GenerateReply(token_ids=[token_id]))
+    assert (last.text, last.tokens, last.finished.reason) == ("", (), "stop")
+
+
+def test_control_tokens_are_shown_where_they_are_not_to_be_skipped(text_model):
+    ids = text_model.tokenizer.encode_now("a<|im_start|>b", add_special_tokens=False)
+    answer = Answer(text_model.tokenizer, ["|>b"], prompt_tokens=1, min_tokens=0, skip_special_tokens=False)
+    pieces = [answer.push(pb.GenerateReply(token_ids=[i])) for i in ids]
+    assert "".join(piece.text for piece in pieces) == "a<|im_start"
+    assert pieces[-1].finished.reason == "stop"

@@ -81,3 +81,47 @@ def test_nothing_is_shown_after_the_end():
     stopper, shown = run(["a", "STOP", "b"], ["STOP"])
     assert shown == ["a", "", ""]
     assert stopper.finish() == ""
+
+
+CONTROL = ["<|a|>", "<|b|>"]
+
+
+def spelled(pieces, stops):
+    """Pieces that are control tokens' texts are hidden."""
+    stopper = StopStrings(stops, CONTROL)
+    shown = [stopper.push(piece, hidden=piece in CONTROL) for piece in pieces]
+    return shown, stopper.stopped, stopper.finish()
+
+
+@pytest.mark.parametrize(
+    "pieces, stops, shown, stopped",
+    [
+        (["x", "<|a|>", "y"], ["<|a|>"], ["x", "", ""], True),
+        (["x", "<|b|>", "y"], ["<|a|>"], ["x", "", "y"], False),
+        (["x", "\n", "<|a|>"], ["\n<|a|>"], ["x", "", ""], True),
+        (["x", "\n", "<|b|>", "y"], ["\n<|a|>"], ["x", "", "", "\ny"], False),
+        (["x", "<|a|>", "us", "er"], ["<|a|>user"], ["x", "", "", ""], True),
+        (["x", "<|a|>", "us", "ed"], ["<|a|>user"], ["x", "", "", "used"], False),
+        (["x", "<|a|>", "u"], [">"], ["x", "", "u"], False),  # no part of a hidden token's text
+        (["a", "<|a|>", "b"], ["ab"], ["", "", ""], True),  # what is seen
+        (["x<|", "a|>y"], ["<|a|>"], ["x", ""], True),  # spelled by ordinary tokens
+        (["<|a|>", "z", "q"], ["<|a|>zz", "zq"], ["", "", ""], True),
+    ],
+)
+def test_a_stop_string_may_have_a_control_token_in_it(pieces, stops, shown, stopped):
+    assert spelled(pieces, stops) == (shown, stopped, "")
+
+
+@settings(max_examples=300)
+@given(
+    pieces=st.lists(st.sampled_from(["a", "b", "ab", *CONTROL]), max_size=12),
+    stops=st.lists(st.sampled_from(["<|a|>", "a<|a|>", "<|a|>b", "a<|a|>b", "<|a|><|b|>", "bb"]), max_size=3),
+)
+def test_hidden_texts_end_an_answer_where_they_would_if_they_were_shown(pieces, stops):
+    shown, stopped, rest = spelled(pieces, stops)
+    whole, visible = "".join(pieces), "".join(p for p in pieces if p not in CONTROL)
+    seen = "".join(shown) + rest
+    assert visible.startswith(seen)
+    assert stopped == (any(stop in whole for stop in stops) or any(stop in visible for stop in stops))
+    if not stopped:
+        assert seen == visible

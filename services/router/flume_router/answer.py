@@ -46,14 +46,22 @@ class Piece(msgspec.Struct, frozen=True):
 
 class Answer:
     def __init__(
-        self, tokenizer: Tokenizer, stops: Sequence[str], *, prompt_tokens: int, min_tokens: int
+        self,
+        tokenizer: Tokenizer,
+        stops: Sequence[str],
+        *,
+        prompt_tokens: int,
+        min_tokens: int,
+        skip_special_tokens: bool = True,
     ) -> None:
         """`stops` are not looked for in the first `min_tokens` tokens."""
-        self._detokenizer = Detokenizer(tokenizer)
-        self._stops = StopStrings(stops)
+        self._tokenizer = tokenizer
+        self._detokenizer = Detokenizer(tokenizer, skip_special_tokens=skip_special_tokens)
+        self._stops = StopStrings(stops, tokenizer.special_texts if skip_special_tokens else ())
         self._prompt_tokens = prompt_tokens
         self._min_tokens = min_tokens
-        self._waiting: deque[Token] = deque()
+        self._waiting: deque[tuple[Token, int]] = deque()
+        """Tokens that are not shown yet, each with where it ends in the text that is searched for stops."""
         self._num_tokens = 0
         self._decoded = 0  # characters
         self._shown = 0  # characters
@@ -74,10 +82,21 @@ class Answer:
         token_id = reply.token_ids[index]
         logprobs = reply.logprobs[index] if index < len(reply.logprobs) else None
         text = self._detokenizer.push(token_id)
-        self._waiting.append(Token(token_id, self._decoded, self._decoded + len(text), logprobs))
+        token = Token(token_id, self._decoded, self._decoded + len(text), logprobs)
         self._decoded += len(text)
         self._num_tokens += 1
-        return text if self._num_tokens <= self._min_tokens else self._stops.push(text)
+        shown = self._searched(token_id, text)
+        self._waiting.append((token, self._stops.length))
+        return shown
+
+    def _searched(self, token_id: int, text: str) -> str:
+        """Text that may be shown now that a token's has been searched for stop strings."""
+        if self._num_tokens <= self._min_tokens:
+            return text
+        if self._detokenizer.hides(token_id):
+            spelled = self._tokenizer.token_bytes(token_id).decode("utf-8", "replace")
+            return self._stops.push(spelled, hidden=True)
+        return self._stops.push(text)
 
     def _last(self, text: str, finish: pb.Finish) -> Piece:
         text += self._stops.push(self._detokenizer.finish())
@@ -96,6 +115,10 @@ class Answer:
 
     def _shown_tokens(self) -> list[Token]:
         tokens = []
-        while self._waiting and self._waiting[0].end <= self._shown:
-            tokens.append(self._waiting.popleft())
+        while self._waiting:
+            token, searched_end = self._waiting[0]
+            if token.end > self._shown or searched_end > self._stops.released:
+                break
+            tokens.append(token)
+            self._waiting.popleft()
         return tokens

@@ -83,6 +83,9 @@ class RouterConfig(msgspec.Struct, frozen=True, kw_only=True):
     """0: as many as the limit of open files allows, and not more than are sensible."""
 
     cors_origins: tuple[str, ...]
+    parse_control_tokens: bool
+    """Control tokens in the texts of chat messages are control tokens."""
+
     readers: int
     """Most processes that read large requests."""
 
@@ -183,6 +186,13 @@ def _add_serving_flags(parser: argparse.ArgumentParser) -> None:
         type=float,
         default=30.0,
         help="time for open requests after SIGTERM (default: %(default)s)",
+    )
+    add(
+        "--parse-control-tokens",
+        action=argparse.BooleanOptionalAction,
+        default=os.environ.get("FLUME_PARSE_CONTROL_TOKENS", "") not in ("", "0", "false"),
+        help="control tokens in the texts of chat messages are control tokens, so that a user can forge "
+        "turns; without it they are text (default: FLUME_PARSE_CONTROL_TOKENS, off)",
     )
     add(
         "--cors-origins",

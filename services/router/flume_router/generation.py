@@ -42,7 +42,9 @@ class Generation:
             request.stop,
             prompt_tokens=len(request.prompt_token_ids),
             min_tokens=request.sampling.min_tokens,
+            skip_special_tokens=request.skip_special_tokens,
         )
+        request.sampling.eos_token_ids[:] = self._tokenizer.end_token_ids
         attempts = Attempts(self._pool, request, self.limits, self.counts)
         async with contextlib.aclosing(attempts.replies()) as replies:
             async for reply in replies:

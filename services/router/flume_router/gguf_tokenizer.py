@@ -112,7 +112,12 @@ def _sentencepiece(metadata: Mapping[str, Any], tokens: list[str]) -> Tokenizer:
     scores = _required(metadata, "tokenizer.ggml.scores")
     vocab = {token: token_id for token_id, token in enumerate(tokens)}
     backend = Tokenizer(
-        models.BPE(vocab=vocab, merges=merges_of_scores(vocab, scores), fuse_unk=True, byte_fallback=True)
+        models.BPE(
+            vocab=vocab,
+            merges=merges_of_scores(_pieces(metadata, vocab), scores),
+            fuse_unk=True,
+            byte_fallback=True,
+        )
     )
     # As in Llama 2's tokenizer.json: text at the start, or after an added token, gets a space.
     spaces = normalizers.Replace(" ", "▁")
@@ -122,6 +127,12 @@ def _sentencepiece(metadata: Mapping[str, Any], tokens: list[str]) -> Tokenizer:
         [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
     )
     return backend
+
+
+def _pieces(metadata: Mapping[str, Any], vocab: Mapping[str, int]) -> dict[str, int]:
+    """Tokens that merges may lead to: never to control tokens or bytes, whatever their halves."""
+    types = _types(metadata)
+    return {t: i for t, i in vocab.items() if i >= len(types) or types[i] in (_NORMAL, _USER_DEFINED)}
 
 
 def merges_of_scores(vocab: Mapping[str, int], scores: list[float]) -> list[tuple[str, str]]:
@@ -202,3 +213,13 @@ def _required(metadata: Mapping[str, Any], key: str) -> Any:
     if key not in metadata:
         raise TokenizerError(f"the GGUF file has no {key}")
     return metadata[key]
+
+
+def chat_template(metadata: Mapping[str, Any]) -> str | None:
+    """The unnamed one, else the only named one."""
+    key = "tokenizer.chat_template"
+    named = {name: text for name, text in metadata.items() if name.startswith(f"{key}.")}
+    template = metadata.get(key)
+    if template is None and len(named) == 1:
+        template = next(iter(named.values()))
+    return template if isinstance(template, str) else None

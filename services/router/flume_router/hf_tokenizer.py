@@ -66,15 +66,33 @@ def _content(token: Any) -> str | None:
 
 
 def chat_template(directory: Path) -> str | None:
-    """`chat_template.jinja`, else `chat_template` of tokenizer_config.json: a text or several named ones."""
+    """`chat_template.jinja`, else `chat_template` of tokenizer_config.json or chat_template.json.
+
+    A text, or several named ones: of those `default`, or the only one. Raises TokenizerError where that
+    does not tell which.
+    """
     path = directory / "chat_template.jinja"
     if path.is_file():
         return path.read_text("utf-8")
     template = tokenizer_config(directory).get("chat_template")
-    if isinstance(template, list):
-        named = {entry["name"]: entry["template"] for entry in template}
-        template = named.get("default")
-    return template if isinstance(template, str) else None
+    if template is None:
+        template = _json(directory / "chat_template.json").get("chat_template")
+    return _of_several(directory, template) if isinstance(template, list) else _content(template)
+
+
+def _of_several(directory: Path, templates: list[Any]) -> str | None:
+    try:
+        named = {str(entry["name"]): _content(entry["template"]) for entry in templates}
+    except (TypeError, KeyError) as error:
+        raise TokenizerError(
+            f"{directory}: chat_template is a list of other things than name and template"
+        ) from error
+    if "default" in named or len(named) < 2:
+        return named.get("default", next(iter(named.values()), None))
+    raise TokenizerError(
+        f"{directory}: none of its chat templates ({', '.join(named)}) is called default; "
+        "keep the one to use as chat_template.jinja"
+    )
 
 
 def tokenizer_config(directory: Path) -> dict[str, Any]:

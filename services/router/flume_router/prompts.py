@@ -6,17 +6,18 @@ bytes (`token_floor.py`), and else by its count of tokens.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import msgspec
 from flume_protos.v1 import router_pb2
 from flume_protos.v1 import weight_pb2 as pb
 
-from flume_router.chat_template import TemplateRefused
+from flume_router.chat_template import ChatOptions, Message, TemplateRefused
+from flume_router.control_tokens import ShieldedText
 from flume_router.errors import BadRequest, ContextTooLong
 from flume_router.text_model import TextModel
 
-Prompt = str | Sequence[int]
+Prompt = str | ShieldedText | Sequence[int]
 
 
 class ModelLimits(msgspec.Struct, frozen=True):
@@ -64,16 +65,27 @@ class Prompts(msgspec.Struct, frozen=True):
 
     model: str
     text: TextModel
+    parse_control_tokens: bool = False
+    """Control tokens in the texts of chat messages are control tokens."""
 
-    def render(self, messages: Sequence[Mapping[str, str]]) -> str:
+    def render(self, messages: Sequence[Message], options: ChatOptions | None = None) -> str | ShieldedText:
         """The chat as its template writes it. Raises BadRequest."""
+        options = options or ChatOptions()
         template = self.text.chat_template
         if template is None:
             raise BadRequest(
                 f"The model {self.model} has no chat template; use /v1/completions.", param="messages"
             )
+        if reserved := [name for name in options.variables if template.reserves(name)]:
+            raise BadRequest(
+                f"Invalid 'chat_template_kwargs': '{reserved[0][:64]}' is not a client's to set.",
+                param="chat_template_kwargs",
+                code="invalid_value",
+            )
         try:
-            return template.render(messages)
+            if self.parse_control_tokens:
+                return template.render(messages, options)
+            return template.render_shielded(messages, options, self.text.tokenizer.control)
         except TemplateRefused as error:
             raise BadRequest(
                 f"The chat template of {self.model} does not take these messages: {error}",
@@ -83,9 +95,15 @@ class Prompts(msgspec.Struct, frozen=True):
 
     def encode(self, prompt: Prompt, *, rendered: bool) -> Sequence[int]:
         """Token ids. `rendered`: a chat's template has written its own BOS."""
+        tokenizer = self.text.tokenizer
+        if isinstance(prompt, ShieldedText):
+            return tokenizer.encode_shielded(prompt)
         if not isinstance(prompt, str):
             return prompt
-        return self.text.tokenizer.encode_now(prompt, add_special_tokens=not rendered)
+        ids = tokenizer.encode_now(prompt, add_special_tokens=not rendered)
+        if not ids and not rendered:
+            return tokenizer.document_start()
+        return ids
 
     def check_floor(
         self, prompt: Prompt, max_tokens: int | None, limits: ModelLimits | None, param: str
@@ -93,14 +111,20 @@ class Prompts(msgspec.Struct, frozen=True):
         """Refuse what is certain to exceed the context however it is tokenised. Raises ContextTooLong."""
         if limits is None:
             return
+        if isinstance(prompt, ShieldedText):
+            prompt = prompt.text
         if isinstance(prompt, str):
             limits.check_length(self.text.tokenizer.floor.of(prompt), max_tokens, param, at_least=True)
         else:
             limits.check_length(len(prompt), max_tokens, param)
 
-    def as_text(self, prompt: Prompt) -> str:
+    def as_text(self, prompt: Prompt, *, skip_special_tokens: bool = True) -> str:
         """What an echo shows of it."""
-        return prompt if isinstance(prompt, str) else self.text.tokenizer.decode(prompt)
+        if isinstance(prompt, ShieldedText):
+            return prompt.text
+        if isinstance(prompt, str):
+            return prompt
+        return self.text.tokenizer.decode(prompt, skip_special_tokens=skip_special_tokens)
 
 
 _GRPC_ROLES = ("system", "user", "assistant")
@@ -113,7 +137,7 @@ def read_grpc(
     if bool(request.prompt) == bool(request.messages):
         raise BadRequest("give either prompt or messages")
     param, max_tokens = "prompt", request.sampling.max_tokens or None
-    prompt = request.prompt
+    prompt: Prompt = request.prompt
     if request.messages:
         param, prompt = "messages", prompts.render(_grpc_messages(request, limits))
     prompts.check_floor(prompt, max_tokens, limits, param)

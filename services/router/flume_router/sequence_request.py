@@ -17,3 +17,5 @@ class SequenceRequest(msgspec.Struct, frozen=True):
     """Loop time; the weight node is given what remains."""
     metadata: Mapping[str, str]
     """gRPC metadata of the call."""
+    skip_special_tokens: bool = True
+    """False: control tokens are shown in the answer's text."""

@@ -82,11 +82,13 @@ async def serve(
             standstill_s=config.resume_s,
         ) as pool,
         open_workers(
-            _reader_setup(source, model), size=config.readers, time_limit_s=config.reading_timeout_s
+            _reader_setup(source, model, config.parse_control_tokens),
+            size=config.readers,
+            time_limit_s=config.reading_timeout_s,
         ) as workers,
     ):
         generation = Generation(pool, text.tokenizer, ResumeLimits(resume_s=config.resume_s))
-        reader = RequestReader(Prompts(model, text), workers, pool)
+        reader = RequestReader(Prompts(model, text, config.parse_control_tokens), workers, pool)
         bodies = ByteBudget(config.body_budget_bytes)
         door = Door(http_limits(config, raise_descriptor_limit()), Refusals())
         service = Service(
@@ -149,8 +151,8 @@ async def serve(
     log.info("router_stopped")
 
 
-def _reader_setup(source: ModelSource, model: str) -> Setup:
-    return Setup(str(source.path), source.kind, source.name, model, identity(source))
+def _reader_setup(source: ModelSource, model: str, parse_control_tokens: bool) -> Setup:
+    return Setup(str(source.path), source.kind, source.name, model, identity(source), parse_control_tokens)
 
 
 def http_limits(config: RouterConfig, descriptors: int) -> HttpLimits:

@@ -35,10 +35,11 @@ def _from_gguf(source: ModelSource) -> TextModel:
             gguf_tokenizer.build(metadata),
             gguf_tokenizer.special_tokens(metadata),
             gguf_tokenizer.written_tokens(metadata),
+            gguf_tokenizer.end_token_ids(metadata),
         )
     except TokenizerError as error:
         raise TokenizerError(f"{source.path}: {error}") from error
-    return _text_model(tokenizer, metadata.get("tokenizer.chat_template"))
+    return _text_model(tokenizer, gguf_tokenizer.chat_template(metadata))
 
 
 def _metadata(source: ModelSource) -> dict[str, Any]:

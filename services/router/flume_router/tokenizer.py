@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import re
+import threading
 from collections.abc import Iterable, Mapping, Sequence
 from enum import Enum
 from functools import cache
@@ -19,6 +20,8 @@ from typing import Any
 
 import tokenizers
 
+from flume_router.control_tokens import ControlTokens, ShieldedText
+from flume_router.plain_backend import PlainBackend
 from flume_router.token_floor import token_floor
 
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
@@ -67,19 +70,29 @@ class Tokenizer:
         backend: tokenizers.Tokenizer,
         special_tokens: dict[str, str],
         written: Mapping[int, str] | None = None,
+        end_token_ids: Iterable[int] = (),
     ) -> None:
         """`special_tokens`: bos_token, eos_token, unk_token, pad_token, those the model has.
 
         `written`: tokens that stand for the text they are written as, beside the backend's added ones.
+        `end_token_ids`: of a turn, beside `eos_token`.
         """
         self._backend = backend
         self._spelling = spelling_of(json.loads(backend.decoder.__getstate__()) if backend.decoder else None)
-        self._special = frozenset(i for i, t in backend.get_added_tokens_decoder().items() if t.special)
+        special = {i: t.content for i, t in backend.get_added_tokens_decoder().items() if t.special}
+        self._special = frozenset(special)
+        self._special_texts = frozenset(special.values())
+        self.control = ControlTokens(self._special_texts)
         self._bytes = {
             token_id: token.encode("utf-8")
             for token_id, token in {**written_tokens(backend, self._spelling), **(written or {})}.items()
         }
+        self._plain: PlainBackend | None = None
+        self._plain_lock = threading.Lock()
         self.special_tokens = special_tokens
+        eos = self.special_token_id("eos_token")
+        self.end_token_ids = tuple(dict.fromkeys([*([] if eos is None else [eos]), *end_token_ids]))
+        """Tokens that end an answer, as far as the tokenizer's files say."""
         self.vocab_size = max(backend.get_vocab(with_added_tokens=True).values()) + 1
         byte_level = self._spelling is Spelling.BYTE_LEVEL
         self.floor = token_floor(backend, self.token_bytes, byte_of_character() if byte_level else None)
@@ -89,6 +102,28 @@ class Tokenizer:
         # The batch form, as it is the one that lets go of the interpreter while it works.
         [encoding] = self._backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)
         return list(encoding.ids)
+
+    def encode_shielded(self, text: ShieldedText) -> list[int]:
+        """As `encode_now` without ends; only the parts that are control tokens are read as such."""
+        with self._plain_lock:
+            if self._plain is None:
+                self._plain = PlainBackend(self._backend)
+        return self._plain.encode(text)
+
+    def special_token_id(self, name: str) -> int | None:
+        """The id of bos_token and so on; None where the model has none."""
+        token = self.special_tokens.get(name)
+        return None if token is None else self._backend.token_to_id(token)
+
+    def document_start(self) -> list[int]:
+        """What an empty text is continued from: BOS, or the end of the document before. Empty: neither."""
+        starts = (self.special_token_id(name) for name in ("bos_token", "eos_token"))
+        return [token for token in starts if token is not None][:1]
+
+    @property
+    def special_texts(self) -> frozenset[str]:
+        """Texts of the control tokens."""
+        return self._special_texts
 
     def is_special(self, token_id: int) -> bool:
         """Control tokens, which are not part of any answer's text."""
@@ -101,9 +136,9 @@ class Tokenizer:
             known = self._bytes[token_id] = self._spell(token_id)
         return known
 
-    def decode(self, token_ids: Iterable[int]) -> str:
-        """Text without control tokens; bytes that are no UTF-8 become U+FFFD."""
-        kept = (self.token_bytes(i) for i in token_ids if not self.is_special(i))
+    def decode(self, token_ids: Iterable[int], *, skip_special_tokens: bool = True) -> str:
+        """Text, without control tokens unless told otherwise; bytes that are no UTF-8 become U+FFFD."""
+        kept = (self.token_bytes(i) for i in token_ids if not (skip_special_tokens and self.is_special(i)))
         return b"".join(kept).decode("utf-8", "replace")
 
     def _spell(self, token_id: int) -> bytes:

@@ -34,10 +34,16 @@ def new_sequence(message: m.Submit, config: ModelConfig, now_s: float) -> Sequen
         tokens=[*prompt, *said],
         prompt_tokens=len(prompt),
         max_tokens=wanted or room,
-        sampler=Sampler(message.sampling, prompt, config.vocab_size, config.eos_token_ids, said),
+        sampler=Sampler(message.sampling, prompt, config.vocab_size, _eos_token_ids(message, config), said),
         arrived_s=now_s,
         canary=message.canary,
         # Whoever said the newest token had computed all before it.
         computed_tokens=len(prompt) + len(said) - 1 if said else 0,
         suspect=message.suspect,
     )
+
+
+def _eos_token_ids(message: m.Submit, config: ModelConfig) -> list[int]:
+    """The model's own, and those of the tokenizer, which a vocabulary may be too small for."""
+    also = (token for token in message.sampling.eos_token_ids if token < config.vocab_size)
+    return list(dict.fromkeys([*config.eos_token_ids, *also]))

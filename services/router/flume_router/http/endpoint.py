@@ -16,7 +16,7 @@ from flume_common.tasks import background
 from starlette.requests import ClientDisconnect, Request
 from starlette.types import Receive, Scope, Send
 
-from flume_router.answer import Piece
+from flume_router.answer import Finished, Piece
 from flume_router.errors import RouterError
 from flume_router.generation import Pieces, merged
 from flume_router.http.body import read_body
@@ -101,8 +101,23 @@ class CompletionEndpoint:
         metadata = {
             "x-request-id": str(structlog.contextvars.get_contextvars().get("request_id", request_id))
         }
-        base = SequenceRequest(request_id, (), job.common.sampling, job.common.stop, deadline_at, metadata)
+        base = SequenceRequest(
+            request_id,
+            (),
+            job.common.sampling,
+            job.common.stop,
+            deadline_at,
+            metadata,
+            job.common.skip_special_tokens,
+        )
+        if job.common.max_tokens == 0:
+            return [_nothing(len(prompt)) for prompt in job.prompts for _ in range(job.common.n)]
         return [self._service.generation.answer(one) for one in sequences(base, job.prompts, job.common.n)]
+
+
+async def _nothing(prompt_tokens: int) -> AsyncGenerator[Piece]:
+    """An answer of no tokens: an echo alone."""
+    yield Piece("", (), Finished("length", prompt_tokens, 0))
 
 
 async def _noting_start(pieces: Pieces, opened: OpenRequest) -> Pieces:

@@ -12,6 +12,7 @@ from typing import Any
 
 import msgspec
 
+from flume_router.control_tokens import ShieldedText
 from flume_router.errors import ModelNotFound
 from flume_router.http.errors import HttpError
 from flume_router.http.sampling import Common
@@ -47,7 +48,8 @@ class Draft(msgspec.Struct, frozen=True):
     @property
     def characters(self) -> int:
         """Of text that is to be tokenised."""
-        return sum(len(prompt) for prompt in self.prompts if isinstance(prompt, str))
+        texts = (p.text if isinstance(p, ShieldedText) else p for p in self.prompts)
+        return sum(len(text) for text in texts if isinstance(text, str))
 
 
 class Job(msgspec.Struct, frozen=True):
@@ -71,7 +73,7 @@ def draft(kind: Kind, data: bytes, prompts: Prompts, limits: ModelLimits | None)
 def _chat(body: dict[str, Any], prompts: Prompts, limits: ModelLimits | None) -> Draft:
     request = read_chat(body, at_most=limits.context_tokens if limits else None)
     _require_model(request.common, prompts)
-    return Draft(Kind.CHAT, request.common, (prompts.render(request.messages),))
+    return Draft(Kind.CHAT, request.common, (prompts.render(request.messages, request.options),))
 
 
 def _completion(body: dict[str, Any], prompts: Prompts) -> Draft:
@@ -96,7 +98,9 @@ def finish(draft: Draft, prompts: Prompts, limits: ModelLimits | None) -> Job:
             limits.check_prompt(encoded, draft.kind.param)
             limits.check_length(len(encoded), draft.common.max_tokens, draft.kind.param)
         ids.append(encoded)
-    echoes = tuple(map(prompts.as_text, draft.prompts)) if draft.echo else ()
+    skip = draft.common.skip_special_tokens
+    texts = (prompts.as_text(prompt, skip_special_tokens=skip) for prompt in draft.prompts)
+    echoes = tuple(texts) if draft.echo else ()
     return Job(draft.common, tuple(ids), echoes)
 
 

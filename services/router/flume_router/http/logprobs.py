@@ -39,7 +39,8 @@ def completion_logprobs(tokenizer: Tokenizer, tokens: Iterable[Token]) -> dict[s
         "tokens": [_name(tokenizer, logprobs.chosen) for _, logprobs in known],
         "token_logprobs": [_finite(logprobs.chosen.logprob) for _, logprobs in known],
         "top_logprobs": [
-            {_name(tokenizer, entry): _finite(entry.logprob) for entry in logprobs.top}
+            # The chosen token is always there, one more where it is not among the most likely.
+            {_name(tokenizer, entry): _finite(entry.logprob) for entry in [*logprobs.top, logprobs.chosen]}
             for _, logprobs in known
         ],
         "text_offset": [token.start for token, _ in known],

@@ -1,8 +1,8 @@
 """The fields that both completion APIs share, read from a JSON body.
 
 OpenAI's own, and vLLM's extensions under vLLM's names: top_k, min_p, repetition_penalty, ignore_eos,
-min_tokens, stop_token_ids, and continuous_usage_stats of stream_options. Bounds are OpenAI's, defaults too
-(temperature 1).
+min_tokens, stop_token_ids, skip_special_tokens, and continuous_usage_stats of stream_options. Bounds are
+OpenAI's, defaults too (temperature 1).
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ MAX_SEQUENCES = 128
 """Most answers of one request: prompts times n."""
 
 _STREAM_OPTIONS = ("include_usage", "continuous_usage_stats", "include_obfuscation")
-_MOST_STOPS = 4
+_MOST_STOPS = 64
 _MOST_STOP_TOKENS = 128
 _MOST_BIASES = 1024
 _INT32_MAX = 2**31 - 1
@@ -33,6 +33,7 @@ COMMON_FIELDS = frozenset(
         "model", "stream", "stream_options", "n", "stop", "seed", "temperature", "top_p", "max_tokens",
         "presence_penalty", "frequency_penalty", "logit_bias", "user", "logprobs",
         "top_k", "min_p", "repetition_penalty", "ignore_eos", "min_tokens", "stop_token_ids",
+        "skip_special_tokens",
     }
 )  # fmt: skip
 
@@ -46,6 +47,7 @@ class Common(msgspec.Struct, frozen=True, kw_only=True):
     max_tokens: int | None
     """None: as many as the context allows."""
     min_tokens: int
+    skip_special_tokens: bool
     sampling: pb.Sampling
     """Without max_tokens, which waits for the prompt's length."""
 
@@ -66,6 +68,7 @@ def read_common(body: Object, *, max_tokens: int | None, logprobs: int | None) -
         stop=take(body, "stop", _stop, ()),
         max_tokens=max_tokens,
         min_tokens=min_tokens,
+        skip_special_tokens=take(body, "skip_special_tokens", fields.boolean, True),
         sampling=_sampling(body, min_tokens, logprobs),
     )
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import msgspec
 
+from flume_router.chat_template import ChatOptions, Message
 from flume_router.errors import BadRequest
 from flume_router.http import fields
 from flume_router.http.fields import Object, take
@@ -18,16 +19,16 @@ from flume_router.http.sampling import COMMON_FIELDS, MAX_SEQUENCES, Common, rea
 
 _INT32_MAX = 2**31 - 1
 _COMPLETION_MAX_TOKENS = 16  # OpenAI's default; chats have none
-_ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
-_UNSUPPORTED_ROLES = ("tool", "function")
-Message = Mapping[str, str]
+_ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant", "tool": "tool"}
+_UNSUPPORTED_ROLES = ("function",)
+_ASSISTANTS_FIELDS = ("tool_calls", "reasoning_content", "reasoning")
 Prompt = str | tuple[int, ...]
 
 
 class ChatRequest(msgspec.Struct, frozen=True):
     common: Common
     messages: tuple[Message, ...]
-    """role, content and, where given, name; texts of several parts are joined by a newline."""
+    options: ChatOptions
 
 
 class CompletionRequest(msgspec.Struct, frozen=True):
@@ -61,8 +62,6 @@ _HARMLESS_CHAT: Mapping[str, Callable[[Any], bool]] = {
     "safety_identifier": lambda value: isinstance(value, str),
     "service_tier": _is("auto", "default"),
     "store": _is(False),
-    "tool_choice": _is("none", "auto"),
-    "tools": _is([]),
     "verbosity": _is("medium"),
     "web_search_options": _is(),
 }
@@ -72,12 +71,13 @@ _HARMLESS_MESSAGE: Mapping[str, Callable[[Any], bool]] = {
     "audio": _is(),
     "function_call": _is(),
     "refusal": _is(""),
-    "tool_call_id": _is(),
-    "tool_calls": _is([]),
 }
-_CHAT_FIELDS = COMMON_FIELDS | {"messages", "max_completion_tokens", "top_logprobs", *_HARMLESS_CHAT}
+_CHAT_FIELDS = COMMON_FIELDS | {
+    "messages", "max_completion_tokens", "top_logprobs", "tools", "tool_choice", "chat_template_kwargs",
+    "add_generation_prompt", "continue_final_message", *_HARMLESS_CHAT,
+}  # fmt: skip
 _COMPLETION_FIELDS = COMMON_FIELDS | {"prompt", "echo", "best_of", *_HARMLESS_COMPLETION}
-_MESSAGE_FIELDS = {"role", "content", "name", *_HARMLESS_MESSAGE}
+_MESSAGE_FIELDS = {"role", "content", "name", "tool_call_id", *_ASSISTANTS_FIELDS, *_HARMLESS_MESSAGE}
 
 
 def read_chat(body: Object, *, at_most: int | None = None) -> ChatRequest:
@@ -86,18 +86,49 @@ def read_chat(body: Object, *, at_most: int | None = None) -> ChatRequest:
     common = read_common(body, max_tokens=_chat_max_tokens(body), logprobs=_chat_logprobs(body))
     messages = fields.require(body, "messages", lambda value, param: _messages(value, param, at_most))
     fields.refuse_unsupported(body, _HARMLESS_CHAT)
-    return ChatRequest(common, messages)
+    _check_tools(body)
+    return ChatRequest(common, messages, _options(body))
+
+
+def _check_tools(body: Object) -> None:
+    """Tools may be offered if they are not to be called: their calls would not be told from text."""
+    tools = take(body, "tools", fields.array, [])
+    for index, tool in enumerate(tools):
+        fields.obj(tool, f"tools[{index}]")
+    choice = body.get("tool_choice")
+    if choice not in (None, "none", "auto") or (tools and choice != "none"):
+        raise BadRequest(
+            "Unsupported parameter: 'tools' are supported by this server with 'tool_choice' \"none\" only.",
+            param="tools" if tools else "tool_choice",
+            code="unsupported_parameter",
+        )
+
+
+def _options(body: Object) -> ChatOptions:
+    goes_on = take(body, "continue_final_message", fields.boolean, False)
+    prompted = take(body, "add_generation_prompt", fields.boolean, not goes_on)
+    if goes_on and prompted:
+        raise fields.combination(
+            "'continue_final_message' and 'add_generation_prompt' exclude each other.",
+            "continue_final_message",
+        )
+    return ChatOptions(
+        add_generation_prompt=prompted,
+        continue_final_message=goes_on,
+        variables=take(body, "chat_template_kwargs", fields.obj, {}),
+    )
 
 
 def read_completion(body: Object) -> CompletionRequest:
     """POST /v1/completions."""
     fields.refuse_unknown(body, _COMPLETION_FIELDS)
-    max_tokens = take(body, "max_tokens", fields.integer(1), _COMPLETION_MAX_TOKENS)
+    echo = take(body, "echo", fields.boolean, False)
+    # An echo may be all that is wanted.
+    max_tokens = take(body, "max_tokens", fields.integer(0 if echo else 1), _COMPLETION_MAX_TOKENS)
     logprobs = take(body, "logprobs", fields.integer(0, 5), None)
     common = read_common(body, max_tokens=max_tokens, logprobs=logprobs)
     prompts = fields.require(body, "prompt", _prompts)
     fields.refuse_unsupported(body, _HARMLESS_COMPLETION)
-    echo = take(body, "echo", fields.boolean, False)
     if echo and logprobs is not None:
         raise fields.combination("'echo' together with 'logprobs' is not supported by this server.", "echo")
     _check_counts(body, common.n, len(prompts))
@@ -150,9 +181,56 @@ def _message(message: Object, path: str, at_most: int | None) -> Message:
     fields.refuse_unknown(message, _MESSAGE_FIELDS, path)
     role = _role(message, path)
     fields.refuse_unsupported(message, _HARMLESS_MESSAGE, path)
-    read = {"role": role, "content": _content(message.get("content"), f"{path}content", at_most)}
-    name = message.get("name")
-    return read if name is None else read | {"name": fields.string(name, f"{path}name")}
+    content = message.get("content")
+    if content is None and role == "assistant":
+        content = ""  # of one that only called tools, say; templates want a text
+    read: dict[str, Any] = {"role": role, "content": _content(content, f"{path}content", at_most)}
+    for name in ("name", *(("tool_call_id",) if role == "tool" else ())):
+        if message.get(name) is not None:
+            read[name] = fields.string(message[name], f"{path}{name}")
+    return read | (_assistants(message, path) if role == "assistant" else _none_of_those(message, path))
+
+
+def _assistants(message: Object, path: str) -> dict[str, Any]:
+    """What only assistants have beside content. vLLM calls `reasoning` what it called reasoning_content."""
+    read: dict[str, Any] = {}
+    for name in ("reasoning_content", "reasoning"):
+        if message.get(name) is not None:
+            read["reasoning_content"] = fields.string(message[name], f"{path}{name}")
+    if calls := message.get("tool_calls"):
+        param = f"{path}tool_calls"
+        listed = fields.array(calls, param)
+        read["tool_calls"] = [_tool_call(call, f"{param}[{i}]") for i, call in enumerate(listed)]
+    if message.get("tool_call_id") is not None:
+        raise _not_for("tool_call_id", "assistant", path)
+    return read
+
+
+def _none_of_those(message: Object, path: str) -> dict[str, Any]:
+    role = message["role"]
+    for name in (*_ASSISTANTS_FIELDS, *(() if role == "tool" else ("tool_call_id",))):
+        if message.get(name) not in (None, []):
+            raise _not_for(name, role, path)
+    return {}
+
+
+def _not_for(name: str, role: str, path: str) -> BadRequest:
+    return BadRequest(
+        f"Unsupported parameter: '{path}{name}' is not supported in messages with role '{role}'.",
+        param=f"{path}{name}",
+        code="unsupported_parameter",
+    )
+
+
+def _tool_call(value: Any, param: str) -> dict[str, Any]:
+    """As it is, as templates read what they like of it; checked where they do."""
+    call = fields.obj(value, param)
+    function = fields.obj(call.get("function"), f"{param}.function")
+    fields.string(function.get("name"), f"{param}.function.name")
+    arguments = function.get("arguments")
+    if not isinstance(arguments, dict):
+        fields.string("" if arguments is None else arguments, f"{param}.function.arguments")
+    return dict(call)
 
 
 def _role(message: Object, path: str) -> str:
@@ -171,13 +249,16 @@ def _role(message: Object, path: str) -> str:
     )
 
 
-def _content(value: Any, param: str, at_most: int | None) -> str:
+def _content(value: Any, param: str, at_most: int | None) -> str | list[dict[str, str]]:
+    """A text, or parts that are texts."""
     if isinstance(value, str):
         return value
     if not isinstance(value, list):
         return fields.string(value, param)  # raises, naming what it got
     parts = fields.array(value, param, at_least=1, at_most=at_most)
-    return "\n".join(_text_part(part, f"{param}[{index}]") for index, part in enumerate(parts))
+    return [
+        {"type": "text", "text": _text_part(part, f"{param}[{index}]")} for index, part in enumerate(parts)
+    ]
 
 
 def _text_part(value: Any, param: str) -> str:

@@ -31,6 +31,7 @@ class Setup(msgspec.Struct, frozen=True, tag=True):
     """What clients call it."""
     identity: str
     """See `identity.py`; a worker that finds other files does not serve."""
+    parse_control_tokens: bool = False
 
 
 class Task(msgspec.Struct, frozen=True, tag=True):

@@ -11,6 +11,7 @@ _TEXT_FILES = (
     "tokenizer_config.json",
     "special_tokens_map.json",
     "chat_template.jinja",
+    "chat_template.json",
     "config.json",
     "generation_config.json",
 )

@@ -63,7 +63,7 @@ def _prompts(setup: frames.Setup) -> Prompts | frames.Failed:
         return frames.Failed(str(error))
     if identity(source) != setup.identity:
         return frames.Failed(f"the files of {source.path} changed since this router started; restart it")
-    return Prompts(setup.model, text)
+    return Prompts(setup.model, text, setup.parse_control_tokens)
 
 
 def answer(task: frames.Task, prompts: Prompts) -> frames.Reply:

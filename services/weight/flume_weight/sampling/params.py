@@ -35,6 +35,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     seed: int | None = None  # None: drawn when the sequence starts
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
+    eos_token_ids: tuple[int, ...] = ()  # beside the model's own
     max_tokens: int = 0  # 0: no limit of its own
     min_tokens: int = 0
     logprobs: int | None = None  # None: none; n: the chosen token's and the n most likely
@@ -78,6 +79,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
             seed=message.seed if message.HasField("seed") else None,
             stop_token_ids=tuple(message.stop_token_ids),
             ignore_eos=message.ignore_eos,
+            eos_token_ids=tuple(message.eos_token_ids),
             max_tokens=message.max_tokens,
             min_tokens=message.min_tokens,
             logprobs=message.logprobs if has_logprobs else None,
