@@ -12,8 +12,10 @@ from flume_router.errors import (
     CapacityExceeded,
     EngineCrashed,
     InternalError,
+    NoLane,
     NotContinued,
     NotYet,
+    NoWeightNode,
     SequenceFailed,
     WeightNodeFailed,
     WeightNodeLost,
@@ -49,6 +51,10 @@ class Node:
         self.id = f"n{len(pool.requests)}"
         self.pool = pool
         self.quiet_since_s = 0.0
+        self.canary = self
+
+    def proved(self):
+        self.pool.num_proofs += 1
 
     def generate(self, request, *, timeout_s, metadata):
         self.pool.requests.append(request)
@@ -86,6 +92,7 @@ class Pool:
     def __init__(self, ids, deaths):
         self.ids, self.deaths = ids, list(deaths)
         self.requests, self.calls, self.suspected = [], [], []
+        self.why_not, self.preparing, self.num_proofs = [], False, 0
 
     @contextmanager
     def borrow(self):
@@ -189,6 +196,37 @@ async def test_a_defect_in_making_text_ends_one_answer_with_an_error(text_model,
     assert pool.calls[0].cancelled
 
 
+def no_lane():
+    metadata = grpc.aio.Metadata(("flume-failure", "no_lane"))
+    return grpc.aio.AioRpcError(grpc.StatusCode.UNAVAILABLE, grpc.aio.Metadata(), metadata, "no lane")
+
+
+async def test_a_sequence_that_ran_resumes_after_its_node_had_no_lane(text_model, monkeypatch):
+    monkeypatch.setitem(ENDS, "no_lane", no_lane)
+    pool = Pool([100] * 4, [(2, 1, "no_lane")])
+    pieces, counts = await run(text_model.tokenizer, pool, unavailable_s=0)
+    assert pieces[-1].finished and counts.resumed == 1 and pool.suspected == ["n0"]
+
+
+async def test_a_new_sequence_that_waited_for_a_lane_in_vain_is_refused_with_the_reason(
+    text_model, monkeypatch
+):
+    monkeypatch.setitem(ENDS, "no_lane", no_lane)
+    pool = Pool([100] * 4, [(0, 1, "no_lane")] * 2)
+    assert (await run(text_model.tokenizer, pool, unavailable_s=0))[0][-1].finished, "there was another node"
+    pool = Pool([100] * 4, [(0, 1, "no_lane")])
+    monkeypatch.setattr(Node, "suspect", lambda node: setattr(node.pool, "lendable", False))
+    with pytest.raises(NoWeightNode, match="n0: no lane"):
+        await run(text_model.tokenizer, pool, unavailable_s=0)
+    assert len(pool.requests) == 1
+
+
+async def test_all_but_the_first_token_of_an_attempt_prove_that_attention_nodes_are_reached(text_model):
+    pool = Pool([100] * 5, [(1, 1, "lost"), (2, 1, "lost")])
+    await run(text_model.tokenizer, pool)
+    assert pool.num_proofs == 0 + 1 + 1
+
+
 async def test_without_patience_the_first_loss_is_the_last(text_model):
     pool = Pool([100] * 4, [(1, 1, "lost")])
     with pytest.raises(NotContinued):
@@ -220,6 +258,7 @@ def test_what_a_failed_call_means(code, detail, kind):
         (grpc.StatusCode.INTERNAL, "engine_crashed", SequenceFailed),
         (grpc.StatusCode.INTERNAL, "of a newer version", WeightNodeFailed),
         (grpc.StatusCode.UNAVAILABLE, "engine_crashed", EngineCrashed),
+        (grpc.StatusCode.UNAVAILABLE, "no_lane", NoLane),
         (grpc.StatusCode.UNAVAILABLE, "of a newer version", WeightNodeLost),
     ],
 )
