@@ -245,8 +245,10 @@ async def test_a_sequence_taken_over_in_the_lost_history_stays_ours(tmp_path):
         await until(lambda: one.incarnation.changes == 1, "a new incarnation")
         await until(lambda: one.registration.life.ordinal == 1, "registered anew")
         await until(
-            lambda: ("w1", one.registration.epoch)
-            in [(route.weight_node, route.epoch) for route in routes.current.values()],
+            lambda: (
+                ("w1", one.registration.epoch)
+                in [(route.weight_node, route.epoch) for route in routes.current.values()]
+            ),
             "the route is ours",
         )
         assert writer.taken_over == 0
