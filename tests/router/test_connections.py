@@ -313,7 +313,7 @@ async def test_one_connection_too_many_is_told_so_and_probes_are_answered(weight
         silent = await connect(router)
         began = time.monotonic()
         assert await silent.rest() == b""
-        assert time.monotonic() - began > 1
+        assert time.monotonic() - began > 0.3
         held[0].close()
         await asyncio.sleep(0.2)
         again = await connect(router)

@@ -42,6 +42,8 @@ class ClusterConfig(msgspec.Struct, frozen=True, kw_only=True):
     host: str = LOOPBACK
     node_host: str = LOOPBACK  # where nodes listen for one another
     http_port: Port = 8000
+    cors_origins: str = ""
+    """Pages whose scripts may call the HTTP API; as of a router. Empty: none."""
     admin_port: Port = 9400
     metrics_port: Annotated[int, msgspec.Meta(ge=0, le=65535)] = 0  # of the controller; 0: a free one
     etcd_port: Port = 2379

@@ -241,7 +241,8 @@ class _Start:
         http = f"{self._config.host}:{self._config.http_port}"
         grpc_at = f"{self._config.node_host}:0"
         doors = ("--node", ROUTER, "--listen-http", http, "--listen-grpc", grpc_at)
-        self._supervisor.start(ROUTER, Role.ROUTER, self._python("flume_router", *doors, *model))
+        cors = ("--cors-origins", self._config.cors_origins) if self._config.cors_origins else ()
+        self._supervisor.start(ROUTER, Role.ROUTER, self._python("flume_router", *doors, *cors, *model))
 
     def _attention_args(self) -> list[str]:
         memory = ["--kv-memory", self._config.kv_memory] if self._config.kv_memory else []

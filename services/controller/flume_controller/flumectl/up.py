@@ -85,6 +85,10 @@ PORT = click.IntRange(1, 65535)
     help="An address of this machine, where nodes of other machines reach its nodes; those bring an --etcd.",
 )  # fmt: skip
 @click.option("--http-port", type=PORT, default=8000, show_default=True, help="Of the OpenAI API.")
+@click.option(
+    "--cors-origins", default="", metavar="ORIGIN[,ORIGIN…]",
+    help="Pages whose scripts may call the API, such as https://chat.example; * for any.",
+)  # fmt: skip
 @click.option("--admin-port", type=PORT, default=9400, show_default=True, help="Of the admin API.")
 @click.option(
     "--metrics-port", type=click.IntRange(0, 65535), default=0, show_default="a free one",

@@ -30,7 +30,7 @@ from flume_router.http.errors import INVALID_REQUEST, body
 from flume_router.http.request_state import EVENTS
 
 _LINGER_S = 5.0  # to read what still comes after a refusal, as most clients look only then
-_OVERFLOW_S = 2.0  # to send a request, for a connection that is one too many
+_OVERFLOW_S = 0.5  # to send a request, for a connection that is one too many
 _SLACK_S = 2.0  # for 408 by the application, once a body is over its time
 _DRIP_BYTES_PER_S = 100  # a body that comes no faster is an attack, or from a client that hangs
 _PROBE_AFTER_S = 0.2  # soon enough to free what a request holds, late enough to be rare
