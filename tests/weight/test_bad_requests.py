@@ -163,6 +163,31 @@ async def test_a_suspect_runs_alone_until_it_has_a_token(damaged):
 
 
 @pytest.mark.slow
+async def test_a_sequence_in_whose_steps_one_attention_node_after_another_dies_is_ended(damaged, monkeypatch):
+    monkeypatch.setenv("FLUME_FAULT_PREFILL_LAYER_DELAY_MS", "150")
+    flags = ["--prefill-tokens", "8", "--mixed-prefill-tokens", "8", "--tail-margin-tokens", "100000"]
+    async with small_rig(damaged, *[512] * 6, args=flags) as one:
+        one.submit("deadly", good(1) * 20, 4)
+        killed = 0
+        while not (ends := [each for each in one.said if isinstance(each, m.Failed)]) and killed < 6:
+            route = await one.route_of("deadly", lambda ranges: ranges and not lost(one, ranges[-1].node))
+            await asyncio.sleep(1)
+            node = one.nodes[route[-1].node]
+            node.engine.process.kill()
+            killed += 1
+            await one.until(lambda message, node=node: lost(one, node.name))
+            await asyncio.sleep(0.5)
+        assert 3 <= killed <= 5, "kills between two steps do not count"
+        assert ends[0].failure is Failure.ENGINE_CRASHED
+        assert "attention nodes in a row were lost in a step of this request" in ends[0].message
+        one.nodes.clear()  # most of them are gone and cannot report
+
+
+def lost(one, name):
+    return any(isinstance(message, m.LaneLost) and message.node == name for message in one.said)
+
+
+@pytest.mark.slow
 async def test_a_message_that_cannot_be_taken_in_ends_its_sequence(damaged):
     async with small_rig(damaged, 512) as one:
         kept = [m.KeptRange("attention-1", 5, -3)]  # nonsense: what the engine makes of it raises

@@ -28,8 +28,16 @@ from flume_weight.batch import Batch, build, commit
 from flume_weight.cuda.errors import StepError
 from flume_weight.errors import PeerLost, PeerSilent, RequestRefused
 from flume_weight.evacuation import Evacuation
-from flume_weight.failing import canary_has_no_room, described, message_failed, no_lane, no_token, step_failed
-from flume_weight.fleet import Fleet
+from flume_weight.failing import (
+    canary_has_no_room,
+    described,
+    message_failed,
+    no_lane,
+    no_token,
+    nodes_lost,
+    step_failed,
+)
+from flume_weight.fleet import Fleet, needs
 from flume_weight.isolation import Isolation
 from flume_weight.model import ModelConfig
 from flume_weight.pace import PaceEstimate
@@ -49,6 +57,7 @@ from flume_weight.storage import Part
 from flume_weight.unserved import Unserved
 
 _IDLE_WAIT_S = 5.0
+_NODES_LOST_TO_SUSPECT = 2  # attention nodes, in steps of one sequence, without a new token
 _MOST_FAILED_STEPS = 8  # in a row, before the engine itself is taken to be at fault
 
 
@@ -223,7 +232,10 @@ class WeightEngine:
             chosen = self._passes.of(batch)
             scores = chosen.forward(self._step, batch)
         except PeerLost as error:
+            guilty = self._blame([by_name[share.sequence] for share in shares], error.node)
             self._lose(error)
+            if guilty is not None:
+                self._end(guilty, nodes_lost(guilty, error))
             return True
         except PeerSilent as error:
             self._link.send(self._silence.set_aside(error))
@@ -279,7 +291,7 @@ class WeightEngine:
             )
             scheduled = {share.sequence for share in shares}
             # One that is left for another step does not wait for memory.
-            left = {each.sequence for each in every} - {each.sequence for each in candidates}
+            left = {each.sequence for each in every if suspects} - {each.sequence for each in candidates}
             for sequence in running:
                 stalled = sequence.name not in scheduled
                 if stalled != sequence.stalled and sequence.name not in left:
@@ -304,6 +316,19 @@ class WeightEngine:
         for sequence in sequences:
             sequence.suspect = True
 
+    def _blame(self, sequences: Seq[Sequence], node: str) -> Sequence | None:
+        """Count a node that was lost in a step of these. Returns the one that is to be taken for the cause.
+
+        Nodes die for many reasons, so it takes several, in a row and without a new token; and in the end
+        the sequence must have been alone with the node.
+        """
+        for sequence in sequences:
+            if needs(sequence, (node,)):
+                sequence.nodes_lost += 1
+                sequence.suspect = sequence.suspect or sequence.nodes_lost >= _NODES_LOST_TO_SUSPECT
+        alone = sequences[0] if len(sequences) == 1 else None
+        return alone if alone is not None and alone.nodes_lost > _NODES_LOST_TO_SUSPECT else None
+
     # -- tokens ----------------------------------------------------------------------------------
 
     def _sample(self, batch: Batch, scores: Scores) -> None:
@@ -315,7 +340,7 @@ class WeightEngine:
         chosen = scores.choose([sequence.sampler for sequence in sequences])
         self._reports.count_logit_rows(scores.rows_read)
         for sequence, outcome in zip(sequences, chosen, strict=True):
-            sequence.suspect = False
+            sequence.suspect, sequence.nodes_lost = False, 0
             if isinstance(outcome, NotSampled):
                 if not isinstance(outcome.error, InvalidLogits):
                     self._reports.contained("sampling_failed", outcome.error, sequence.name)

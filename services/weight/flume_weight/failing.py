@@ -5,6 +5,7 @@ from __future__ import annotations
 from flume_common.failures import Failure
 
 from flume_weight import messages as m
+from flume_weight.errors import PeerLost
 from flume_weight.sampling import InvalidLogits
 from flume_weight.sequence import Sequence
 
@@ -36,6 +37,15 @@ def no_lane(sequence: Sequence, num_lanes: int) -> m.Failed:
 def canary_has_no_room(sequence: Sequence) -> m.Failed:
     """It would have had to wait for memory."""
     return m.Failed(sequence.name, "RESOURCE_EXHAUSTED", "other sequences have, or wait for, the KV memory")
+
+
+def nodes_lost(sequence: Sequence, error: PeerLost) -> m.Failed:
+    """One attention node after another was lost in a step of this sequence, at last of it alone."""
+    message = (
+        f"{sequence.nodes_lost} attention nodes in a row were lost in a step of this request; it is not tried"
+        f" again ({error})"
+    )
+    return m.Failed(sequence.name, "INTERNAL", message, Failure.ENGINE_CRASHED)
 
 
 def message_failed(name: str, what: str, error: Exception) -> m.Failed:

@@ -55,6 +55,7 @@ class Sequence:
     begun: bool = False  # some of its prompt is, or was, in a step
     stalled: bool = False  # it had no place in the last step
     suspect: bool = False  # runs alone until it has a token
+    nodes_lost: int = 0  # attention nodes, in steps of it, since its last token
     preempted_at_tokens: int = -1  # its length when it last gave way
 
     @property
