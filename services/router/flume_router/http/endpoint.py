@@ -20,7 +20,6 @@ from flume_router.answer import Finished, Piece
 from flume_router.errors import RouterError
 from flume_router.generation import Pieces, merged
 from flume_router.http.body import read_body
-from flume_router.http.door import SWEEP_S
 from flume_router.http.errors import HttpError, reply_of, unexpected
 from flume_router.http.job import Job, Kind
 from flume_router.http.reply import Reply
@@ -30,6 +29,8 @@ from flume_router.sequence_request import SequenceRequest
 from flume_router.service import Service, sequences
 
 log = structlog.get_logger(__name__)
+
+_AFTER_DRIPS_S = 1.0  # so that a body that only drips is cut off by its connection before it gets a 408
 
 
 class Api(Protocol):
@@ -58,7 +59,7 @@ class CompletionEndpoint:
                         Request(scope, receive),
                         held,
                         limit_bytes=self._limits.body_bytes,
-                        timeout_s=self._limits.body_timeout_s + SWEEP_S,  # drips are cut off before
+                        timeout_s=self._limits.body_timeout_s + _AFTER_DRIPS_S,
                     )
                     async with background(client=_until_gone(receive, reply)):
                         request_id = f"{self._api.id_prefix}-{uuid.uuid4().hex}"
