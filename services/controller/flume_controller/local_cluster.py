@@ -266,7 +266,7 @@ class _Start:
             missing -= set(ready)
             said |= of_attention
             lacking = max(attention - len(of_attention), 0)
-            self._waiting_for = [*sorted(missing), *self._starting(ready, lacking)]
+            self._waiting_for = sorted([*missing, *self._starting(ready, lacking)])
             if not self._survivors:
                 self._require_attention_alive(report.status)
             if not missing and not lacking:
@@ -282,7 +282,7 @@ class _Start:
         begun = [record.id for record in self._files.records.all() if record.role == Role.ATTENTION]
         names = [name for name in begun if name not in set(ready)]
         names += [f"attention-{number}" for number in range(1, lacking + len(names) + 1)]
-        return sorted(dict.fromkeys(names[:lacking]))
+        return list(dict.fromkeys(names))[:lacking]
 
     def _require_attention_alive(self, status: AttentionStatus | None) -> None:
         for condition in status.conditions if status else ():
