@@ -219,9 +219,9 @@ def test_no_prompt_starves_however_many_shorter_ones_come(arrivals, seed):
 def test_a_short_prompt_behind_two_long_ones_is_done_in_a_step_or_two():
     machine = Machine(SMALL, noise=0)
     machine.prefill(3000)  # the pace is known
-    some = [Candidate(f"long-{n}", "n", 5600, 0, 0) for n in range(2)] + [Candidate("short", "n", 5, 0, 0)]
+    some = [Candidate(f"long-{n}", "n", 5600, 0, 0) for n in range(2)] + [Candidate("short", "n", 60, 0, 0)]
     shares = {
         share.sequence: share.tokens for share in schedule(some, {"n": 9999}, BLOCK, LIMITS, machine.budget())
     }
-    assert shares["short"] == 5
+    assert shares["short"] == 60
     assert shares["long-0"] > 64

@@ -1,6 +1,7 @@
 """Faults that an engine injects on purpose, for tests and drills, by environment variables.
 
-FLUME_FAULT_PREFILL_LAYER_DELAY_MS=2000   each layer of a step with prompt tokens lasts so much longer
+FLUME_FAULT_PREFILL_LAYER_DELAY_MS=2000   each layer of a step with 8 tokens or more of a prompt lasts so
+                                          much longer; canaries and shorter prompts are as fast as ever
 FLUME_FAULT_RAISE_TOKEN=77                a step with this token id among its tokens raises
 FLUME_FAULT_ABORT_TOKEN=78                ends the engine without a word, as a fault in native code does
 """
@@ -13,6 +14,7 @@ from collections.abc import Callable
 from torch import Tensor
 
 _PREFILL_LAYER_DELAY_MS = "FLUME_FAULT_PREFILL_LAYER_DELAY_MS"
+_SLOWED_FROM_TOKENS = 8
 _RAISE_TOKEN = "FLUME_FAULT_RAISE_TOKEN"
 _ABORT_TOKEN = "FLUME_FAULT_ABORT_TOKEN"
 
@@ -23,6 +25,11 @@ class InjectedFault(RuntimeError):
 
 def prefill_layer_delay_s() -> float:
     return float(os.environ.get(_PREFILL_LAYER_DELAY_MS) or 0.0) / 1e3
+
+
+def is_slowed(chunk: slice) -> bool:
+    """True if these rows of a batch, of one sequence, are enough of a prompt to be slowed down."""
+    return int(chunk.stop - chunk.start) >= _SLOWED_FROM_TOKENS
 
 
 def step_fault() -> Callable[[Tensor], None] | None:

@@ -130,7 +130,7 @@ class RangeAttention:
     def query(self, layer: int, q: Tensor) -> None:
         """q [T, query_heads, head_dim] leaves before K and V exist: nobody remote needs them now."""
         self.progress.reached(layer)
-        if self._layer_delay_s and self._chunks:
+        if self._layer_delay_s and any(faults.is_slowed(chunk) for chunk in self._chunks):
             time.sleep(self._layer_delay_s)
         for exchange in self._exchanges:
             if not exchange.num_queries:
