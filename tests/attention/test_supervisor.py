@@ -22,6 +22,7 @@ class FakeEngine:
         self.pid = pid
         self.process = self
         self.returncode = -9
+        self.killed_because = ""
         self.sent = []
         self.silence_s = None
         self.page = ProgressPage()

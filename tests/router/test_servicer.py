@@ -154,6 +154,7 @@ def test_every_router_error_has_a_status_at_both_doors():
         errors.NoWeightNode("m"),
         errors.WeightNodeLost("n", "x"),
         errors.WeightNodeSilent("n", 5),
+        errors.NoLane("n", "x"),
         errors.NotYet("n", "x"),
         errors.NotContinued("m", "x", 5),
         errors.ShuttingDown(),
