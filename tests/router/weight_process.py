@@ -18,7 +18,7 @@ class Weight(rpc.WeightServicer):
         self.ids = ids
 
     async def Describe(self, request, context):
-        return pb.DescribeReply(node="n", model="smollm2-135m", vocab_size=49152, context_tokens=512)
+        return pb.DescribeReply(model="smollm2-135m", vocab_size=49152, context_tokens=512)
 
     async def ListSequences(self, request, context):
         return pb.ListSequencesReply()
