@@ -1,7 +1,7 @@
 """Rendered chats, and their ids, are those of transformers."""
 
 import pytest
-from flume_router.chat_template import ChatTemplate, TemplateBroken, TemplateRefused
+from flume_router.chat_template import ChatOptions, ChatTemplate, TemplateBroken, TemplateRefused
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -92,3 +92,87 @@ async def test_a_refusal_of_the_template_is_a_bad_request(http, monkeypatch, tex
     answer = await http.post("/v1/chat/completions", json={"model": "smollm2-135m", "messages": CHATS[0]})
     assert (answer.status_code, answer.json()["error"]["param"]) == (400, "messages")
     assert answer.json()["error"]["message"].endswith(": no")
+
+
+PARTS = (
+    "{% for m in messages %}{% for p in m['content'] %}"
+    "{% if p['type'] == 'text' %}[{{ p['text'] }}]{% endif %}{% endfor %}{% endfor %}"
+)
+EITHER = (
+    "{% for m in messages %}{% if m.content is string %}{{ m.content }}{% else %}"
+    "{% for p in m.content %}[{{ p.text }}]{% endfor %}{% endif %}{% endfor %}"
+)
+TWO = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
+
+
+@pytest.mark.parametrize(
+    "source, content, text",
+    [
+        (PARTS, "a", "[a]"),
+        (PARTS, TWO, "[a][b]"),
+        (EITHER, "a", "a"),
+        (EITHER, TWO, "[a][b]"),
+        ("{% for m in messages %}{{ m.content }}{% endfor %}", TWO, "a\nb"),
+        ("{% for m in messages %}{{ m.content + '!' }}{% endfor %}", TWO, "a\nb!"),
+    ],
+)
+def test_content_comes_in_the_form_a_template_takes(source, content, text):
+    assert ChatTemplate(source, {}).render([{"role": "user", "content": content}]) == text
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
+        "{% macro f(n) %}{% if n %}{{ f(n - 1) }}{{ f(n - 1) }}{% endif %}{% endmacro %}{{ f(60) }}",
+        "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",
+        "{% set n = namespace(a='x') %}{% for i in range(60) %}{% set n.a = n.a ~ n.a %}{% endfor %}",
+        "{% set n = namespace(a='x') %}{% for i in range(60) %}{% set n.a = n.a + n.a %}{% endfor %}",
+        "{{ 'x' * 10000000000 }}",
+        "{{ '%9999999999d' % 1 }}",
+    ],
+)
+def test_a_template_without_end_is_refused_when_it_is_loaded(source):
+    with pytest.raises(TemplateBroken, match="with one short message"):
+        ChatTemplate(source, {})
+
+
+def test_a_template_that_never_ends_with_some_messages_refuses_those():
+    source = "{% macro f() %}{{ f() }}{% endmacro %}{% if messages | length > 1 %}{{ f() }}{% endif %}ok"
+    template = ChatTemplate(source, {})
+    assert template.render(CHATS[0]) == "ok"
+    with pytest.raises(TemplateRefused, match="calls itself"):
+        template.render(CHATS[1])
+
+
+@pytest.mark.parametrize("filtered", ["m.content", "m.content | trim"])
+def test_a_final_message_is_continued(filtered):
+    source = (
+        "{% for m in messages %}<{{ m.role }}>{{ " + filtered + " }}</>{% endfor %}"
+        "{% if add_generation_prompt %}<assistant>{% endif %}"
+    )
+    messages = [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "Sure"}]
+    options = ChatOptions(continue_final_message=True)
+    assert ChatTemplate(source, {}).render(messages, options) == "<user>Q</><assistant>Sure"
+    assert ChatTemplate(source, {}).render(messages).endswith("Sure</><assistant>")
+    with pytest.raises(TemplateRefused, match="must be the assistant's"):
+        ChatTemplate(source, {}).render(messages[:1], options)
+
+
+def test_a_template_has_the_variables_of_the_client():
+    template = ChatTemplate("{% if enable_thinking is defined and not enable_thinking %}no{% endif %}", {})
+    assert template.render(CHATS[0], ChatOptions(variables={"enable_thinking": False})) == "no"
+    assert template.render(CHATS[0]) == ""
+
+
+@pytest.mark.parametrize(
+    "shown, text",
+    [("c.function.arguments | tojson", '{"a": 1}'), ("'args: ' + c.function.arguments", 'args: {"a":1}')],
+)
+def test_arguments_of_tool_calls_come_in_the_form_a_template_takes(shown, text):
+    source = (
+        "{% for m in messages %}{% for c in m.tool_calls or [] %}{{ " + shown + " }}{% endfor %}{% endfor %}"
+    )
+    call = {"id": "1", "type": "function", "function": {"name": "f", "arguments": '{"a":1}'}}
+    messages = [{"role": "assistant", "content": "", "tool_calls": [call]}]
+    assert ChatTemplate(source, {}).render(messages) == text

@@ -93,3 +93,17 @@ async def test_a_part_of_a_character_is_shown_as_bytes_in_logprobs(client, weigh
     assert answer.choices[0].text == "𓀀"
     assert "".join(answer.choices[0].logprobs.tokens) == "bytes:\\xf0bytes:\\x93bytes:\\x80bytes:\\x80"
     assert len(ids) == 4
+
+
+async def test_an_empty_prompt_begins_a_document(http, weight):
+    answer = await http.post("/v1/completions", json={"model": "smollm2-135m", "prompt": ""})
+    assert answer.status_code == 200
+    assert list(weight.requests[0].prompt_token_ids) == [1]
+
+
+async def test_an_echo_may_be_all_that_is_wanted(http, weight):
+    body = {"model": "smollm2-135m", "prompt": "hi", "max_tokens": 0, "echo": True}
+    answer = (await http.post("/v1/completions", json=body)).json()
+    assert (answer["choices"][0]["text"], answer["usage"]["completion_tokens"]) == ("hi", 0)
+    assert not weight.requests
+    assert (await http.post("/v1/completions", json={**body, "echo": False})).status_code == 400

@@ -218,3 +218,15 @@ def test_an_end_that_is_in_no_vocabulary_is_refused_by_name(hf_directory, tmp_pa
     )
     with pytest.raises(TokenizerError, match=f"{name}_token '<nowhere>' is not in the vocabulary"):
         load_text_model(resolve_model(str(tmp_path)))
+
+
+def test_the_end_of_a_turn_may_be_named_by_the_tokenizer_alone(hf_directory, tmp_path):
+    (tmp_path / "config.json").write_text('{"eos_token_id": 0}')
+    (tmp_path / "tokenizer.json").write_bytes((hf_directory / "tokenizer.json").read_bytes())
+    (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "<|im_end|>"}')
+    assert load_text_model(resolve_model(str(tmp_path))).tokenizer.end_token_ids == (2,)
+
+
+async def test_the_tokenizers_ends_are_sent_to_the_weight_node(http, weight):
+    await http.post("/v1/completions", json={"model": "smollm2-135m", "prompt": "x"})
+    assert list(weight.requests[0].sampling.eos_token_ids) == [2]
