@@ -8,10 +8,11 @@ import time
 from contextlib import asynccontextmanager
 from pathlib import Path
 
+import msgspec
 import pytest
 from flume_common import config_store
 from flume_common.config_schema import path_of
-from flume_common.incarnation import follow_incarnation
+from flume_common.incarnation import Record, follow_incarnation
 from flume_common.keys import Keys
 from flume_common.store import StoreConfig, connect
 from flume_controller import desired
@@ -128,6 +129,18 @@ async def test_an_etcd_with_a_spec_of_its_own_says_what_is_wanted(etcd, tmp_path
         await one.lead()
         assert (await one.desired(), await one.setting()) == (2, None)
         assert len(one.news) == 1 and "2 attention nodes" in one.news[0] and "found there" in one.news[0]
+
+
+async def test_another_clusters_etcd_is_news_however_old_its_incarnation_is(etcd):
+    async with controller(etcd.endpoint) as one:
+        await one.lead()
+        await one.scale(2)
+        foreign = Record(id="foreign", created_at_s=1.0)
+        await one.store.put(KEYS.incarnation, msgspec.json.encode(foreign))
+        await another_incarnation(one)
+        await one.lead()
+        assert one.incarnation.id == "foreign"
+        assert len(one.news) == 1 and "another one" in one.news[0]
 
 
 async def test_a_setting_that_an_operator_took_back_stays_away(etcd):

@@ -64,7 +64,9 @@ def of_store_replaced(reason: str, spec: AttentionSpec, *, restored: bool) -> Ha
         if restored
         else f"the spec ({spec.desired} attention nodes) and settings are as they are found there"
     )
-    return Happening(FLEET, EventType.WARNING, "StoreReplaced", f"{reason or 'etcd was replaced'}: {how}")
+    return Happening(
+        FLEET, EventType.WARNING, "StoreReplaced", f"{reason or 'etcd is another one than before'}: {how}"
+    )
 
 
 def of_deadline(node: str, lost_tokens: int) -> Happening:

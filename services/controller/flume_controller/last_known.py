@@ -60,7 +60,8 @@ class LastKnown:
     def announce(self) -> bool:
         """Whether there is a new incarnation that this was not asked for yet, and that is news."""
         before, self._announced = self._announced, self.incarnation.ordinal
-        age_s = time.time() - self.incarnation.record.created_at_s
+        # Not the record's time: another cluster's incarnation may be old, and news here.
+        age_s = time.monotonic() - self.incarnation.changed_at_s
         return before != self._announced and age_s < NEWS_S
 
     async def look(self) -> None:
