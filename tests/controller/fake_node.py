@@ -17,6 +17,7 @@ from flume_common.keys import Keys
 from flume_common.membership import Member, Role, State, register
 from flume_common.serving import until_signalled
 from flume_common.store import StoreConfig, connect
+from flume_common.telemetry import configure_logging
 
 
 async def answer(reader, writer):
@@ -33,6 +34,7 @@ async def main(role):
     flags.add_argument("--listen-http", default="127.0.0.1:0")
     flags.add_argument("--listen", "--listen-grpc", required=True)
     args, _ = flags.parse_known_args()
+    configure_logging(role, args.node)  # as real ones do, whose logs may be on a disk that is full
     refusal = Path(os.environ.get("FAKE_STATE", "/nonexistent")) / f"refuse-{role}"
     if refusal.exists():
         sys.exit(refusal.read_text())
