@@ -172,7 +172,8 @@ async def test_a_spec_that_was_broken_by_hand_stops_nothing_and_is_picked_up_onc
 ):
     controller.until_states(a1="READY")
     await store.put(keys.spec_attention, b"two, please")
-    code, details = refusal(lambda: controller.scale(3))
+    drain = pb.DrainNodeRequest(node="attention-1")
+    code, details = refusal(lambda: controller.stub.DrainNode(drain, timeout=5))
     assert code is grpc.StatusCode.FAILED_PRECONDITION and "not a valid spec" in details
     await store.put(keys.spec_attention, b'{"desired": 2, "generation": 9}')
     controller.until_states(a1="READY", a2="READY")
