@@ -18,6 +18,7 @@ from flume_common.keys import Keys
 from flume_common.membership import Member, Role, State, register
 from flume_common.serving import serve, until_signalled
 from flume_common.store import StoreConfig, connect
+from flume_common.telemetry import configure_logging
 from flume_protos.v1 import attention_pb2 as pb
 from flume_protos.v1 import attention_pb2_grpc as rpc
 from flume_protos.v1 import common_pb2
@@ -57,6 +58,7 @@ class FakeAttention(rpc.AttentionServicer):
 
 
 async def main(args):
+    configure_logging("attention", args.node)
     servicer = FakeAttention(args.node, args.state)
     async with (
         connect(StoreConfig.parse(args.etcd)) as store,
