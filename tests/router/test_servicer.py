@@ -52,6 +52,7 @@ async def test_sampling_is_passed_on_and_stop_strings_are_kept_back(stub, weight
     request = pb.GenerateTextRequest(prompt="Hi", sampling=sampling, stop=["the"])
     replies = await collect(stub.Generate(request))
     assert "".join(reply.text for reply in replies) == "Hello "
+    sampling.eos_token_ids.append(2)  # the tokenizer's
     assert weight.requests[0].sampling == sampling
 
 
