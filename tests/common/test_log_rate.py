@@ -97,9 +97,13 @@ def test_a_flood_comes_out_bounded_and_counted_in_the_form_of_all_lines():
         root.handlers, root.level = before
         structlog.reset_defaults()
     assert [line["event"] for line in lines if line["event"] == "fine"] == ["fine"]
-    (summary,) = [line for line in lines if line["event"] == SUMMARY]
-    assert summary["of"] == "socket.accept() out of system resource" and summary["level"] == "error"
-    assert summary["count"] + len(lines) - 2 == 5000 and len(lines) <= TROUBLE.burst + 10
+    summaries = [line for line in lines if line["event"] == SUMMARY]  # one, or a few on a slow machine
+    assert {(item["of"], item["level"]) for item in summaries} == {
+        ("socket.accept() out of system resource", "error")
+    }
+    suppressed = sum(item["count"] for item in summaries)
+    assert suppressed + len(lines) - len(summaries) - 1 == 5000
+    assert len(lines) <= TROUBLE.burst + 10
 
 
 FLOOD = """
