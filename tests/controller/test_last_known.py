@@ -12,6 +12,7 @@ import msgspec
 import pytest
 from flume_common import config_store
 from flume_common.config_schema import path_of
+from flume_common.election import Deposed
 from flume_common.incarnation import Record, follow_incarnation
 from flume_common.keys import Keys
 from flume_common.store import StoreConfig, connect
@@ -36,9 +37,9 @@ class Controller:
         self.store, self.incarnation, self.last_known = store, incarnation, last_known
         self.told = []
 
-    async def lead(self):
-        """One pass of a new term."""
-        office = await Office.take(self.store, KEYS)
+    async def lead(self, office=None):
+        """One pass, of a new term where none is given."""
+        office = office or await Office.take(self.store, KEYS)
         fleet = AttentionFleet(
             self.store, KEYS, office.fenced, FakeProvider(time.time), FakeNodes(), AttentionSpec(desired=1),
             tell=lambda *happenings: self.told.extend(happenings), last_known=self.last_known,
@@ -141,6 +142,22 @@ async def test_another_clusters_etcd_is_news_however_old_its_incarnation_is(etcd
         await one.lead()
         assert one.incarnation.id == "foreign"
         assert len(one.news) == 1 and "another one" in one.news[0]
+
+
+async def test_a_term_that_is_over_leaves_the_telling_to_the_next_one(etcd, tmp_path):
+    """Events are written under the term's key, which is not in the other etcd."""
+    async with controller(etcd.endpoint) as one:
+        await one.lead()
+        await etcd.save(tmp_path / "snapshot")
+        office = await Office.take(one.store, KEYS)
+        await one.lead(office)
+        await etcd.restore(tmp_path / "snapshot")
+        await another_incarnation(one)
+        with pytest.raises(Deposed):
+            await one.lead(office)
+        assert one.news == []
+        await one.lead()
+        assert len(one.news) == 1
 
 
 async def test_a_setting_that_an_operator_took_back_stays_away(etcd):

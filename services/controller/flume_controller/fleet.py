@@ -20,7 +20,7 @@ from flume_common.election import Fenced
 from flume_common.keys import Keys
 from flume_common.membership import Member, Role, State
 from flume_common.reasons import Reason
-from flume_common.store import KeyValue, Put, Store, mod_revision
+from flume_common.store import Get, KeyValue, Put, Store, mod_revision
 
 from flume_controller import desired, happenings
 from flume_controller.desired import InvalidSpec
@@ -153,7 +153,7 @@ class AttentionFleet:
             return spec, error.revision, str(error)
         if spec is not None:
             self._memory.last_spec = spec
-            self._announce(spec, restored=False)
+            await self._announce(spec, restored=False)
             return spec, revision, ""
         key = self._keys.spec_attention
         spec = self._first_spec()
@@ -164,7 +164,7 @@ class AttentionFleet:
         )
         if not result.succeeded:
             raise SpecMoved
-        self._announce(spec, restored=spec.generation > self._initial.generation)
+        await self._announce(spec, restored=spec.generation > self._initial.generation)
         return spec, result.revision, ""
 
     def _first_spec(self) -> AttentionSpec:
@@ -180,9 +180,15 @@ class AttentionFleet:
         except (ValueError, RecursionError):
             return None
 
-    def _announce(self, spec: AttentionSpec, *, restored: bool) -> None:
-        """Tell people, once, when etcd is another one than before."""
-        if self._last_known is not None and self._last_known.announce():
+    async def _announce(self, spec: AttentionSpec, *, restored: bool) -> None:
+        """Tell people, once, when etcd is another one than before. Raises Deposed, StoreError.
+
+        A term of the former incarnation may not have heard that it is over, and its events go nowhere.
+        """
+        if self._last_known is None or not self._last_known.has_news:
+            return
+        await self._fenced.txn([], [Get(self._keys.spec_attention)])
+        if self._last_known.announce():
             reason = self._last_known.incarnation.record.reason
             self._tell(happenings.of_store_replaced(reason, spec, restored=restored))
 

@@ -57,6 +57,11 @@ class LastKnown:
         lost = self._kept.keys() - there.keys() - {self._keys.spec_attention}
         return [Put(key, self._kept[key]) for key in sorted(lost)][:MOST_SETTINGS]
 
+    @property
+    def has_news(self) -> bool:
+        """Whether `announce` has not been asked about the present incarnation yet."""
+        return self._announced != self.incarnation.ordinal
+
     def announce(self) -> bool:
         """Whether there is a new incarnation that this was not asked for yet, and that is news."""
         before, self._announced = self._announced, self.incarnation.ordinal
