@@ -29,6 +29,7 @@ class World:
         self.nodes = FakeNodes()
         self.office = office
         self.told = []
+        self.last_known = None
         self.restart()
 
     def clock(self):
@@ -39,7 +40,7 @@ class World:
         self.fleet = AttentionFleet(
             self.store, self.keys, self.office.fenced, self.provider, self.nodes, AttentionSpec(desired=1),
             leader="controller-1", tell=self.tell, patience=Patience(start_s=100, lost_s=30),
-            progress_deadline_s=60, clock=self.clock,
+            progress_deadline_s=60, clock=self.clock, last_known=self.last_known,
         )  # fmt: skip
 
     def tell(self, *happenings):
@@ -446,3 +447,25 @@ async def test_how_long_nodes_took_to_become_ready_is_measured(world):
     await world.turn(after_s=7)
     await world.turn(after_s=100)
     assert world.fleet.prepare_s == 7
+
+
+class YoungIncarnation:
+    """What etcd came back as, so many seconds ago."""
+
+    has_news = False
+    spec = None
+    incarnation_age_s = 3.0
+
+
+async def test_nobody_is_let_go_while_a_new_incarnation_is_young(world):
+    await world.ready(3)
+    world.last_known = YoungIncarnation()
+    world.restart()
+    await world.lapse("attention-2")  # it has not registered there yet
+    await world.want(1, generation=3)
+    wish_s = await world.turn(after_s=500)
+    assert (world.nodes.calls, world.provider.stopped) == ([], [])
+    assert 0 < wish_s <= 12, "it looks again as soon as it may act"
+    world.last_known.incarnation_age_s = 60.0
+    await world.turn()
+    assert world.nodes.calls, "then it does"

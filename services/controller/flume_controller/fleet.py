@@ -43,6 +43,9 @@ log = structlog.get_logger()
 LEAVING_POLL_S = 0.3
 """That a draining node has become empty is seen only by asking it."""
 
+SETTLE_S = 12.0
+"""Longer than a lease of 10 s: what a new incarnation came with and nobody renews is gone by then."""
+
 LEAST_DEADLINE_S = 0.001
 """0 would be none."""
 
@@ -131,7 +134,7 @@ class AttentionFleet:
             spec, state = await self._give_up(spec, revision, state, previous)
         if ready >= spec.desired:
             self._memory.all_ready(self._clock())
-        failures = await self._act(plan(spec.desired, views), spec, members)
+        failures = await self._act(self._prudent(plan(spec.desired, views)), spec, members)
         service = Service(weight_views(weights.values(), answers), failed_canaries(routers.values()))
         status = report(
             spec, views, self._memory.crashes, failures, state, previous, self._clock(),
@@ -269,6 +272,18 @@ class AttentionFleet:
         told_s = {member.id: member.leave_by_s for member in members.values()}
         return [with_deadline(view, spec, told_s.get(view.id, 0.0), now_s) for view in views]
 
+    def _prudent(self, actions: Sequence[Action]) -> Sequence[Action]:
+        """Nobody is let go while a new incarnation is young: not all who live may be registered in it yet,
+        and records that it came with may be another cluster's."""
+        if self._settling_s <= 0:
+            return actions
+        return [action for action in actions if not isinstance(action, Stop | Drain)]
+
+    @property
+    def _settling_s(self) -> float:
+        """How long the present incarnation still counts as young."""
+        return SETTLE_S - self._last_known.incarnation_age_s if self._last_known else 0.0
+
     async def _act(self, actions: Sequence[Action], spec: AttentionSpec, members: Members) -> list[str]:
         failures = []
         for action in actions:
@@ -333,6 +348,8 @@ class AttentionFleet:
         if any(view.phase is Phase.DRAINING for view in views):
             waits_s.append(LEAVING_POLL_S)
         if (wait_s := self._memory.backoff.wait_s(self._clock())) > 0:
+            waits_s.append(wait_s)
+        if (wait_s := self._settling_s) > 0:
             waits_s.append(wait_s)
         if (change_s := self._memory.reach.next_change_s(self._clock())) is not None:
             waits_s.append(change_s)

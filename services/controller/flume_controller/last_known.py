@@ -58,6 +58,11 @@ class LastKnown:
         return [Put(key, self._kept[key]) for key in sorted(lost)][:MOST_SETTINGS]
 
     @property
+    def incarnation_age_s(self) -> float:
+        """Since this process took up the present incarnation, where it knew another one before."""
+        return time.monotonic() - self.incarnation.changed_at_s
+
+    @property
     def has_news(self) -> bool:
         """Whether `announce` has not been asked about the present incarnation yet."""
         return self._announced != self.incarnation.ordinal
@@ -65,9 +70,8 @@ class LastKnown:
     def announce(self) -> bool:
         """Whether there is a new incarnation that this was not asked for yet, and that is news."""
         before, self._announced = self._announced, self.incarnation.ordinal
-        # Not the record's time: another cluster's incarnation may be old, and news here.
-        age_s = time.monotonic() - self.incarnation.changed_at_s
-        return before != self._announced and age_s < NEWS_S
+        # Not the record's age: another cluster's incarnation may be old, and news here.
+        return before != self._announced and self.incarnation_age_s < NEWS_S
 
     async def look(self) -> None:
         """Keep what is there now, unless it is what another etcd begins with. Raises StoreError."""
