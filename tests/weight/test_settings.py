@@ -44,7 +44,7 @@ def test_a_flag_without_a_setting_is_not_asked_for():
 def test_a_step_never_becomes_larger_than_the_frames_that_carry_it(wanted, told):
     values = Values(mixed_prefill_tokens=wanted, tail_margin_tokens=9, step_timeout_s=4.0, microbatches="2")
     message = configure(msgspec.structs.replace(values, step_target_ms=250.0), READY)
-    assert msgspec.structs.astuple(message) == (9, told, 4.0, "2", 250.0)
+    assert msgspec.structs.astuple(message) == (9, told, 4.0, "2", 250.0, values.unavailable_wait_s)
 
 
 async def test_an_engine_moves_tails_by_a_margin_it_was_told_while_it_runs():
