@@ -311,11 +311,17 @@ class Engine:
         self._last_lane += 1
         return self._last_lane
 
-    def _renew(self, request: Renew) -> None:
+    def _refused_for_epoch(self, request: Renew | Detach | Adopt) -> bool:
+        """True, and the request is answered, if its weight node's epoch is over."""
         try:
             self._node.require_epoch(request.weight_node, request.epoch)
         except AttachRefused as error:
             self._link.send(Refused(request=request.request, field=error.field, detail=error.detail))
+            return True
+        return False
+
+    def _renew(self, request: Renew) -> None:
+        if self._refused_for_epoch(request):
             return
         session = self._sessions.get(request.weight_node)
         if session is not None:
@@ -323,10 +329,7 @@ class Engine:
         self._link.send(Renewed(request=request.request, attached=session is not None))
 
     def _detach(self, request: Detach) -> None:
-        try:
-            self._node.require_epoch(request.weight_node, request.epoch)
-        except AttachRefused as error:
-            self._link.send(Refused(request=request.request, field=error.field, detail=error.detail))
+        if self._refused_for_epoch(request):
             return
         session = self._sessions.get(request.weight_node)
         if session is not None:
@@ -336,10 +339,7 @@ class Engine:
         self._link.send(Detached(request=request.request))
 
     def _adopt(self, request: Adopt) -> None:
-        try:
-            self._node.require_epoch(request.weight_node, request.epoch)
-        except AttachRefused as error:
-            self._link.send(Refused(request=request.request, field=error.field, detail=error.detail))
+        if self._refused_for_epoch(request):
             return
         if request.lost_node and request.lost_node != request.weight_node:
             self._fence(request.lost_node, request.lost_below)
